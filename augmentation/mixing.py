@@ -1,0 +1,141 @@
+"""Mixup and CutMix on the device: pairs of samples become one, their labels a mixture.
+
+Mixup: Zhang et al., arXiv 1710.09412. CutMix: Yun et al., arXiv 1905.04899.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from augmentation.keyed import keyed_uniform, stream_key
+from crucible.options import ConfigError
+
+
+@dataclass(frozen=True)
+class MixingOptions:
+    """Which mixing is on; with both, each batch gets one of the two, with equal chances."""
+
+    mixup: Annotated[bool, "mix pairs of samples"] = False
+    mixup_alpha: Annotated[float, "(0, inf)", "of Beta(alpha, alpha), which the weight is drawn from"] = 0.2
+    cutmix_alpha: Annotated[float, "[0, inf)", "of Beta(alpha, alpha) for the box's area; 0 is off"] = 0.0
+
+
+def build_mixing(options: MixingOptions, num_classes: int) -> Mixing | None:
+    """The mixing that `options` ask for; None when all is off."""
+    if not options.mixup and options.cutmix_alpha == 0:
+        return None
+    if num_classes < 2:
+        name = "model.mixup=True" if options.mixup else f"model.cutmix_alpha={options.cutmix_alpha}"
+        raise ConfigError(f"{name} mixes class probabilities: it needs data.num_classes of 2 or more")
+    return Mixing(options, num_classes)
+
+
+def class_probabilities(target: Tensor, num_classes: int) -> Tensor:
+    """(N,) class indices as (N, K) float32 rows of 0 and 1; (N, K) probabilities as they are, in float32."""
+    if target.ndim == 2:
+        return target.float()
+    return (target[:, None] == torch.arange(num_classes, device=target.device)).float()
+
+
+def _partners(n: int, key: Tensor, device: torch.device) -> Tensor:
+    draws = keyed_uniform(key, torch.arange(n, device=device), 1)
+    return draws[:, 0].argsort(stable=True)
+
+
+def mixup_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight * sample + (1 - weight) * partner`, for the input and for the target.
+
+    Args:
+        input: (N, ...) float.
+        target: (N, K) float32 probabilities.
+        weight: 0-dimensional float32 in [1/2, 1].
+        key: 0-dimensional int64; draws the partners, a random permutation.
+    """
+    partner = _partners(input.shape[0], key, input.device)
+    mixed = torch.lerp(input[partner], input, weight.to(input.dtype))
+    return mixed, torch.lerp(target[partner], target, weight)
+
+
+def cutmix_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a box of the partner into each sample; the target is mixed by the area really pasted.
+
+    The box has the input's aspect, `1 - weight` of its volume and a uniform centre; what hangs over the
+    edge is cut off, so that the sample keeps at least `weight` of its volume.
+
+    Args:
+        input: (N, C, *spatial) float, with 1, 2 or 3 spatial dimensions.
+        target: (N, K) float32 probabilities.
+        weight: 0-dimensional float32 in [1/2, 1].
+        key: 0-dimensional int64; draws the partners and the centre.
+    """
+    spatial = input.shape[2:]
+    partner = _partners(input.shape[0], key, input.device)
+    # the partners use draw 0 of indices 0 to N-1; the centre uses an index that no batch reaches
+    centre = keyed_uniform(key, torch.full((1,), -1, device=input.device), len(spatial))[0]
+    side = (1 - weight) ** (1 / len(spatial))
+    inside: Tensor | None = None
+    for axis, size in enumerate(spatial):
+        length = (side * size).floor()
+        start = (centre[axis] * size - length / 2).round()
+        position = torch.arange(size, device=input.device)
+        within = (position >= start) & (position < start + length)
+        within = within.view([-1 if a == axis else 1 for a in range(len(spatial))])
+        inside = within if inside is None else inside & within
+    assert inside is not None, "cutmix needs spatial dimensions"
+    pasted = inside.float().mean()
+    return torch.where(inside, input[partner], input), torch.lerp(target, target[partner], pasted)
+
+
+class Mixing:
+    """Mixes a batch as its key says. Built by `build_mixing`.
+
+    Args:
+        options: what is on.
+        num_classes: K.
+    """
+
+    def __init__(self, options: MixingOptions, num_classes: int) -> None:
+        self.options = options
+        self.num_classes = num_classes
+        self._mixup = mixup_batch
+        self._cutmix = cutmix_batch
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compile what runs on the device; `kwargs` are `torch.compile`'s."""
+        self._mixup = torch.compile(mixup_batch, fullgraph=True, **kwargs)
+        self._cutmix = torch.compile(cutmix_batch, fullgraph=True, **kwargs)
+
+    def __call__(self, input: Tensor, target: Tensor, key: int) -> tuple[Tensor, Tensor]:
+        """Mix each sample with another of the batch.
+
+        The weight is drawn from Beta(alpha, alpha) and folded to at least 1/2, so that a sample's own label
+        stays the dominant one. Draws happen on the CPU or in integer arithmetic on the device; no value
+        comes back to the host.
+
+        Args:
+            input: (N, ...) float; CutMix needs (N, C, *spatial).
+            target: (N,) int64 class indices or (N, K) float probabilities.
+            key: from `stream_key`, one a batch.
+
+        Returns:
+            The mixed input, of the same shape and dtype, and (N, K) float32 probabilities.
+        """
+        options, device = self.options, input.device
+        draw = np.random.Generator(np.random.Philox(key))
+        cutmix = options.cutmix_alpha > 0 and (not options.mixup or draw.random() < 0.5)
+        if cutmix and input.ndim < 3:
+            raise ConfigError(
+                f"model.cutmix_alpha={options.cutmix_alpha} pastes boxes: the input has no spatial dimensions"
+            )
+        alpha = options.cutmix_alpha if cutmix else options.mixup_alpha
+        share = draw.beta(alpha, alpha)
+        # filled on the device: a copied scalar would make the host wait for it
+        weight = torch.full((), max(share, 1 - share), dtype=torch.float32, device=device)
+        pairs = torch.full((), stream_key(key, "pairs"), dtype=torch.int64, device=device)
+        mix = self._cutmix if cutmix else self._mixup
+        return mix(input, class_probabilities(target, self.num_classes), weight, pairs)

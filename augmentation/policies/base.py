@@ -1,0 +1,202 @@
+"""What a policy is: a sample part, run per image in the loader's workers, and a batch part on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as v2F
+
+from augmentation.keyed import keyed_uniform
+
+Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
+Probability = Annotated[float | None, "[0, 1]"]
+Pixels = Annotated[int | None, "[0, inf)"]
+
+
+class Policy(nn.Module):
+    """The preparation of one data set's input. This one only converts to float32 and normalises.
+
+    Args:
+        mean: subtracted, a value a channel (or one for all); on the scale 0 to 1 for uint8 input.
+        std: divided by, on the same scale. null for either: 0 and 1.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, *, mean: list[float] | None = None, std: Positive = None) -> None:
+        super().__init__()
+        self.channels_given = max(len(mean or ()), len(std or ()))
+        scale = 1 / torch.tensor(std or [1.0], dtype=torch.float64)
+        shift = -scale * torch.tensor(mean or [0.0], dtype=torch.float64)
+        self.register_buffer("scale", scale.float(), persistent=False)
+        self.register_buffer("shift", shift.float(), persistent=False)
+        # options that were given but that this policy has no use for; BaseDataModule.check refuses them
+        self.unused_options: dict[str, Any] = {}
+
+    def sample(self, image: Image.Image | Tensor) -> Tensor:
+        """The part done for each sample on the CPU: uint8 (C, H, W) for images, other tensors as they are.
+
+        Randomness comes from torch's default generator, which the caller has keyed.
+        """
+        return image if isinstance(image, Tensor) else v2F.pil_to_tensor(image)
+
+    def keeps(self, input: Tensor) -> bool:
+        """Whether `sample` would hand on such a tensor unchanged, so that a loader may skip it."""
+        return type(self).sample is Policy.sample
+
+    def batch(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """The part done for the whole batch on its device; compiles with fullgraph.
+
+        Args:
+            input: (N, C, ...) uint8, 0 to 255, or float.
+            index: (N,) int64 sample numbers, for per-sample randomness.
+            key: of the epoch; a 0-dimensional int64 tensor keeps compiled code from recompiling.
+
+        Returns:
+            float32 of the shape of `input`, or of the policy's output size.
+        """
+        return self.normalize(input)
+
+    def forward(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """As `batch`; what `compile` compiles."""
+        return self.batch(input, index, key)
+
+    def normalize(self, input: Tensor) -> Tensor:
+        """`(input - mean) / std` in float32; uint8 is divided by 255 first."""
+        if self.channels_given > 1 and input.shape[1] != self.channels_given:
+            raise ValueError(f"mean and std have {self.channels_given} channels, the input {input.shape[1]}")
+        shape = (-1,) + (1,) * (input.ndim - 2)
+        scale = self.scale / 255 if input.dtype == torch.uint8 else self.scale
+        return (input.float() * scale.view(shape)).add_(self.shift.view(shape))
+
+
+class ImagePolicy(Policy):
+    """A policy for 2-D images. A subclass says in `defaults` which options it uses, and builds `transform`.
+
+    Shifts, flips and cutout act on the batch where nothing but exact pixel moves is needed, at a
+    hundredth of the cost per image; whatever resamples or recolours acts on the sample.
+
+    Args:
+        mean: a value a channel, on the scale 0 to 1.
+        std: a value a channel, on the scale 0 to 1.
+        size: height and width of the output in pixels.
+        channels: 1 makes grey images, 3 colour ones; null leaves them as they come.
+        options: the further options by name; None means the policy's own default.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        *,
+        mean: list[float] | None,
+        std: list[float] | None,
+        size: int,
+        channels: int | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(mean=mean, std=std)
+        self.size = size
+        self.channels = channels
+        given = {name: value for name, value in options.items() if value is not None}
+        self.unused_options = {n: v for n, v in given.items() if n not in self.defaults and v}
+        self.options = self.defaults | {n: v for n, v in given.items() if n in self.defaults}
+        self.cutout_size: int = self.options.get("cutout_size", 0)
+        self.shift_by, self.flip_chance = 0, 0.0
+        self.transform: Callable[[Any], Any] | None = self.build_transform()
+
+    def build_transform(self) -> Callable[[Any], Any] | None:
+        """The sample part on a PIL image; None: only a resize, where the size differs."""
+        return None
+
+    def shift_and_flip_batch(self) -> None:
+        """Let the batch part do `padding` and `flip`."""
+        self.shift_by, self.flip_chance = self.options.get("padding", 0), self.options.get("flip", 0.0)
+
+    def sample(self, image: Image.Image | Tensor) -> Tensor:
+        """`image` (PIL, or uint8 (C, H, W)) to uint8 (channels, size, size)."""
+        if isinstance(image, Tensor) and self.keeps(image):
+            return image
+        # always by PIL: torchvision's results on PIL images and on tensors differ
+        picture = v2F.to_pil_image(image) if isinstance(image, Tensor) else image
+        if self.channels is not None and len(picture.getbands()) != self.channels:
+            picture = picture.convert("L" if self.channels == 1 else "RGB")
+        if self.transform is not None:
+            picture = self.transform(picture)
+        elif picture.size != (self.size, self.size):
+            picture = v2F.resize(picture, [self.size, self.size], InterpolationMode.BILINEAR)
+        return v2F.pil_to_tensor(picture)
+
+    def keeps(self, input: Tensor) -> bool:
+        if self.transform is not None or input.dtype != torch.uint8:
+            return False
+        return input.shape[-2:] == (self.size, self.size) and self.channels in (None, input.shape[-3])
+
+    def batch(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """uint8 (N, C, size, size) to normalised float32 of the same shape, shifted, flipped and cut out."""
+        random = bool(self.shift_by or self.flip_chance or self.cutout_size)
+        draws = keyed_uniform(key, index, 5) if random else torch.empty(0)
+        if self.shift_by or self.flip_chance:
+            input = shift_and_flip(input, draws[:, :3], self.shift_by, self.flip_chance)
+        output = self.normalize(input)
+        return cutout(output, draws[:, 3:], self.cutout_size) if self.cutout_size else output
+
+
+def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) -> Tensor:
+    """Shift each image by up to `by` pixels along each axis, filling with 0, and mirror it left to right.
+
+    The same as padding by `by`, a random crop of the original size and a random flip.
+
+    Args:
+        input: (N, C, H, W).
+        draws: (N, 3) uniform in [0, 1): rows, columns, flip.
+        by: pixels.
+        flip_chance: probability of the mirror image.
+    """
+    n, c, h, w = input.shape
+    offset = (draws[:, :2] * (2 * by + 1)).long()
+    x = torch.arange(w, device=input.device)
+    rows = offset[:, :1] + torch.arange(h, device=input.device)
+    columns = offset[:, 1:] + torch.where(draws[:, 2:3] < flip_chance, w - 1 - x, x)
+    padded = F.pad(input, (by, by, by, by)).reshape(n, c, -1)
+    place = rows[:, :, None] * (w + 2 * by) + columns[:, None, :]
+    return padded.gather(2, place.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
+
+
+def cutout(input: Tensor, draws: Tensor, size: int) -> Tensor:
+    """Set a square of each image to 0, the mean colour after normalisation.
+
+    DeVries and Taylor, arXiv 1708.04552. The centre is uniform over the image: the square may hang over
+    its edge.
+
+    Args:
+        input: (N, C, H, W) float.
+        draws: (N, 2) uniform in [0, 1): row and column of the centre.
+        size: side of the square in pixels.
+    """
+
+    def inside(length: int, draw: Tensor) -> Tensor:
+        start = (draw[:, None] * length).long() - size // 2
+        position = torch.arange(length, device=input.device)
+        return (position >= start) & (position < start + size)
+
+    rows, columns = inside(input.shape[2], draws[:, 0]), inside(input.shape[3], draws[:, 1])
+    # masked_fill would return channels_last input in another memory format
+    return input * ~(rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def auto_augment(policy: v2.AutoAugmentPolicy) -> v2.AutoAugment:
+    """AutoAugment (Cubuk et al., arXiv 1805.09501)."""
+    return v2.AutoAugment(policy, interpolation=InterpolationMode.NEAREST)
+
+
+def rand_augment(options: Mapping[str, Any]) -> v2.RandAugment:
+    """RandAugment (Cubuk et al., arXiv 1909.13719): `num_ops` operations at `magnitude` of 30."""
+    return v2.RandAugment(options["num_ops"], options["magnitude"], interpolation=InterpolationMode.NEAREST)

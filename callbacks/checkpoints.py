@@ -1,0 +1,139 @@
+"""Training states: `best.ckpt` and `last.ckpt`, written atomically."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+LOWER_IS_BETTER = ("loss", "mse", "mae", "ece")
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(target)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a killed process leaves the old file whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Save `checkpoint` to `path`."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, _temporary(target))
+        _replace(_temporary(target), target)
+
+
+class Checkpoints(Checkpoint):
+    """Writes `last.ckpt` (to resume from) and `best.ckpt` (the best validation so far).
+
+    Args:
+        folder: where to.
+        every: epochs between writes of last.ckpt; the last epoch is always written.
+        every_steps: also every so many optimizer steps.
+        keep: `best`: both files; `last`: no best.ckpt; `none`: last.ckpt while the run lasts.
+        monitor: the logged value that says which is best; null: `val/acc`, for regression `val/loss`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every: Annotated[int, "[1, inf)"] = 1,
+        every_steps: Annotated[int, "[1, inf)"] | None = None,
+        keep: Literal["best", "last", "none"] = "best",
+        monitor: str | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.every = every
+        self.every_steps = every_steps
+        self.keep = keep
+        self.monitor = monitor
+        self.best: dict[str, float] = {}
+        self._improved = False
+        self._written_at = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far and its epoch."""
+        return {"best": dict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing with the best so far."""
+        self.best = dict(state_dict["best"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is None:
+            self.monitor = "val/acc" if getattr(pl_module, "task", "") == "classification" else "val/loss"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (
+            not trainer.state.fn == "fit"
+            or trainer.sanity_checking
+            or self.monitor not in trainer.callback_metrics
+        ):
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = -1.0 if self.monitor.endswith(LOWER_IS_BETTER) else 1.0
+        if value == value and (not self.best or sign * value > sign * self.best[self.monitor]):
+            self.best = {self.monitor: value, "epoch": trainer.current_epoch}
+            self._improved = True
+        if self._improved and not trainer.is_last_batch:
+            self._save_best(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (
+            self.every_steps
+            and step % self.every_steps == 0
+            and step != self._written_at
+            and not trainer.is_last_batch
+        ):
+            self.save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every == 0:
+            self.save_last(trainer)
+        if self._improved:
+            self._save_best(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._written_at != trainer.global_step:
+            self.save_last(trainer)
+        if self.keep == "none" and trainer.is_global_zero:
+            (self.folder / "last.ckpt").unlink(missing_ok=True)
+
+    def save_last(self, trainer: Trainer) -> None:
+        """Write last.ckpt now (on all ranks together)."""
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._written_at = trainer.global_step
+
+    def _save_best(self, trainer: Trainer) -> None:
+        self._improved = False
+        if self.keep != "best":
+            return
+        target, last = self.folder / "best.ckpt", self.folder / "last.ckpt"
+        if self._written_at != trainer.global_step:
+            trainer.save_checkpoint(target)
+        elif trainer.is_global_zero:  # the same state has just been written as last.ckpt
+            temporary = _temporary(target)
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(last, temporary)
+            except OSError:
+                shutil.copyfile(last, temporary)
+            _replace(temporary, target)

@@ -1,0 +1,163 @@
+"""What a run leaves behind while it goes: metrics.csv, summary.json, and an orderly end when it is stopped."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.checkpoints import Checkpoints
+from crucible.run import RunDirectory
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM); its state is in last.ckpt."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_status = 128 + signal_number
+
+
+class Diverged(Exception):
+    """The training loss is not a finite number any more."""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far in MiB: of the GPU where one is used, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    per_kib = 1 if sys.platform != "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / per_kib
+
+
+class Recorder(Callback):
+    """Writes a row of metrics.csv and the summary after each epoch, on rank 0.
+
+    Args:
+        run: where to.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.rows: list[dict[str, Any]] = []
+        self.train_seconds = 0.0
+        self.images = 0
+        self._epoch_started = 0.0
+        self._epoch_seconds = 0.0
+        self._paused = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Training time and images so far, so that a resumed run's totals are whole."""
+        return {"train_seconds": self.train_seconds, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = self.run.metrics()
+        self.rows = [dict(row) for row in known if int(row["epoch"]) < trainer.current_epoch]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_started, self._paused = time.monotonic(), 0.0
+        self._batches = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused += time.monotonic() - self._validation_started
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        seconds = time.monotonic() - self._epoch_started - self._paused
+        images = self._batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
+        self.train_seconds += seconds
+        self.images += images
+        if trainer.is_global_zero:
+            row = {
+                "epoch": trainer.current_epoch,
+                "step": trainer.global_step,
+                **dict(sorted(values.items())),
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "time/epoch_s": round(seconds, 3),
+                "time/images_per_s": round(images / max(seconds, 1e-9), 1),
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {k: row[k] for k in ("lr", "time/epoch_s", "time/images_per_s", "epoch")},
+                    trainer.global_step,
+                )
+            self.rows.append(row)
+            self.run.write_metrics(self.rows)
+            self.run.update_summary(**self.totals(trainer, pl_module), final=values)
+        loss = values.get("train/loss", 0.0)
+        if not math.isfinite(loss):
+            raise Diverged(f"diverged: train/loss is {loss} in epoch {trainer.current_epoch}")
+
+    def totals(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the summary says of the run so far."""
+        checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+        return {
+            "epochs": trainer.current_epoch + 1,
+            "steps": trainer.global_step,
+            "best": checkpoints.best if checkpoints else {},
+            "wall_time_s": round(self.train_seconds, 2),
+            "images_per_s": round(self.images / max(self.train_seconds, 1e-9), 1),
+            "peak_memory_mb": round(peak_memory_mb(pl_module.device), 1),
+        }
+
+
+class GracefulStop(Callback):
+    """Ctrl-C or SIGTERM ends the run between two steps, with its state in last.ckpt; twice: at once.
+
+    Lightning's own handler hangs under DDP, where the ranks must agree on the step at which they stop.
+
+    Args:
+        checkpoints: writes the state.
+        every: steps between the agreements of several ranks.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, every: int = 4) -> None:
+        self.checkpoints = checkpoints
+        self.every = every
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size == 1:
+            stop = bool(self.received)
+        else:
+            asked = bool(self.received)
+            stop = batch_idx % self.every == 0 and trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if stop:
+            self.checkpoints.save_last(trainer)
+            raise Interrupted(self.received or signal.SIGTERM)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

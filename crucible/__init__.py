@@ -1,0 +1,16 @@
+"""Crucible's core: configuration, run directories, jobs and tasks.
+
+    from crucible import load_run
+    run = load_run("experiments/digits/1a2b3c4d-s0")
+"""
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # deferred: importing the command line must not import torch
+    if name == "load_run":
+        from crucible.tasks import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

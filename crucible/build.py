@@ -1,0 +1,126 @@
+"""Data module, network and trainer from a plain, checked configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from augmentation.keyed import keyed_rng, stream_key
+from callbacks.checkpoints import AtomicCheckpointIO
+from crucible.config import Config, device_count
+from crucible.options import ConfigError
+from datasets.base_datamodule import BaseDataModule
+from models.base_model import BaseModel
+from models.weights import load_weights
+
+_RANDOM_FILLS = {
+    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
+    "xavier_uniform_", "orthogonal_", "bernoulli_", "sparse_", "exponential_", "random_", "log_normal_",
+}  # fmt: skip
+
+
+class _RecordFills(TorchFunctionMode):
+    """Notes the in-place operations that fill each tensor while a network is built."""
+
+    def __init__(self) -> None:
+        self.fills: dict[int, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        target = args[0] if args else kwargs.get("tensor")
+        if name.endswith("_") and not name.endswith("__") and isinstance(target, Tensor) and target.numel():
+            if args:
+                args = args[1:]
+            else:
+                kwargs.pop("tensor")
+            self.fills.setdefault(target.data_ptr(), []).append((func, tuple(args), kwargs))
+        return result
+
+
+def keyed_initialization(network: nn.Module, record: _RecordFills, seed: int) -> None:
+    """Draw each randomly filled parameter again from a stream of its own, keyed by its name and shape.
+
+    The distribution is the constructor's. Networks of one seed then agree in every tensor of equal name and
+    shape, whatever else they contain, so that the arms of a comparison start alike.
+    """
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            fills = record.fills.get(parameter.data_ptr(), [])
+            if any(func.__name__ in _RANDOM_FILLS for func, _, _ in fills):
+                with keyed_rng(stream_key(seed, "weights", name, str(tuple(parameter.shape)))):
+                    for func, args, kwargs in fills:
+                        func(parameter, *args, **kwargs)
+
+
+def build_model(config: Config, *, load: bool = True, compile: bool = True) -> BaseModel:
+    """The model of the configuration: built, initialised, `init_from` loaded, compiled in place.
+
+    Args:
+        config: plain and checked.
+        load: whether to load `model.init_from` and pretrained weights; not needed where a checkpoint follows.
+        compile: whether to honour `model.compile`.
+    """
+    options = dict(config["model"])
+    init_from, compiled = options.pop("init_from", None), options.pop("compile", None)
+    if not load and options.get("pretrained"):
+        options["pretrained"] = False
+    record = _RecordFills()
+    with keyed_rng(stream_key(config["seed"], "construction")), record:
+        model: BaseModel = instantiate(options, _convert_="all")
+    if not hasattr(model, "model"):
+        raise ConfigError(f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md")
+    if not options.get("pretrained"):
+        keyed_initialization(model, record, config["seed"])
+    if init_from and load:
+        model.weights_report = load_weights(model.model, init_from)
+    if compiled and compile:
+        model.model.compile()
+    return model
+
+
+def build_data(config: Config) -> BaseDataModule:
+    """The data module of the configuration."""
+    return instantiate(config["data"]["module"], _convert_="all")
+
+
+def build_trainer(config: Config, folder: Path, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
+    """The trainer of the configuration; bad combinations come back as one line.
+
+    Raises:
+        ConfigError: where Lightning refuses the options.
+    """
+    options = {**config["trainer"]}
+    options["num_sanity_val_steps"] = options.get("num_sanity_val_steps", 0)
+    if device_count(options) * options["num_nodes"] == 1:
+        options["sync_batchnorm"] = False
+    try:
+        return Trainer(
+            **options,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=str(folder),
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def file_fingerprint(path: str | None) -> str | None:
+    """The content of a file as 12 hex digits."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ConfigError(f"model.init_from={path}: no such file")
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:12]

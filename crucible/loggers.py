@@ -1,0 +1,127 @@
+"""W&B and TensorBoard as options; metrics.csv is written in any case."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from crucible.options import ConfigError
+
+WandbMode = Literal["auto", "online", "offline", "disabled"]
+CONNECT_TIMEOUT_S = 3.0
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B could log in without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def server_answers(host: str = "api.wandb.ai", port: int = 443) -> bool:
+    """Whether a connection opens within three seconds."""
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def wandb_mode(mode: WandbMode) -> str:
+    """`online`, `offline` or `disabled`; never one that would prompt or wait.
+
+    WANDB_MODE in the environment decides first; `auto` is online with a key and a server that answers.
+
+    Raises:
+        ConfigError: where `online` is asked for and there is no key.
+    """
+    mode = os.environ.get("WANDB_MODE", mode)  # type: ignore[assignment]
+    if mode == "online" and not has_wandb_key():
+        raise ConfigError("logger.wandb.mode=online needs WANDB_API_KEY or `wandb login`; use auto or offline")
+    if mode == "auto":
+        return "online" if has_wandb_key() and server_answers() else "offline"
+    return mode
+
+
+class Wandb(WandbLogger):
+    """A W&B run for a Crucible run: grouped by data and arm, tagged with the techniques, the config flat.
+
+    Args:
+        mode: `auto` (online with a key and a server that answers, else offline), `online`, `offline`, `disabled`.
+        project: W&B project.
+        entity: W&B team or user; null: the account's own.
+        group: null: data name and arm.
+        tags: added to the techniques.
+        folder: the run directory; files go to `folder/wandb`.
+        facts: `{"name", "group", "tags", "config"}` of the run.
+    """
+
+    def __init__(
+        self,
+        mode: WandbMode = "auto",
+        project: str = "crucible",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        folder: Path | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        facts = facts or {}
+        os.environ.setdefault("WANDB_SILENT", "true")
+        super().__init__(
+            name=facts.get("name"),
+            id=facts.get("name"),
+            project=project,
+            entity=entity,
+            group=group or facts.get("group"),
+            tags=sorted({*facts.get("tags", []), *(tags or [])}),
+            save_dir=str(folder or "."),
+            config=facts.get("config"),
+            mode=wandb_mode(mode),
+            resume="allow",
+        )
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard events in `folder/tensorboard`.
+
+    Raises:
+        ConfigError: where the package is missing.
+    """
+
+    def __init__(self, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("logger.tensorboard needs the extra: pip install -e '.[tensorboard]'", see="README.md")
+        super().__init__(save_dir=str(folder or "."), name="tensorboard", version="", sub_dir=None)
+
+
+def build_loggers(nodes: dict[str, Any], folder: Path, facts: dict[str, Any]) -> list[Logger]:
+    """The loggers of the configuration's `logger` group; those of Crucible are told about the run."""
+    from hydra.utils import instantiate
+
+    loggers = []
+    for node in nodes.values():
+        if not node:
+            continue
+        own = str(node["_target_"]).startswith("crucible.loggers.")
+        extra = {"folder": folder, "facts": facts} if own else {}
+        loggers.append(instantiate(node, **extra, _convert_="all"))
+    return loggers
+
+
+def close_loggers(status: int) -> None:
+    """End the W&B run, so that the next one in this process is its own."""
+    import sys
+
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=status)

@@ -1,0 +1,231 @@
+"""Typed options, checked before anything runs; every complaint is one line that names the option.
+
+A room declares its options as a frozen dataclass, or an object as an annotated signature:
+
+    powergrad_alpha: Annotated[float, "(0, 1]", "exponent of the class probabilities; 1 is off"] = 1.0
+
+The type may be a plain type, a union, a Literal, or a list or dict of them. A string that reads as an
+interval bounds the number; any other string is the meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Options = TypeVar("Options")
+_INTERVAL = re.compile(r"^([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])$")
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+class ConfigError(Exception):
+    """A mistake in what the user asked for: one line that says which option, what value, what is allowed.
+
+    Args:
+        message: the line.
+        see: where the reader finds more; printed behind the message.
+    """
+
+    def __init__(self, message: str, see: str = "cli_configs/train.yaml") -> None:
+        super().__init__(message)
+        self.see = see
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The nearest of `known` as `; did you mean X?`, or the whole list where nothing is near."""
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def in_interval(value: float, interval: str) -> bool:
+    """Whether `value` lies in an interval written as in mathematics, such as `(0, 1]` or `[0, inf)`."""
+    match = _INTERVAL.match(interval)
+    if match is None:
+        raise ValueError(f"not an interval: {interval!r}")
+    left, low, high, right = match.groups()
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
+    return above and below and not math.isnan(value)
+
+
+def _describe(annotation: Any) -> str:
+    if annotation in _TYPE_NAMES:
+        return _TYPE_NAMES[annotation]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        interval = _interval(annotation)
+        return f"{_describe(args[0])} in {interval}" if interval else _describe(args[0])
+    if origin is Literal:
+        return "one of " + ", ".join("null" if a is None else str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        literals = [a for arg in args if get_origin(arg) is Literal for a in get_args(arg)]
+        named = ["one of " + ", ".join(map(str, literals))] if literals else []
+        rest = [_describe(a) for a in args if get_origin(a) is not Literal]
+        return " or ".join(named + rest)
+    if origin in (list, tuple, Sequence, Iterable):
+        return f"a list (each {_describe(args[0])})" if args else "a list"
+    if origin in (dict, Mapping):
+        return "a mapping"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _interval(annotation: Any) -> str | None:
+    return next((m for m in annotation.__metadata__ if isinstance(m, str) and _INTERVAL.match(m)), None)
+
+
+class _Refused(Exception):
+    pass
+
+
+def _accept(value: Any, annotation: Any) -> Any:
+    """`value` as `annotation` wants it, or `_Refused`. Types that YAML cannot write are not judged."""
+    if isinstance(annotation, (str, TypeVar)) or annotation in (Any, inspect.Parameter.empty):
+        return value
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is None or annotation is type(None):
+        if value is None:
+            return None
+        raise _Refused
+    if origin is Annotated:
+        value, interval = _accept(value, args[0]), _interval(annotation)
+        if interval is not None:
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                numeric = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if numeric and not in_interval(number, interval):
+                    raise _Refused
+        return value
+    if origin is Literal:
+        if any(value == a and type(value) is type(a) for a in args):
+            return value
+        raise _Refused
+    if origin in (Union, types.UnionType):
+        for member in args:
+            try:
+                return _accept(value, member)
+            except _Refused:
+                continue
+        raise _Refused
+    if annotation is bool or annotation is str:
+        if isinstance(value, annotation):
+            return value
+        raise _Refused
+    if annotation is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise _Refused
+    if annotation is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        raise _Refused
+    if annotation is Path:
+        if isinstance(value, (str, Path)):
+            return value
+        raise _Refused
+    if annotation in (list, tuple, dict):
+        if isinstance(value, Mapping if annotation is dict else (list, tuple)):
+            return value
+        raise _Refused
+    if origin in (list, tuple, Sequence, Iterable) or getattr(origin, "__name__", "") in ("Sequence", "Iterable"):
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise _Refused
+        member = args[0] if args else Any
+        return type(value)(_accept(v, member) for v in value)
+    if origin in (dict, Mapping) or getattr(origin, "__name__", "") == "Mapping":
+        if not isinstance(value, Mapping):
+            raise _Refused
+        return value
+    if isinstance(value, (bool, int, float, str)) and inspect.isclass(annotation):
+        raise _Refused
+    return value
+
+
+def check_value(name: str, value: Any, annotation: Any) -> Any:
+    """`value` converted to `annotation` (an int where a float is asked for), or a `ConfigError`.
+
+    Args:
+        name: the option as a user types it, such as `model.lr`.
+        value: what was given.
+        annotation: a type as in the module's docstring.
+    """
+    try:
+        return _accept(value, annotation)
+    except _Refused:
+        allowed = _describe(annotation)
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if numeric and get_origin(annotation) is Annotated and allowed.startswith(("a number in", "a whole number in")):
+            try:
+                _accept(value, get_args(annotation)[0])
+                allowed = "in " + allowed.split(" in ", 1)[1]
+            except _Refused:
+                pass
+        literals = re.search(r"one of ([^()]*?)(?: or |$)", allowed)
+        hint = ""
+        if isinstance(value, str) and literals:
+            near = difflib.get_close_matches(value, literals.group(1).split(", "), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}{hint}") from None
+
+
+def read_options(cls: type[Options], values: Mapping[str, Any], prefix: str = "model") -> Options:
+    """Build the frozen dataclass `cls` from those of `values` that are its fields, each checked.
+
+    Keys that are not fields of `cls` are left to the other rooms.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return cls(**{n: check_value(f"{prefix}.{n}", values[n], hints[n]) for n in names if n in values})
+
+
+def option_names(cls: type) -> list[str]:
+    """The names of the options that the dataclass `cls` declares."""
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def signature_options(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """`{name: (annotation, default)}` of what `target` takes by keyword.
+
+    For a class whose `__init__` passes `**kwargs` on, the arguments of its base classes are included.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    calls = [c.__init__ for c in target.__mro__ if "__init__" in vars(c)] if inspect.isclass(target) else [target]
+    for call in calls:
+        if call is object.__init__:
+            continue
+        try:
+            hints = get_type_hints(call, include_extras=True)
+        except NameError:  # an annotation imported for type checkers only
+            hints = {}
+        parameters = inspect.signature(call).parameters.values()
+        for p in parameters:
+            if p.name != "self" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+                found.setdefault(p.name, (hints.get(p.name, Any), p.default))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:
+    """Refuse keys of `values` that `target` does not take, and values of the wrong type or range."""
+    known = signature_options(target)
+    name_of_target = getattr(target, "__name__", str(target))
+    for name, value in values.items():
+        if name.startswith("_") and name.endswith("_"):
+            continue
+        if name not in known:
+            raise ConfigError(f"{prefix}.{name}={value!r}: {name_of_target} has no such option{suggest(name, known)}")
+        check_value(f"{prefix}.{name}", value, known[name][0])
+    missing = [n for n, (_, default) in known.items() if default is inspect.Parameter.empty and n not in values]
+    if missing:
+        raise ConfigError(f"{prefix}.{missing[0]} is missing: {name_of_target} needs it")

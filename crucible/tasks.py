@@ -1,0 +1,290 @@
+"""What a run can be asked to do: train, test, predict; and `load_run` for notebooks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.recorder import GracefulStop, Recorder
+from crucible.build import build_data, build_model, build_trainer
+from crucible.config import Config, device_count, device_kind, is_child_rank
+from crucible.loggers import build_loggers
+from crucible.metrics import build_metrics, flatten
+from crucible.options import ConfigError
+from crucible.run import RunDirectory, write_atomically
+from datasets.base_datamodule import BaseDataModule
+from models.base_model import BaseModel
+
+log = logging.getLogger("crucible")
+
+
+def train(run: RunDirectory, config: Config, resume: Path | None, settled: Sequence[str] = ()) -> dict[str, float]:
+    """Train, then score the test split with the last weights; the final metrics.
+
+    Args:
+        run: where everything is written.
+        config: the run's configuration.
+        resume: a training state to go on from.
+        settled: what resolved itself, for the banner.
+    """
+    torch.default_generator.manual_seed(config["seed"])
+    data = build_data(config)
+    model = build_model(config, load=resume is None)
+    checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
+    extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
+    callbacks: list[Callback] = [Recorder(run), *extra, checkpoints, GracefulStop(checkpoints)]
+    if not config["trainer"].get("enable_progress_bar", True):
+        from lightning.pytorch.callbacks import ProgressBar
+
+        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+    loggers = build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
+    trainer = build_trainer(config, run.path, callbacks, loggers)
+    if trainer.is_global_zero and not is_child_rank():
+        facts = static_facts(config, model)
+        run.update_summary(**facts)
+        banner(run, config, model, data, settled, resume)
+    trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    final = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    if config["test_after_training"]:
+        trainer.test(model, datamodule=data, verbose=False)
+        final.update({k: float(v) for k, v in trainer.callback_metrics.items()})
+        for logger in loggers:
+            logger.log_metrics({k: v for k, v in final.items() if k.startswith("test/")}, trainer.global_step)
+    if trainer.is_global_zero:
+        run.update_summary(final=final)
+    return final
+
+
+def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float]:
+    """Score the test split with the weights of `checkpoint`; also written to `RUN/test.json`."""
+    data = build_data(config)
+    model = with_weights(config, checkpoint)
+    plots = [instantiate(node, _convert_="all") for n, node in config["callbacks"].items() if node and n != "progress"]
+    trainer = build_trainer({**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, run.path, plots, [])
+    trainer.test(model, datamodule=data, verbose=False)
+    final = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        record = {"checkpoint": checkpoint.name, "metrics": final, "time": time.time()}
+        write_atomically(run.path / "test.json", json.dumps(record, indent=2) + "\n")
+    return final
+
+
+class Scores(NamedTuple):
+    """Predictions of a data set in its order: scores (N, K) or (N,), target (N,), index (N,)."""
+
+    scores: torch.Tensor
+    target: torch.Tensor
+    index: torch.Tensor
+
+
+def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseDataModule]:
+    """The weights' scores for the predict split: the test set, or `data.module.predict_dir`."""
+    options = {**config["trainer"], "enable_progress_bar": False, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    data = build_data(config)
+    trainer = build_trainer({**config, "trainer": options}, folder, [], [])
+    batches = trainer.predict(with_weights(config, checkpoint), datamodule=data) or []
+    columns = [torch.cat([batch[name].cpu() for batch in batches]) for name in ("scores", "target", "index")]  # type: ignore[index, call-overload]
+    order = columns[2].argsort()
+    return Scores(*(column[order] for column in columns)), data
+
+
+def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Path:
+    """Write a CSV of predictions: sample, target where known, prediction, probabilities.
+
+    Several runs (the folds of a cross-validation, say) give the mean of their probabilities.
+    """
+    scores, data = average(runs, out.parent)
+    classification = scores.scores.ndim == 2
+    names = list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["sample", "target", "prediction", *(f"p({name})" for name in names)])
+        for row, target, index in zip(scores.scores, scores.target.tolist(), scores.index.tolist(), strict=True):
+            known = target == target and not (classification and target < 0)
+            if classification:
+                label = names[int(target)] if known else ""
+                values = [names[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())]
+            else:
+                label, values = (f"{target:.6g}" if known else ""), [f"{float(row):.6g}"]
+            writer.writerow([data.sample_name(index), label, *values])
+    temporary.replace(out)
+    return out
+
+
+def average(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> tuple[Scores, BaseDataModule]:
+    """The mean scores of several runs over the same samples.
+
+    Raises:
+        ConfigError: where the runs' samples differ.
+    """
+    parts = [score(config, checkpoint, folder) for _, config, checkpoint in runs]
+    first, data = parts[0]
+    for (part, _), (run, _, _) in zip(parts[1:], runs[1:], strict=True):
+        same = torch.equal(part.index, first.index) and torch.equal(part.target.nan_to_num(), first.target.nan_to_num())
+        if not same or part.scores.shape != first.scores.shape:
+            raise ConfigError(f"run={run.path}: its samples differ from those of {runs[0][0].path}")
+    mean = torch.stack([part.scores.double() for part, _ in parts]).mean(dim=0).float()
+    return first._replace(scores=mean), data
+
+
+def test_ensemble(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> dict[str, float]:
+    """Test metrics of the averaged probabilities (or values) of several runs."""
+    scores, data = average(runs, folder)
+    config = runs[0][1]
+    metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
+    metrics.update(scores.scores, scores.target)
+    return {f"test/{k}": float(v) for k, v in flatten(metrics.compute(), data.class_names).items()}
+
+
+def with_weights(config: Config, checkpoint: Path) -> BaseModel:
+    """The configuration's network with a checkpoint's weights, in eval mode.
+
+    Raises:
+        ConfigError: where the file cannot be read or does not fit.
+    """
+    model = build_model(config, load=False, compile=False)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict(state)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
+    return model.eval()
+
+
+class LoadedRun(NamedTuple):
+    """A recorded run for a notebook."""
+
+    model: BaseModel
+    config: Config
+    metrics: Any
+    summary: dict[str, Any]
+
+
+def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
+    """A recorded run: its network in eval mode, its configuration, metrics.csv as a pandas table, its summary.
+
+    Args:
+        path: the run directory.
+        checkpoint: `best`, `last` or a file; where there is no best.ckpt, last.ckpt is taken.
+    """
+    import pandas
+
+    run = RunDirectory(path)
+    config = run.config()
+    model = with_weights(config, pick_checkpoint(run, checkpoint))
+    file = run.path / "metrics.csv"
+    table = pandas.read_csv(file) if file.is_file() else pandas.DataFrame()
+    return LoadedRun(model, config, table, run.summary())
+
+
+def pick_checkpoint(run: RunDirectory, name: str | None) -> Path:
+    """The named checkpoint; without a name best.ckpt, or last.ckpt where the run kept no best."""
+    if name not in (None, "best"):
+        return run.checkpoint(str(name))
+    has_best = (run.checkpoints / "best.ckpt").is_file()
+    return run.checkpoint("best" if has_best or name == "best" and not (run.checkpoints / "last.ckpt").is_file() else "last")
+
+
+# what the summary, the loggers and the banner say
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout, and whether it has changes."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None}
+
+
+def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
+    """What is known of a run before its first step."""
+    kind = device_kind(config["trainer"]["accelerator"])
+    packages = ("torch", "torchvision", "lightning", "hydra-core", "timm", "torchmetrics")
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine(),
+        "devices": device_count(config["trainer"]) * config["trainer"]["num_nodes"],
+        "precision": str(config["trainer"]["precision"]),
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
+        "git": git_state(),
+    }
+
+
+def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """Name, group, tags and flat configuration for the experiment trackers."""
+    arm = run.summary().get("arm", "baseline")
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    walk({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")}, "")
+    return {
+        "name": run.path.name,
+        "group": f"{config['data']['module']['name']}/{arm}",
+        "tags": [arm, *(config.get("techniques") or {})],
+        "config": {**flat, "arm": arm},
+    }
+
+
+def banner(
+    run: RunDirectory, config: Config, model: BaseModel, data: BaseDataModule, settled: Sequence[str], resume: Path | None
+) -> None:
+    """What is about to be trained, on what, and where it is written."""
+    trainer = config["trainer"]
+    devices = device_count(trainer) * trainer["num_nodes"]
+    batch = data.batch_size * devices * trainer["accumulate_grad_batches"]
+    kind = device_kind(trainer["accelerator"])
+    device = torch.cuda.get_device_name() if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
+    sizes = ", ".join(f"{len(data.samples(split))} {split}" for split in ("train", "val", "test"))
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = {
+        "model": f"{config['model']['_target_'].removeprefix('models.')}, {parameters / 1e6:.2f} M parameters",
+        "data": f"{config['data']['module']['name']}: {sizes}",
+        "arm": f"{run.summary().get('arm')}, seed {config['seed']}",
+        "device": f"{devices} x {device}" if devices > 1 else device,
+        "precision": str(trainer["precision"]),
+        "batch": f"{batch}" + (f" = {data.batch_size} x {batch // data.batch_size}" if batch != data.batch_size else ""),
+        "run": str(run.path),
+    }
+    if settled:
+        rows["resolved"] = ", ".join(settled)
+    if resume:
+        rows["resumes"] = str(resume)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+        log.info("%s: %s", name, value)
+    Console().print(table)
+    report = getattr(model, "weights_report", None)
+    if report:
+        Console().print(report)

@@ -1,0 +1,1 @@
+"""Data sets: each module holds the LightningDataModule of one data set, a subclass of BaseDataModule."""

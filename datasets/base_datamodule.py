@@ -1,0 +1,519 @@
+"""BaseDataModule: from raw data sets to batches, the same ones whatever machine they are made on."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from augmentation.keyed import keyed_rng, stream_key
+from augmentation.policies.base import Policy
+from augmentation.policies.default import IdentityTransform
+from crucible.options import ConfigError
+from datasets.images import Arrays, ImageFiles, SampleError, fingerprint, image_files
+from datasets.sampling import (
+    EpochSampler,
+    EvalSampler,
+    FrozenEpochSampler,
+    KeyedBatch,
+    fold_out,
+    hold_out,
+)
+
+Split = Literal["train", "val", "test", "predict"]
+_MOST_WORKERS = 16
+
+
+class Batch(NamedTuple):
+    """What a loader delivers and a model is handed.
+
+    Attributes:
+        input: (N, C, *spatial), uint8 for images until `BaseDataModule.batch_transform` makes it float32.
+        target: (N,) int64 class indices or float32 values; after mixing (N, K) float32 probabilities.
+        index: (N,) int64 numbers of the samples in the raw data set.
+    """
+
+    input: Tensor
+    target: Tensor
+    index: Tensor  # type: ignore[assignment]
+
+
+class Samples(Dataset):
+    """Some samples of a raw data set with a policy's sample part; an item is a whole batch.
+
+    Args:
+        raw: gives `(input, target)` by number.
+        indices: the numbers in `raw` of the samples, or None for all.
+        policy: its `sample` is applied to each input.
+        stream: name of the random stream.
+        seed: of the random stream.
+    """
+
+    def __init__(self, raw: Any, indices: np.ndarray | None, policy: Policy, stream: str, seed: int) -> None:
+        self.raw = raw
+        self.indices = indices
+        self.policy = policy
+        self.stream = stream
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.raw) if self.indices is None else len(self.indices)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the samples lie in memory and need no work of their own."""
+        return isinstance(self.raw, Arrays) and self.policy.keeps(self.raw.inputs)
+
+    def __getitem__(self, batch: KeyedBatch) -> Batch:
+        epoch, places = batch
+        indices = np.asarray(places, dtype=np.int64)
+        if self.indices is not None:
+            indices = self.indices[indices]
+        index = torch.from_numpy(indices)
+        if self.keeps:
+            return Batch(self.raw.inputs[index], _targets(self.raw.targets[indices]), index)
+        inputs, targets = zip(*(self._sample(epoch, i) for i in indices.tolist()), strict=True)
+        return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
+
+    def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
+        try:
+            input, target = self.raw[index]
+            with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
+                return self.policy.sample(input), target
+        except SampleError:
+            raise
+        except Exception as error:
+            # the text must name the sample: from a worker, nothing but the text arrives
+            raise SampleError(
+                f"sample {sample_name(self.raw, index)}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _targets(values: np.ndarray) -> Tensor:
+    kind = np.float32 if values.dtype.kind == "f" else np.int64
+    return torch.from_numpy(values.astype(kind, copy=False))
+
+
+def _hand_on(batch: Any) -> Any:
+    return batch
+
+
+def sample_name(raw: Any, index: int) -> str:
+    """The file of a sample, relative to the data's folder; for data without files, its number."""
+    names = getattr(raw, "names", None)
+    return str(index) if names is None else names[index]
+
+
+class BaseDataModule(LightningDataModule):
+    """What every data set shares: splits, order, augmentation, workers, checks.
+
+    A subclass defines `setup` and sets `train_dataset` and, where it has them, `val_dataset` and
+    `test_dataset`: raw data sets that return `(input, target)` with a PIL image, a uint8 tensor or a float
+    tensor as input, untransformed.
+
+        class MyData(BaseDataModule):
+            def setup(self, stage: str) -> None:
+                self.train_dataset = torchvision.datasets.ImageFolder(self.data_path / "train")
+
+    What it does not set is made: validation is held out of the training samples, stratified by class or by
+    deciles of the values, or is the test split (`val_split=test`); without a test split, the validation
+    split is what `task=test` scores (`test_is_val`). Data with a validation split of their own use that one.
+    Raw data sets may have `targets` (all targets; saves reading every sample for the split), `classes` (names
+    of the classes), `names` (file names) and `content()` (bytes to fingerprint).
+
+    Args:
+        name: of the data set, also of the folder that its runs go to.
+        data_root_dir: the folder of the data; null for data without files.
+        batch_size: samples per device.
+        train_transforms: policy of the training samples; null: `IdentityTransform`.
+        test_transforms: policy of all other samples; null: `IdentityTransform`.
+        random_batches: draw training samples with replacement.
+        num_workers: loader processes; "auto": none where nothing is left to do per sample, else one a core.
+        prefetch_factor: batches each worker holds ready.
+        persistent_workers: keep the workers from epoch to epoch.
+        pin_memory: page-locked batches; "auto": with a CUDA device.
+        val_split: fraction of the training samples, or the test split.
+        fold: number of the fold that validates, with `folds` > 1.
+        folds: cross-validation over the training samples; 1 is none.
+        split_seed: of the hold-out and the folds, apart from `seed` so that all runs validate alike.
+        seed: of order and augmentation.
+        task: what the targets are.
+        num_classes: expected classes; null: as many as are found, which it then holds.
+        input_channels: channels of the images, 1 or 3.
+        predict_dir: folder of unlabelled images for `task=predict`; null: the test split.
+
+    Raises:
+        ConfigError: for options that contradict each other.
+    """
+
+    train_dataset: Any = None
+    val_dataset: Any = None
+    test_dataset: Any = None
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        data_root_dir: str | None = None,
+        batch_size: Annotated[int, "[1, inf)"] = 128,
+        train_transforms: Policy | None = None,
+        test_transforms: Policy | None = None,
+        random_batches: bool = False,
+        num_workers: Literal["auto"] | Annotated[int, "[0, inf)"] = "auto",
+        prefetch_factor: Annotated[int, "[1, inf)"] = 2,
+        persistent_workers: bool = True,
+        pin_memory: Literal["auto"] | bool = "auto",
+        val_split: Literal["test"] | Annotated[float, "(0, 1)"] = 0.1,
+        fold: Annotated[int, "[0, inf)"] = 0,
+        folds: Annotated[int, "[1, inf)"] = 1,
+        split_seed: int = 0,
+        seed: int = 0,
+        task: Literal["classification", "regression"] = "classification",
+        num_classes: Annotated[int | None, "[1, inf)"] = None,
+        input_channels: Annotated[int, "[1, inf)"] = 3,
+        predict_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if fold >= folds:
+            raise ConfigError(f"data.module.fold={fold} must be below data.cv.k={folds}")
+        if folds > 1 and val_split == "test":
+            raise ConfigError(f"data.module.val_split=test: with data.cv.k={folds} the folds validate")
+        self.name = name
+        self.data_root_dir = data_root_dir
+        self.batch_size = batch_size
+        self.train_transforms = train_transforms or IdentityTransform()
+        self.test_transforms = test_transforms or IdentityTransform()
+        self.random_batches = random_batches
+        self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.pin_memory = pin_memory
+        self.val_split = val_split
+        self.fold = fold
+        self.folds = folds
+        self.split_seed = split_seed
+        self.seed = seed
+        self.task: str = task
+        self.num_classes = num_classes
+        self.input_channels = input_channels
+        self.predict_dir = predict_dir
+        self._resume: dict[str, int] = {}
+        self._divided: tuple[Any, np.ndarray, np.ndarray] | None = None
+        self._unlabelled: ImageFiles | None = None
+        self._compile_options: dict[str, Any] | None = None
+        self._on_device: dict[tuple[str, torch.device], Policy] = {}
+
+    # Checks, before anything else is built
+
+    def check(self) -> None:
+        """Refuse what cannot work, in one line each; afterwards `num_classes` is a number.
+
+        Raises:
+            ConfigError: for a missing folder, classes that differ from `num_classes`, too few samples, or
+                policy options that have no effect.
+        """
+        self._check_policies()
+        self.prepare_data()
+        self._load()
+        if self.val_split == "test" and self.test_dataset is None:
+            raise ConfigError(f"data.module.val_split=test: {self.name} has no test split")
+        if self.folds > 1 and self.val_dataset is not None:
+            raise ConfigError(f"data.cv.k={self.folds}: {self.name} has a validation split of its own")
+        if self.task == "classification":
+            self._check_classes()
+        samples = len(self.samples("train"))
+        if samples < self.batch_size:
+            raise ConfigError(
+                f"data.module.batch_size={self.batch_size}: {self.name} has only {samples} training samples"
+            )
+        self.samples("predict")
+
+    def _check_policies(self) -> None:
+        for role in ("train_transforms", "test_transforms"):
+            policy = getattr(self, role)
+            for option, value in getattr(policy, "unused_options", {}).items():
+                raise ConfigError(
+                    f"data.module.{role}.{option}={value!r}: {type(policy).__name__} makes no use of it"
+                )
+            given = getattr(policy, "channels_given", 0)
+            if given not in (0, 1, self.input_channels):
+                raise ConfigError(
+                    f"data.module.{role}: mean and std have {given} values, data.input_channels is "
+                    f"{self.input_channels}"
+                )
+
+    def _check_classes(self) -> None:
+        found = len(self.class_names)
+        if self.num_classes is None:
+            self.num_classes = found
+        elif self.num_classes != found:
+            where = f" in {self.data_root_dir}" if self.data_root_dir else ""
+            raise ConfigError(f"data.num_classes={self.num_classes}: {self.name} has {found} classes{where}")
+
+    @property
+    def data_path(self) -> Path:
+        """`data_root_dir` as a path.
+
+        Raises:
+            ConfigError: where it is not given or not a folder.
+        """
+        if self.data_root_dir is None:
+            raise ConfigError("data.module.data_root_dir is missing: the folder of the data")
+        path = Path(self.data_root_dir).expanduser()
+        if not path.is_dir():
+            raise ConfigError(
+                f"data.module.data_root_dir={self.data_root_dir}: no such folder; "
+                "give the folder of the data, or set data_dir"
+            )
+        return path
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes in the order of their numbers; empty for regression."""
+        if self.task != "classification":
+            return []
+        self._load()
+        names = getattr(self.train_dataset, "classes", None)
+        return list(names) if names else [str(i) for i in range(int(self._train_targets().max()) + 1)]
+
+    @property
+    def test_is_val(self) -> bool:
+        """Whether testing uses the validation samples, for want of a test split."""
+        self._load()
+        return self.test_dataset is None
+
+    def fingerprint(self) -> str:
+        """What the data are, in 16 hexadecimal digits, wherever they lie.
+
+        Arrays are taken whole; of files, the relative names, the targets and the sizes of some thousands.
+        """
+        self._load()
+        return fingerprint([self.train_dataset, self.val_dataset, self.test_dataset])
+
+    # Splits
+
+    def hold_out_test(self, raw: ImageFiles | Arrays, fraction: float) -> None:
+        """Set `train_dataset` and `test_dataset` from data without a test split; 0: there is none.
+
+        The test samples are the same for every `split_seed`, so that none of them ever trains.
+        """
+        self.train_dataset = raw
+        if fraction > 0:
+            kept, held = hold_out(np.asarray(raw.targets), fraction, self.task, seed=0)
+            self.train_dataset, self.test_dataset = raw.subset(kept), raw.subset(held)
+
+    def setup(self, stage: str) -> None:
+        """Set the raw data sets; a subclass defines it.
+
+        Args:
+            stage: Lightning's fit, validate, test or predict; all splits may be set at once.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define setup and set self.train_dataset")
+
+    def _load(self) -> None:
+        if self.train_dataset is None:
+            self.setup("fit")
+
+    def _train_targets(self) -> np.ndarray:
+        raw = self.train_dataset
+        targets = getattr(raw, "targets", None)
+        return np.asarray([raw[i][1] for i in range(len(raw))] if targets is None else targets)
+
+    def _division(self) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the samples that train, and of those held out."""
+        raw = self.train_dataset
+        if self._divided is None or self._divided[0] is not raw:
+            targets = self._train_targets()
+            if self.folds > 1:
+                if len(targets) < self.folds:
+                    raise ConfigError(f"data.cv.k={self.folds}: there are only {len(targets)} samples")
+                parts = fold_out(targets, self.fold, self.folds, self.task, self.split_seed)
+            else:
+                assert self.val_split != "test"
+                parts = hold_out(targets, self.val_split, self.task, self.split_seed)
+            self._divided = (raw, *parts)
+        return self._divided[1:]
+
+    def samples(self, split: Split) -> Samples:
+        """The samples of a split with their policy; item `(epoch, [places])` is a batch."""
+        self._load()
+        if split == "train":
+            whole = self.val_dataset is not None or (self.val_split == "test" and self.folds == 1)
+            kept = None if whole else self._division()[0]
+            return Samples(self.train_dataset, kept, self.train_transforms, "augment", self.seed)
+        if split == "predict" and self.predict_dir is not None:
+            raw, indices = self._images_to_predict(), None
+        elif split != "val" and self.test_dataset is not None:
+            raw, indices = self.test_dataset, None
+        elif self.val_dataset is not None:
+            raw, indices = self.val_dataset, None
+        elif self.val_split == "test":
+            raw, indices = self.test_dataset, None
+        else:
+            raw, indices = self.train_dataset, self._division()[1]
+        return Samples(raw, indices, self.test_transforms, "evaluate", self.seed)
+
+    def _images_to_predict(self) -> ImageFiles:
+        if self._unlabelled is None:
+            folder = Path(self.predict_dir or "").expanduser()
+            if not folder.is_dir():
+                raise ConfigError(f"data.module.predict_dir={self.predict_dir}: no such folder")
+            names = image_files(folder)
+            if not names:
+                raise ConfigError(f"data.module.predict_dir={self.predict_dir}: no images in it")
+            unknown = (
+                np.full(len(names), -1) if self.task == "classification" else np.full(len(names), np.nan)
+            )
+            self._unlabelled = ImageFiles(folder, names, unknown, self.input_channels)
+        return self._unlabelled
+
+    def sample_name(self, index: int, split: Split = "predict") -> str:
+        """The file of sample `index` (as in `Batch.index`) relative to the data's folder, else its number."""
+        return sample_name(self.samples(split).raw, index)
+
+    # Loaders
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled training batches, all of one size; begins where a restored state ended."""
+        samples, (rank, world) = self.samples("train"), self._place()
+        whole = self.batch_size * world
+        if len(samples) < whole:
+            raise ConfigError(
+                f"data.module.batch_size={self.batch_size} on {world} devices makes batches of {whole}: "
+                f"{self.name} has only {len(samples)} training samples"
+            )
+        frozen = getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = (FrozenEpochSampler if frozen else EpochSampler)(
+            len(samples),
+            self.batch_size,
+            self.seed,
+            rank=rank,
+            world_size=world,
+            replace=self.random_batches,
+            start=self._start(len(samples), whole),
+            frozen=frozen,
+        )
+        return self._loader(samples, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Each validation sample once over all ranks, in order."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Each test sample once over all ranks, in order."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Each image of `predict_dir`, or test sample, once over all ranks, in order."""
+        return self._evaluation_loader("predict")
+
+    def _evaluation_loader(self, split: Split) -> DataLoader:
+        samples, (rank, world) = self.samples(split), self._place()
+        if len(samples) < world:
+            raise ConfigError(
+                f"trainer.devices: {self.name} has {len(samples)} {split} samples, fewer than {world} devices"
+            )
+        return self._loader(samples, EvalSampler(len(samples), self.batch_size, rank=rank, world_size=world))
+
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _loader(self, samples: Samples, sampler: EpochSampler | EvalSampler) -> DataLoader:
+        workers = self._workers(samples, len(sampler))
+        return DataLoader(
+            samples,
+            batch_size=None,  # the sampler delivers whole batches
+            sampler=sampler,
+            collate_fn=_hand_on,
+            num_workers=workers,
+            prefetch_factor=self.prefetch_factor if workers else None,
+            persistent_workers=self.persistent_workers and workers > 0,
+            pin_memory=self._on_cuda() if self.pin_memory == "auto" else self.pin_memory,
+            generator=torch.Generator(),  # the loader's own draws then leave the global generator alone
+        )
+
+    def _on_cuda(self) -> bool:
+        if self.trainer is None:
+            return torch.cuda.is_available()
+        return self.trainer.strategy.root_device.type == "cuda"
+
+    def _workers(self, samples: Samples, batches: int) -> int:
+        if self.num_workers != "auto":
+            return self.num_workers
+        if samples.keeps:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        return max(1, min(cores // processes, _MOST_WORKERS, batches))
+
+    # Resume: the order is a function of the epoch, so that two counters are the whole state
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batch that come next, and what they count."""
+        trainer = self.trainer
+        assert trainer is not None
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        batch = batches.processed
+        # inside an epoch it is started but not yet processed; limit_train_batches may end it early
+        inside = epoch.started > epoch.processed and batch < trainer.num_training_batches
+        return {
+            "epoch": epoch.processed if inside else epoch.started,
+            "batch": batch if inside else 0,
+            "samples": len(self.samples("train")),
+            "global_batch_size": self.batch_size * self._place()[1],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next training loader begin where `state_dict` says."""
+        self._resume = dict(state_dict)
+
+    def _start(self, samples: int, global_batch_size: int) -> tuple[int, int]:
+        state, self._resume = self._resume, {}
+        epoch, batch = state.get("epoch", 0), state.get("batch", 0)
+        if batch and (state["samples"], state["global_batch_size"]) != (samples, global_batch_size):
+            raise ConfigError(
+                f"data.module.batch_size={self.batch_size}: the checkpoint lies inside an epoch of "
+                f"{state['samples']} samples in batches of {state['global_batch_size']}, here are {samples} "
+                f"in batches of {global_batch_size}"
+            )
+        # loaders can also be made anew in a later epoch (reload_dataloaders_every_n_epochs)
+        current = 0 if self.trainer is None else self.trainer.current_epoch
+        return (epoch, batch) if epoch >= current else (current, 0)
+
+    # The device part
+
+    def compile_batch_transforms(self, **options: Any) -> None:
+        """Compile the batch part of the policies with fullgraph; `options` are `torch.compile`'s."""
+        self._compile_options = options
+        self._on_device.clear()
+
+    def batch_transform(self, batch: Batch, stage: Literal["train", "eval"], epoch: int) -> Batch:
+        """The policy's batch part on the device that the batch is on; input becomes float32.
+
+        Args:
+            batch: as the loaders deliver it.
+            stage: train for the training policy, eval for the other one.
+            epoch: keys the random draws, together with the seed and each sample's index.
+        """
+        device = batch.input.device
+        policy = self._on_device.get((stage, device))
+        if policy is None:
+            # a copy: workers are handed the original, which has to stay on the CPU. And a normal tensor,
+            # also where evaluation comes first and runs in inference mode.
+            with torch.inference_mode(False):
+                policy = copy.deepcopy(self.train_transforms if stage == "train" else self.test_transforms)
+                policy.to(device)
+            if self._compile_options is not None:
+                policy.compile(fullgraph=True, **self._compile_options)
+            self._on_device[stage, device] = policy
+        key = torch.full((), stream_key(self.seed, "batch", epoch), dtype=torch.int64, device=device)
+        return batch._replace(input=policy(batch.input, batch.index, key))

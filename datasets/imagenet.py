@@ -1,0 +1,26 @@
+"""ImageNet-1k (ILSVRC 2012), or any subset of its classes, as folders of JPEG files."""
+
+from __future__ import annotations
+
+from crucible.options import ConfigError
+from datasets.base_datamodule import BaseDataModule
+from datasets.image_folder import class_folders
+
+
+class ImagenetDataModule(BaseDataModule):
+    """`train/<class>/` and `val/<class>/` under the root, with the same classes in both.
+
+    The `val` folder, on which the literature reports, is the test split here: it takes no part in choosing
+    anything. Validation is held out of `train`; `val_split=test` validates on the `val` folder instead.
+    """
+
+    def setup(self, stage: str) -> None:
+        if self.train_dataset is not None:
+            return
+        train = class_folders(self.data_path / "train", self.input_channels)
+        test = class_folders(self.data_path / "val", self.input_channels, train.classes)
+        missing = set(range(len(train.classes))) - set(test.targets.tolist())
+        if missing:
+            name = train.classes[min(missing)]
+            raise ConfigError(f"data.module.data_root_dir: {test.root} has no images of class {name}")
+        self.train_dataset, self.test_dataset = train, test

@@ -1,0 +1,237 @@
+"""Raw data sets: images in files and arrays in memory, untransformed, light in memory, safe to pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_ORIENTATION = 0x0112
+_FINGERPRINTED_FILES = 4096
+
+
+class SampleError(RuntimeError):
+    """A sample could not be read; the message names its file."""
+
+
+def load_image(path: str | Path, channels: int) -> Image.Image:
+    """One picture of any usual format as an 8-bit PIL image.
+
+    The EXIF orientation is applied (one that is not 2 to 8 means upright); 16-bit values are scaled to
+    8 bits; transparency is dropped; of an animation, the first frame is taken.
+
+    Args:
+        path: the file.
+        channels: 1 for grey (mode L), 3 for colour (mode RGB).
+
+    Raises:
+        SampleError: for a file that is truncated, not an image, too large to be one, or of float values.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
+    except Exception as error:
+        raise SampleError(f"{path}: cannot be read as an image: {type(error).__name__}: {error}") from error
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its values are floats of unknown range; convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values are wider than 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, OverflowError, EOFError, struct.error):
+        return 1  # a damaged EXIF block says nothing about the pixels
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }[orientation]
+    return image.transpose(method)
+
+
+class Names(Sequence[str]):
+    """Many strings in two arrays; workers that read them copy no pages, as they would of a list."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(name) for name in encoded], out=self._offsets[1:])
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return os.fsdecode(self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes())
+
+
+class ImageFiles(Dataset):
+    """Images in files and their targets.
+
+    Args:
+        root: the folder that `names` are relative to.
+        names: the files.
+        targets: (N,) int64 class indices or float32 values.
+        channels: 1 or 3.
+        classes: the names of the classes.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Iterable[str],
+        targets: Iterable[int] | Iterable[float] | np.ndarray,
+        channels: int,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.root = root
+        self.names = names if isinstance(names, Names) else Names(names)
+        self.targets = np.asarray(targets)
+        self.channels = channels
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        return load_image(self.root / self.names[index], self.channels), self.targets[index]
+
+    def subset(self, indices: np.ndarray) -> ImageFiles:
+        """Those of the files, as a data set of their own."""
+        names = [self.names[i] for i in indices.tolist()]
+        return ImageFiles(self.root, names, self.targets[indices], self.channels, self.classes)
+
+    def content(self) -> Iterator[bytes]:
+        """What makes these data: names, targets, and the sizes of files spread evenly over them."""
+        yield b"\0".join(os.fsencode(name) for name in self.names)
+        yield self.targets.tobytes()
+        step = max(1, len(self) // _FINGERPRINTED_FILES)
+        sizes = [(self.root / self.names[i]).stat().st_size for i in range(0, len(self), step)]
+        yield np.asarray(sizes, dtype=np.int64).tobytes()
+
+
+class Arrays(Dataset):
+    """Samples and targets in memory.
+
+    Args:
+        inputs: (N, C, ...) uint8 or float.
+        targets: (N,) int64 or float32.
+        classes: the names of the classes.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: np.ndarray | Sequence[int], classes: Sequence[str] = ()
+    ) -> None:
+        self.inputs = inputs
+        self.targets = np.asarray(targets)
+        self.classes = list(classes)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.inputs[index], self.targets[index]
+
+    def subset(self, indices: np.ndarray) -> Arrays:
+        """Those of the samples, as a data set of their own."""
+        return Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """What makes these data: all of them."""
+        yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
+        yield self.inputs.contiguous().view(-1).view(torch.uint8).numpy().data
+        yield self.targets.tobytes()
+
+
+def fingerprint(datasets: Iterable[Any]) -> str:
+    """16 hexadecimal digits of the content of raw data sets, whatever folder they lie in.
+
+    A data set says by `content()` what it is made of; of any other, the length, the targets and 256
+    samples spread evenly over it are taken. None stands for a missing one.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for dataset in datasets:
+        digest.update(b"none" if dataset is None else str(len(dataset)).encode())
+        if dataset is None:
+            continue
+        for part in dataset.content() if hasattr(dataset, "content") else _content(dataset):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _content(dataset: Any) -> Iterator[bytes]:
+    if hasattr(dataset, "targets"):
+        yield np.asarray(dataset.targets).tobytes()
+    for index in range(0, len(dataset), max(1, len(dataset) // 256)):
+        image, target = dataset[index]
+        yield np.ascontiguousarray(image).tobytes() + str(target).encode()
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """(N, 1 or 3, H, W) uint8 images in grey or in colour, by PIL's formula (ITU-R 601-2)."""
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1)
+    red, green, blue = images.int().unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+
+
+def image_files(folder: Path) -> list[str]:
+    """The images below `folder`, relative to it, sorted; hidden files and folders are passed over."""
+    found: list[str] = []
+    pending = [""]
+    while pending:
+        relative = pending.pop()
+        with os.scandir(folder / relative) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                name = f"{relative}/{entry.name}" if relative else entry.name
+                if entry.is_dir():
+                    pending.append(name)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(name)
+    return sorted(found)
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, sorted; hidden ones are passed over."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))

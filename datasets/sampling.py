@@ -1,0 +1,176 @@
+"""Which samples make which batch on which rank, and how a data set is split; all functions of their seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler, SequentialSampler
+
+from augmentation.keyed import stream_key
+
+KeyedBatch = tuple[int, list[int]]  # (epoch, sample numbers)
+
+
+class EpochSampler(Sampler[KeyedBatch]):
+    """Training batches, in an order that is a function of (seed, epoch).
+
+    Each rank takes its slice of each global batch, so that global batch b of an epoch is the same set of
+    samples for any number of ranks with the same global batch size. What does not fill a global batch is
+    left out, in each epoch something else.
+
+    Args:
+        samples: number of samples.
+        batch_size: per rank.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+        replace: draw each sample independently, with replacement.
+        start: (epoch, batch) to begin at; later epochs begin at 0.
+        frozen: every epoch has the order of epoch 0.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        replace: bool = False,
+        start: tuple[int, int] = (0, 0),
+        frozen: bool = False,
+    ) -> None:
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.replace = replace
+        self.start = start
+        self.frozen = frozen
+        self.epoch = start[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration delivers; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, also where the first one begins in the middle."""
+        return self.samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[KeyedBatch]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(stream_key(self.seed, "order", 0 if self.frozen else epoch))
+        if self.replace:
+            order = torch.randint(self.samples, (self.samples,), generator=generator)
+        else:
+            order = torch.randperm(self.samples, generator=generator)
+        # a loader is iterated twice before its first batch, so that reading `start` must not use it up
+        first = self.start[1] if epoch == self.start[0] else 0
+        for batch in range(first, len(self)):
+            begin = (batch * self.world_size + self.rank) * self.batch_size
+            yield epoch, order[begin : begin + self.batch_size].tolist()
+
+
+class FrozenEpochSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]
+    """An epoch sampler that Lightning takes for unshuffled, and leaves alone under `overfit_batches`."""
+
+
+class EvalSampler(SequentialSampler):
+    """Evaluation batches: each sample once over all ranks, and as many batches on each rank.
+
+    Full global batches come first, the rest is shared out evenly. Where the rest has fewer samples than
+    there are ranks, it is added to the last full batches, which then have one sample more.
+
+    Args:
+        samples: number of samples, at least `world_size`.
+        batch_size: per rank.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if samples < world_size:
+            raise ValueError(f"{samples} samples for {world_size} processes")
+        self.samples = samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def _rounds(self) -> list[int]:
+        """The number of samples in each global batch."""
+        whole = self.batch_size * self.world_size
+        rounds, rest = [whole] * (self.samples // whole), self.samples % whole
+        if rounds and rest < self.world_size:
+            rounds[-1] += rest
+        elif rest:
+            rounds.append(rest)
+        return rounds
+
+    def __len__(self) -> int:
+        return len(self._rounds())
+
+    def __iter__(self) -> Iterator[KeyedBatch]:  # type: ignore[override]
+        begin = 0
+        for size in self._rounds():
+            each, more = divmod(size, self.world_size)
+            start = begin + self.rank * each + min(self.rank, more)
+            yield 0, list(range(start, start + each + (self.rank < more)))
+            begin += size
+
+
+def _strata(targets: np.ndarray, task: str) -> np.ndarray:
+    if task == "classification":
+        return targets
+    ranks = np.argsort(np.argsort(targets, kind="stable"), kind="stable")
+    return ranks * 10 // len(targets)  # ten bins of equally many samples
+
+
+def _shuffled_by_stratum(strata: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    shuffled = draw.permutation(len(strata))
+    return shuffled[np.argsort(strata[shuffled], kind="stable")]
+
+
+def _split_draw(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(stream_key(seed, "split")))
+
+
+def hold_out(targets: np.ndarray, fraction: float, task: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split off `round(fraction * N)` samples, at least 1, each class (or decile of values) in proportion.
+
+    A class too small for its share is kept whole.
+
+    Args:
+        targets: (N,) class indices or values.
+        fraction: in (0, 1).
+        task: classification or regression.
+        seed: of the choice.
+
+    Returns:
+        The sorted numbers of the samples kept, and of those held out.
+    """
+    draw, strata = _split_draw(seed), _strata(targets, task)
+    order = _shuffled_by_stratum(strata, draw)
+    _, first, counts = np.unique(strata[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, counts)
+    # the k-th of n lies at (k + 1/2) / n of its class: the lowest of all, ties by lot, are in proportion
+    part = (place + 0.5) / np.repeat(counts, counts)
+    held = max(1, round(fraction * len(order)))
+    chosen = np.lexsort((draw.random(len(order)), part))
+    return np.sort(order[chosen[held:]]), np.sort(order[chosen[:held]])
+
+
+def fold_out(
+    targets: np.ndarray, fold: int, folds: int, task: str, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fold number `fold` of `folds` as the part held out; each class is dealt out evenly over the folds.
+
+    Returns:
+        The sorted numbers of the samples kept, and of those held out.
+    """
+    order = _shuffled_by_stratum(_strata(targets, task), _split_draw(seed))
+    member = np.arange(len(order)) % folds == fold
+    return np.sort(order[~member]), np.sort(order[member])

@@ -1,0 +1,122 @@
+"""Criteria: `(logits, target) -> scalar`, built from the loss options of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crucible.options import ConfigError, option_names, read_options, suggest
+from losses.powergrad import PowerGradCrossEntropy, powergrad_cross_entropy
+
+Task = Literal["classification", "regression"]
+LossName = Literal["cross_entropy", "mse", "mae"]
+
+__all__ = [
+    "LossOptions",
+    "PowerGradCrossEntropy",
+    "RegressionLoss",
+    "build_criterion",
+    "evaluation_criterion",
+    "powergrad_cross_entropy",
+]
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of the training loss."""
+
+    loss: Annotated[
+        LossName | None, "what is minimised; null: cross_entropy for classification, mse for regression"
+    ] = None
+    powergrad_alpha: Annotated[
+        float, "(0, 1]", "PowerGrad: power of the predicted probabilities in the gradient; 1 is off"
+    ] = 1.0
+    label_smoothing: Annotated[float, "[0, 1)", "share of the target spread evenly over all classes"] = 0.0
+
+
+class RegressionLoss(nn.Module):
+    """Mean squared (`mse`) or absolute (`mae`) error in float32: `(prediction (N,) or (N, 1), target (N,))`.
+
+    Raises:
+        ValueError: where the shapes differ otherwise; they are never broadcast.
+    """
+
+    def __init__(self, loss: Literal["mse", "mae"] = "mse") -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if prediction.ndim == 2 and prediction.shape[1] == 1:
+            prediction = prediction.squeeze(1)
+        if prediction.ndim != 1 or prediction.shape != target.shape:
+            raise ValueError(
+                f"regression needs predictions (N,) or (N, 1) and targets (N,),"
+                f" got {tuple(prediction.shape)} and {tuple(target.shape)}"
+            )
+        error = F.mse_loss if self.loss == "mse" else F.l1_loss
+        return error(_wide(prediction), _wide(target))
+
+    def extra_repr(self) -> str:
+        return self.loss
+
+
+def build_criterion(
+    options: LossOptions | None = None, task: Task = "classification", **values: Any
+) -> nn.Module:
+    """The training criterion.
+
+    Classification takes logits `(N, K)` with a target of `(N,)` int64 indices or `(N, K)` probabilities;
+    regression takes predictions `(N,)` or `(N, 1)` with a target `(N,)`. Both return a float32 scalar
+    (float64 for float64 input). Label smoothing is applied here and nowhere else.
+
+    Args:
+        options: the loss options.
+        task: what the targets are.
+        values: loss options by name, in place of `options`.
+
+    Raises:
+        ConfigError: for an unknown option, a bad value, or one that has no meaning for the task.
+    """
+    if options is None:
+        known = option_names(LossOptions)
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigError(f"model.{name}={value!r}: no such loss option{suggest(name, known)}")
+        options = read_options(LossOptions, values)
+    elif values:
+        raise TypeError("build_criterion takes options or their values by name, not both")
+    if task == "regression":
+        for name, off in (("powergrad_alpha", 1.0), ("label_smoothing", 0.0)):
+            if (value := getattr(options, name)) != off:
+                raise ConfigError(
+                    f"model.{name} must be {off:g} with data.task=regression, got {value!r}:"
+                    " it acts on class probabilities"
+                )
+        return evaluation_criterion(task, options.loss)
+    _check_loss(task, options.loss)
+    return PowerGradCrossEntropy(options.powergrad_alpha, options.label_smoothing)
+
+
+def evaluation_criterion(task: Task = "classification", loss: LossName | None = None) -> nn.Module:
+    """The criterion of validation and test: what is minimised, without PowerGrad and without smoothing.
+
+    Raises:
+        ConfigError: for a loss that has no meaning for the task.
+    """
+    _check_loss(task, loss)
+    if task == "classification":
+        return PowerGradCrossEntropy(alpha=1.0)
+    return RegressionLoss("mae" if loss == "mae" else "mse")
+
+
+def _check_loss(task: Task, loss: LossName | None) -> None:
+    allowed = ("cross_entropy",) if task == "classification" else ("mse", "mae")
+    if loss is not None and loss not in allowed:
+        raise ConfigError(f"model.loss must be {' or '.join(allowed)} with data.task={task}, got {loss!r}")
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() and x.element_size() >= 4 else x.float()

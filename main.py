@@ -1,0 +1,47 @@
+"""Crucible's entry: compose the configuration, run one task. `python main.py --help` shows how."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from crucible import command_line
+
+ROOT = Path(__file__).resolve().parent
+
+
+@hydra.main(config_path="cli_configs", config_name="train", version_base="1.3")
+def compose(config: DictConfig) -> float | None:
+    """One composed job: recorded, then run (a sweep's jobs in processes of their own)."""
+    from crucible.jobs import run_composed
+
+    return run_composed(config)
+
+
+def main() -> int:
+    """Run what the command line asks for; the exit status."""
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, for one clear line below
+    try:
+        arguments = command_line.prepare(sys.argv[1:], ROOT)
+        sys.argv = [str(ROOT / "main.py"), *arguments]
+        if command_line.names_a_run(arguments):
+            from crucible.jobs import run_recorded
+
+            return run_recorded(arguments)
+        compose()
+        from crucible.jobs import exit_status
+
+        return exit_status()
+    except Exception as error:
+        if full_error:
+            raise
+        return command_line.explain(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""BaseModel: wires the rooms (network, mixing, criterion, optimizer, metrics) into one Lightning module."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from augmentation.keyed import stream_key
+from augmentation.mixing import MixingOptions, build_mixing
+from crucible.metrics import build_metrics, flatten
+from crucible.options import ConfigError, option_names, read_options, suggest
+from datasets.base_datamodule import Batch
+from losses import LossOptions, build_criterion, evaluation_criterion
+from optimizers import OptimizerOptions, build_optimizer
+from optimizers.sam import SamOptions, check_sam, sam_closure
+from optimizers.schedules import ScheduleOptions, build_scheduler
+
+ROOMS = (LossOptions, MixingOptions, OptimizerOptions, ScheduleOptions, SamOptions)
+Stage = Literal["train", "val", "test"]
+
+
+class BaseModel(LightningModule):
+    """What every model shares; a family sets `self.model` and, where it needs more, defines `forward`.
+
+        class MyNet(BaseModel):
+            def __init__(self, width: int = 32, **kwargs):
+                super().__init__(**kwargs)
+                self.model = ...            # (N, C, *spatial) float -> (N, self.num_outputs)
+
+    Args:
+        num_classes: classes of the data; ignored for regression, where the network has one output.
+        task: what the targets are.
+        input_dim: spatial dimensions of the input.
+        input_channels: channels of the input.
+        metrics: names from `crucible.metrics`, for validation and test.
+        channels_last: memory format of 2-D input and weights; null: on CUDA only.
+        seed: key of all randomness in the step (dropout, drop paths, mixing).
+        options: the options of the rooms (loss, mixing, optimizer, schedule, SAM).
+
+    Raises:
+        ConfigError: for an option that nobody consumes, a bad value, or a pair without meaning.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        *,
+        num_classes: Annotated[int, "[1, inf)"] = 10,
+        task: Literal["classification", "regression"] = "classification",
+        input_dim: Literal[1, 2, 3] = 2,
+        input_channels: Annotated[int, "[1, inf)"] = 3,
+        metrics: list[str] | None = None,
+        channels_last: bool | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        known = {name for room in ROOMS for name in option_names(room)}
+        for name, value in options.items():
+            if name not in known:
+                raise ConfigError(
+                    f"model.{name}={value!r}: {type(self).__name__} has no such option{suggest(name, known)}"
+                )
+        self.task: str = task
+        self.num_classes = num_classes
+        self.num_outputs = num_classes if task == "classification" else 1
+        self.input_dim = input_dim
+        self.input_channels = input_channels
+        self.channels_last = channels_last
+        self.seed = seed
+        self.optimizer_options = read_options(OptimizerOptions, options)
+        self.schedule_options = read_options(ScheduleOptions, options)
+        self.sam_options = read_options(SamOptions, options)
+        check_sam(self.sam_options)
+        loss_options = read_options(LossOptions, options)
+        self.criterion = build_criterion(loss_options, task=task)
+        self.evaluation_criterion = evaluation_criterion(task, loss_options.loss)
+        mixing_options = read_options(MixingOptions, options)
+        if task == "regression" and (mixing_options.mixup or mixing_options.cutmix_alpha):
+            name = "model.mixup" if mixing_options.mixup else "model.cutmix_alpha"
+            raise ConfigError(f"{name} mixes class probabilities and has no meaning with data.task=regression")
+        self.mixing = build_mixing(mixing_options, num_classes)
+        names = metrics if metrics is not None else (["acc"] if task == "classification" else ["mse", "mae"])
+        self.metrics = nn.ModuleDict(
+            {stage: build_metrics(names, task, num_classes) for stage in ("val_metrics", "test_metrics")}
+        )
+        self._sums: dict[str, Tensor] = {}
+        self._resumed_sums: tuple[int, list[float]] | None = None
+        self._step_key = 0
+        self.sam_pass = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(N, C, *spatial)` float to `(N, num_outputs)`."""
+        return self.model(input)
+
+    def outputs(self, input: Tensor) -> Tensor:
+        """Logits `(N, K)`, or predictions `(N,)` for regression."""
+        out = self(input)
+        return out if self.task == "classification" else out.flatten()
+
+    # Data to the device: normalisation, device augmentation, mixing
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The batch part of the policy, then (training only) mixing."""
+        trainer = self.trainer
+        training = trainer.training
+        transform = getattr(getattr(trainer, "datamodule", None), "batch_transform", None)
+        if transform is not None:
+            batch = transform(batch, "train" if training else "eval", self.current_epoch)
+        if training and self.mixing is not None:
+            key = stream_key(self.seed, "mixing", self.current_epoch, self._batch_number())
+            batch = Batch(*self.mixing(batch.input, batch.target, key), batch.index)
+        if self._use_channels_last():
+            batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
+        return batch
+
+    def _batch_number(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _use_channels_last(self) -> bool:
+        wanted = self.device.type == "cuda" if self.channels_last is None else self.channels_last
+        return wanted and self.input_dim == 2
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        if self._use_channels_last():
+            self.model.to(memory_format=torch.channels_last)
+
+    def on_train_epoch_start(self) -> None:
+        resumed = self._resumed_sums if self._resumed_sums and self._resumed_sums[0] == self.current_epoch else None
+        self._sums["train"] = self._zeros() if resumed is None else self._zeros() + self._zeros().new_tensor(resumed[1])
+        self._resumed_sums = None
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._step_key = stream_key(self.seed, "network", self.current_epoch, batch_idx, self.global_rank)
+        self._reseed()
+
+    def _reseed(self) -> None:
+        """Every step's dropout and drop paths are a function of (seed, epoch, batch, rank): nothing to save."""
+        torch.default_generator.manual_seed(self._step_key)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._step_key)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch. Accuracy under mixing is against the dominant label."""
+        logits = self.outputs(batch.input)
+        loss = self.criterion(logits, batch.target)
+        if self.sam_pass == 1:
+            self._accumulate("train", loss, logits, batch.target)
+        return loss
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        if self.sam_options.sam:
+            optimizer_closure = sam_closure(self, optimizer_closure, self.sam_options, self._reseed)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        trainer = self.trainer
+        if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+            # before validation and the callbacks' epoch end, so that both see this epoch's values
+            values = self._means("train")
+            self.log_dict({f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        trainer = self.trainer
+        check_sam(self.sam_options, accumulate_grad_batches=trainer.accumulate_grad_batches)
+        optimizer = build_optimizer(self, self.optimizer_options)
+        steps = int(trainer.estimated_stepping_batches)
+        if trainer.max_epochs is None or trainer.max_epochs < 1:
+            epochs, steps_per_epoch = 1, steps
+        else:
+            epochs = trainer.max_epochs
+            steps_per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
+        scheduler = build_scheduler(
+            optimizer, self.schedule_options, epochs=epochs, steps_per_epoch=steps_per_epoch
+        )
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # for a resume in the middle of an epoch; rank 0's sums then stand for every rank's
+        checkpoint["train_sums"] = (self.current_epoch, self._sums.get("train", self._zeros()).tolist())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_sums = checkpoint.get("train_sums")
+
+    # Evaluation: plain loss, exact over ranks
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums["val"] = self._zeros()
+
+    def on_test_epoch_start(self) -> None:
+        self._sums["test"] = self._zeros()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns `logits` (N, K) or (N,), `target` (N,) and `index` (N,), for the callbacks."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
+        logits = self.outputs(batch.input).float()
+        self._accumulate(stage, self.evaluation_criterion(logits, batch.target), logits, batch.target)
+        scores = logits.softmax(dim=1) if self.task == "classification" else logits
+        self.metrics[f"{stage}_metrics"].update(scores, batch.target)  # type: ignore[operator]
+        return {"logits": logits, "target": batch.target, "index": batch.index}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: Stage) -> None:
+        metrics = self.metrics[f"{stage}_metrics"]
+        class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
+        values = {"loss": self._means(stage)["loss"], **flatten(metrics.compute(), class_names)}  # type: ignore[operator]
+        metrics.reset()  # type: ignore[operator]
+        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32."""
+        logits = self.outputs(batch.input).float()
+        scores = logits.softmax(dim=1) if self.task == "classification" else logits
+        return {"scores": scores, "target": batch.target, "index": batch.index}
+
+    # Sums on the device: loss and hits (or absolute error) per sample, read at the epoch's end
+
+    def _zeros(self) -> Tensor:
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(3, dtype=dtype, device=self.device)
+
+    @torch.no_grad()
+    def _accumulate(self, stage: Stage, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        n = logits.shape[0]
+        if self.task == "classification":
+            label = target if target.ndim == 1 else target.argmax(dim=1)
+            second = (logits.argmax(dim=1) == label).sum()
+        else:
+            second = (logits - target).abs().sum()
+        sums = self._sums[stage]
+        sums += torch.stack((loss.detach().to(sums.dtype) * n, second.to(sums.dtype), sums.new_tensor(n)))
+
+    def _means(self, stage: Stage) -> dict[str, Tensor]:
+        """Exact means over all samples of all ranks (collective)."""
+        sums = self._sums[stage]
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return self._named(sums)
+
+    def _named(self, sums: Tensor) -> dict[str, Tensor]:
+        count = sums[2].clamp(min=1)
+        return {"loss": sums[0] / count, "acc" if self.task == "classification" else "mae": sums[1] / count}
+
+    def running_metrics(self) -> dict[str, float]:
+        """This rank's means of the epoch so far. Waits for the device: call it rarely."""
+        return {k: float(v) for k, v in self._named(self._sums["train"]).items()}

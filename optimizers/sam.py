@@ -1,0 +1,162 @@
+"""Sharpness-aware minimisation: SAM (arXiv 2010.01412) and its adaptive form ASAM (arXiv 2102.11600).
+
+The gradient of a step is taken at the weights w + e instead of w, with e the move of length `rho` that raises
+the loss the most. There is no optimizer class: both passes live in the closure that any optimizer calls, so
+that every optimizer, precision, clipper, schedule and checkpoint sees an ordinary step at w.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from typing import Annotated, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from crucible.options import ConfigError
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class SamOptions:
+    """The options of sharpness-aware minimisation."""
+
+    sam: Annotated[bool, "take the gradient where the loss nearby is highest; doubles a step's cost"] = False
+    adaptive_sam: Annotated[bool, "measure the distance relative to each weight's size (ASAM)"] = False
+    sam_rho: Annotated[float | None, "[0, inf)", "length of the ascent; null: 0.05, adaptive 0.5"] = None
+    sam_sync: Annotated[
+        bool, "one ascent from the gradient over all processes; false: one in each process, as in the paper"
+    ] = False
+
+
+def check_sam(options: SamOptions, accumulate_grad_batches: int = 1) -> None:
+    """Refuse what SAM cannot honour.
+
+    Raises:
+        ConfigError: for an option of SAM without SAM, or for gradient accumulation with it.
+    """
+    if not options.sam:
+        for name in ("adaptive_sam", "sam_rho", "sam_sync"):
+            if (value := getattr(options, name)) not in (False, None):
+                raise ConfigError(f"model.{name}={value} needs model.sam=True")
+    elif accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"model.sam=True needs trainer.accumulate_grad_batches=1, got {accumulate_grad_batches}:"
+            " the second gradient would be that of the last batch only"
+        )
+
+
+def sam_closure(
+    module: LightningModule,
+    closure: Callable[[], Any],
+    options: SamOptions,
+    reseed: Callable[[], None],
+) -> Callable[[], Any]:
+    """Lightning's closure of one training step, made into the two passes of SAM.
+
+    Hand the result on in `LightningModule.optimizer_step`. The first pass is the ordinary step: its loss,
+    its log and its buffers stay. The second pass starts from the buffers and the random state of the first,
+    leaves the gradient and nothing else, and runs with `module.sam_pass` at 2 (else 1), so that
+    `training_step` can log and count in the first pass only. Hooks around the backward run in both passes,
+    `on_before_optimizer_step` once, on the second pass's gradient. With `sam_rho` 0 the step is bitwise the
+    plain one.
+
+    A first gradient that is not finite (a loss scale too large) gives no ascent: the second pass meets the
+    same overflow at the same weights, and the loss scaler skips the step.
+
+    Args:
+        module: attached to a trainer, with automatic optimization.
+        closure: as Lightning hands it to `optimizer_step`.
+        options: those of SAM; `sam` itself is not looked at.
+        reseed: sets all random generators to the key of this step; called before each pass.
+    """
+    rho = options.sam_rho
+    if rho is None:
+        rho = 0.5 if options.adaptive_sam else 0.05
+
+    def both_passes() -> Any:
+        start = _snapshot(module.buffers())
+        strategy = module.trainer.strategy
+        per_process = isinstance(strategy, ParallelStrategy) and not options.sam_sync
+        reseed()
+        with strategy.block_backward_sync() if per_process else nullcontext():  # type: ignore[attr-defined]
+            loss = closure()
+        if loss is None:  # training_step skipped the batch
+            return None
+        assert hasattr(closure, "_result"), "Lightning's closure no longer keeps its result in _result"
+        result = closure._result
+        first = _snapshot(module.buffers())
+        weights = ascend(module.parameters(), rho, options.adaptive_sam)
+        _copy(start)
+        module.sam_pass = 2  # type: ignore[assignment]
+        try:
+            reseed()
+            closure()
+        finally:
+            module.sam_pass = 1  # type: ignore[assignment]
+            restore(weights)
+            _copy(first)
+        closure._result = result
+        return loss
+
+    return both_passes
+
+
+@torch.no_grad()
+def ascend(parameters: Iterable[Tensor], rho: float, adaptive: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Move the parameters that have a gradient g by e, in place, and return them with their former values.
+
+    `e = rho g / |g|`, or `e = rho w^2 g / |w g|` if `adaptive`: the norm is that of all parameters together,
+    in float32 or wider. A scale on all gradients cancels. Where the norm is not finite nothing moves.
+    Nothing waits for the device.
+    """
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    if not pairs:
+        return []
+    moved, slopes = [p for p, _ in pairs], [grad for _, grad in pairs]
+    saved = _snapshot(moved)
+    if adaptive:
+        slopes = list(torch._foreach_mul(moved, slopes))
+    dtype = reduce(torch.promote_types, {s.dtype for s in slopes}, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(slopes, 2, dtype)))
+    steps = torch._foreach_mul(slopes, rho / (norm + 1e-12))
+    if adaptive:
+        torch._foreach_mul_(steps, moved)
+    # Zero the bits of the steps, as zero times infinity would be NaN.
+    for group in _by_kind([(s, s) for s in steps]).values():
+        bits = _BITS[group[0][0].element_size()]
+        torch._foreach_mul_([s.view(bits) for s, _ in group], norm.isfinite().to(bits))
+    torch._foreach_add_(moved, steps)
+    return saved
+
+
+def restore(saved: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the former values of `ascend` back: bit by bit, whatever has happened to the gradients since."""
+    _copy(saved)
+
+
+def _snapshot(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(t, torch.empty_like(t)) for t in tensors]
+    _copy([(copy, t) for t, copy in pairs])
+    return pairs
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for group in _by_kind(pairs).values():
+        torch._foreach_copy_([target for target, _ in group], [source for _, source in group])
+
+
+def _by_kind(pairs: list[tuple[Tensor, Tensor]]) -> dict[Any, list[tuple[Tensor, Tensor]]]:
+    """Pairs of tensors by dtype and device: what one foreach kernel takes."""
+    groups = defaultdict(list)
+    for pair in pairs:
+        groups[pair[0].dtype, pair[0].device].append(pair)
+    return groups

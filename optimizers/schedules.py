@@ -1,0 +1,157 @@
+"""Learning-rate schedules in closed form: the factor on the learning rate as a function of progress alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from crucible.options import ConfigError
+
+Scheduler = Literal["CosineAnneal", "MultiStep", "Step"]
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The options of the learning-rate schedule; lengths are in epochs.
+
+    Raises:
+        ConfigError: for an option that the chosen scheduler does not have.
+    """
+
+    scheduler: Annotated[Scheduler | None, "how the learning rate falls; null: it stays"] = "CosineAnneal"
+    warmstart: Annotated[int | float, "[0, inf)", "epochs of linear warm-up (arXiv 1706.02677)"] = 0
+    cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the minimum (CosineAnneal)"] = 0
+    lr_min: Annotated[float, "[0, 1]", "where the cosine ends, as a fraction of model.lr (CosineAnneal)"] = (
+        0.0
+    )
+    lr_milestones: Annotated[
+        list[int | float] | None,
+        "(0, inf)",
+        "epochs at which the rate falls; null: at half and three quarters of trainer.max_epochs (MultiStep)",
+    ] = None
+    lr_step_size: Annotated[
+        int | float | None, "(0, inf)", "epochs between falls; null: a quarter of trainer.max_epochs (Step)"
+    ] = None
+    lr_multiplier: Annotated[float | None, "(0, 1]", "factor of each fall; null: 0.1 (MultiStep, Step)"] = (
+        None
+    )
+    lr_interval: Annotated[
+        Literal["epoch", "step"],
+        "when the rate changes: with the epoch, as published recipes mostly do, or with every optimizer step",
+    ] = "epoch"
+
+    def __post_init__(self) -> None:
+        owners: dict[str, tuple[Scheduler, ...]] = {
+            "cooldown": ("CosineAnneal",),
+            "lr_min": ("CosineAnneal",),
+            "lr_milestones": ("MultiStep",),
+            "lr_step_size": ("Step",),
+            "lr_multiplier": ("MultiStep", "Step"),
+        }
+        for name, schedulers in owners.items():
+            value = getattr(self, name)
+            if value not in (None, 0) and self.scheduler not in schedulers:
+                raise ConfigError(
+                    f"model.{name}={value!r} needs model.scheduler={' or '.join(schedulers)},"
+                    f" got {self.scheduler or 'null'}"
+                )
+
+
+def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float]:
+    """The factor on the learning rate as a function of progress, in epochs since the start of training.
+
+    It is defined for any progress from 0 on, depends on nothing else and never rises after the warm-up.
+    With e the progress, w = `warmstart` and E = `epochs` - `cooldown`:
+
+        warm-up, e < w:        (e + 1) / (w + 1)
+        CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - w) / (E - w))) / 2
+        CosineAnneal, e >= E:  lr_min
+        MultiStep:             lr_multiplier ^ (number of milestones <= e)
+        Step:                  lr_multiplier ^ floor(e / lr_step_size)
+
+    A fall that comes before the warm-up ends acts on the warm-up too. The function can be pickled.
+
+    Args:
+        options: the options of the schedule.
+        epochs: length of the training in epochs.
+
+    Raises:
+        ConfigError: for lengths that do not fit into `epochs`.
+    """
+    if options.warmstart + options.cooldown > epochs:
+        raise ConfigError(
+            f"model.warmstart={options.warmstart} and model.cooldown={options.cooldown} together"
+            f" must be at most trainer.max_epochs={epochs}"
+        )
+    late = [m for m in options.lr_milestones or () if m >= epochs]
+    if late:
+        raise ConfigError(f"model.lr_milestones must be less than trainer.max_epochs={epochs}, got {late[0]}")
+    warm_up = float(options.warmstart)
+    if options.scheduler is None:
+        return partial(_constant, warm_up)
+    if options.scheduler == "CosineAnneal":
+        return partial(_cosine, warm_up, epochs - options.cooldown, options.lr_min)
+    multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
+    if options.scheduler == "Step":
+        return partial(_step, warm_up, options.lr_step_size or epochs / 4, multiplier)
+    milestones = options.lr_milestones
+    milestones = [epochs / 2, epochs * 3 / 4] if milestones is None else milestones
+    return partial(_multi_step, warm_up, tuple(milestones), multiplier)
+
+
+def build_scheduler(
+    optimizer: Optimizer, options: ScheduleOptions, *, epochs: float, steps_per_epoch: int
+) -> dict[str, Any] | None:
+    """The schedule as Lightning's `lr_scheduler` configuration, or None where the rate never changes.
+
+    The scheduler is a `LambdaLR` whose only state is a count of epochs or steps.
+
+    Args:
+        optimizer: its learning rates are what the factor scales.
+        options: the options of the schedule.
+        epochs: length of the training in epochs.
+        steps_per_epoch: optimizer steps in an epoch, after gradient accumulation.
+
+    Raises:
+        ConfigError: as `schedule`.
+    """
+    factor = schedule(options, epochs)
+    if options.scheduler is None and not options.warmstart:
+        return None
+    if options.lr_interval == "step":
+        factor = partial(_of_step, factor, steps_per_epoch)
+    return {"scheduler": LambdaLR(optimizer, factor), "interval": options.lr_interval}
+
+
+# Functions of the last argument, bound with `partial`: they pickle, and LambdaLR stores nothing of them, so
+# that a resumed run follows its own options.
+
+
+def _of_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) -> float:
+    return factor(step / steps_per_epoch)
+
+
+def _constant(warm_up: float, epoch: float) -> float:
+    return (epoch + 1) / (warm_up + 1) if epoch < warm_up else 1.0
+
+
+def _cosine(warm_up: float, end: float, minimum: float, epoch: float) -> float:
+    if epoch < warm_up:
+        return _constant(warm_up, epoch)
+    if epoch >= end:
+        return minimum
+    return minimum + (1 - minimum) * (1 + math.cos(math.pi * (epoch - warm_up) / (end - warm_up))) / 2
+
+
+def _multi_step(warm_up: float, milestones: tuple[float, ...], multiplier: float, epoch: float) -> float:
+    return _constant(warm_up, epoch) * multiplier ** sum(m <= epoch for m in milestones)
+
+
+def _step(warm_up: float, size: float, multiplier: float, epoch: float) -> float:
+    return _constant(warm_up, epoch) * multiplier ** (epoch // size)

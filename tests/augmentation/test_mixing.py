@@ -1,0 +1,178 @@
+"""Mixup and CutMix against their formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from augmentation import MixingOptions, build_mixing
+from augmentation.mixing import class_probabilities, cutmix_batch, mixup_batch
+from crucible.options import ConfigError
+
+K = 10
+
+
+def batch(n: int = 32, shape: tuple[int, ...] = (3, 16, 16)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, *shape, generator=generator), torch.arange(n) % K
+
+
+def ids(n: int = 32, spatial: tuple[int, ...] = (16, 16)) -> torch.Tensor:
+    """Sample i is filled with the number i, so that each output pixel tells where it came from."""
+    return torch.arange(n, dtype=torch.float64).view(n, 1, *(1 for _ in spatial)).expand(n, 1, *spatial)
+
+
+def test_off_is_none():
+    assert build_mixing(MixingOptions(), K) is None
+    assert build_mixing(MixingOptions(mixup_alpha=0.7), K) is None
+
+
+@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
+def test_mixing_needs_classes(options):
+    with pytest.raises(ConfigError, match=r"model\.(mixup|cutmix_alpha)=.*num_classes"):
+        build_mixing(options, 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0), MixingOptions(mixup=True, cutmix_alpha=0.5)],
+)
+def test_targets_are_probabilities_whose_largest_is_the_samples_own_label(options):
+    mixing = build_mixing(options, K)
+    input, target = batch()
+    for key in range(50):
+        mixed, probabilities = mixing(input, target, key)
+        assert mixed.shape == input.shape
+        assert probabilities.dtype == torch.float32
+        assert torch.allclose(probabilities.sum(1), torch.ones(32), atol=1e-6)
+        own = probabilities.gather(1, target[:, None])
+        assert (own >= 0.5 - 1e-6).all()
+        assert (probabilities >= 0).all()
+
+
+def test_mixup_mixes_input_and_target_with_one_weight_and_one_permutation():
+    input, target = ids().clone(), torch.eye(32)
+    mixed, probabilities = mixup_batch(input, target, torch.tensor(0.7), torch.tensor(11))
+    partner = torch.where(probabilities == 0.7, 0, probabilities).argmax(
+        1
+    )  # itself where nothing else is left
+    assert sorted(partner.tolist()) == list(range(32))
+    expected = 0.7 * torch.arange(32) + 0.3 * partner
+    assert torch.allclose(mixed[:, 0, 0, 0].float(), expected.float(), atol=1e-5)
+
+
+def test_the_weight_is_folded_beta():
+    mixing = build_mixing(MixingOptions(mixup=True, mixup_alpha=0.4), K)
+    input, target = torch.zeros(2, 1), torch.tensor([0, 1])
+    weights = []
+    for key in range(3000):
+        own = mixing(input, target, key)[1].gather(1, target[:, None])[0].item()
+        weights.append(own)
+    moved = np.asarray([w for w in weights if w < 1.0])  # own partner: nothing to see
+    folded = stats.beta(0.4, 0.4)
+    assert abs(len(moved) / 3000 - 0.5) < 0.05
+    assert stats.kstest(moved, lambda x: folded.cdf(x) - folded.cdf(1 - x)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spatial", [(64,), (16, 16), (12, 20), (8, 10, 6)])
+def test_cutmix_weights_the_target_by_the_area_really_pasted(spatial):
+    input, target = ids(spatial=spatial).clone(), torch.eye(32)
+    clipped = 0
+    for key in range(60):
+        weight = torch.tensor(0.5 + 0.5 * key / 60)
+        mixed, probabilities = cutmix_batch(input, target, weight, torch.tensor(key))
+        foreign = mixed != input
+        moved = foreign.flatten(1).any(1)
+        area = foreign.flatten(1).double().mean(1)[moved]
+        assert torch.allclose(area, area[:1].expand_as(area))
+        assert torch.allclose(1 - probabilities.diagonal()[moved].double(), area, atol=1e-6)
+        assert (area <= 1 - weight + 1e-6).all()
+        clipped += int(bool(moved.any()) and area[0] < 0.75 * (1 - weight))
+        for i in moved.nonzero().flatten().tolist():
+            sources = mixed[i][foreign[i]].unique()
+            assert len(sources) == 1
+            assert probabilities[i, int(sources[0])] > 0
+            corners = foreign[i, 0].nonzero()
+            box = corners.max(0).values - corners.min(0).values + 1
+            assert box.prod() == foreign[i, 0].sum(), "not one box"
+    assert clipped > 0, "no box reached over the edge: the case of interest is not covered"
+
+
+def test_cutmix_boxes_lie_anywhere():
+    input, target = ids(2, (8, 8)).clone(), torch.eye(2)
+    covered = torch.zeros(8, 8)
+    for key in range(400):
+        mixed, _ = cutmix_batch(input, target, torch.tensor(0.8), torch.tensor(key))
+        covered += (mixed != input)[0, 0]
+    assert (covered > 0).all()
+    assert torch.allclose(covered, covered.flip(0), atol=60)
+
+
+def test_with_both_on_each_gets_half_of_the_batches():
+    mixing = build_mixing(MixingOptions(mixup=True, cutmix_alpha=1.0), K)
+    input = ids(8).float()
+    target = torch.arange(8)
+    cutmix = sum((mixing(input, target, key)[0] % 1 == 0).all().item() for key in range(400))
+    assert 150 < cutmix < 250
+
+
+@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
+def test_the_same_key_mixes_the_same_and_another_differently(options):
+    mixing = build_mixing(options, K)
+    input, target = batch()
+    (a, p), (b, q), (c, _) = (mixing(input, target, key) for key in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert torch.equal(p, q)
+    assert not torch.equal(a, c)
+
+
+def test_probabilities_as_targets_are_mixed_like_indices():
+    mixing = build_mixing(MixingOptions(mixup=True), K)
+    input, target = batch()
+    assert torch.equal(mixing(input, target, 4)[1], mixing(input, class_probabilities(target, K), 4)[1])
+
+
+def test_inputs_are_not_changed_in_place():
+    mixing = build_mixing(MixingOptions(mixup=True, cutmix_alpha=1.0), K)
+    input, target = batch()
+    kept, labels = input.clone(), target.clone()
+    for key in range(6):
+        mixing(input, target, key)
+    assert torch.equal(input, kept)
+    assert torch.equal(target, labels)
+
+
+def test_cutmix_refuses_input_without_space():
+    mixing = build_mixing(MixingOptions(cutmix_alpha=1.0), K)
+    with pytest.raises(ConfigError, match=r"model\.cutmix_alpha"):
+        mixing(torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64), 0)
+
+
+def test_half_precision_input_stays_half_and_targets_float32():
+    input, target = batch()
+    for options in (MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)):
+        mixed, probabilities = build_mixing(options, K)(input.bfloat16(), target, 3)
+        assert mixed.dtype == torch.bfloat16
+        assert probabilities.dtype == torch.float32
+
+
+def test_mixing_draws_nothing_from_the_global_generators():
+    state, legacy = torch.default_generator.get_state(), np.random.get_state()[1].copy()
+    build_mixing(MixingOptions(mixup=True), K)(*batch(), 3)
+    assert torch.equal(state, torch.default_generator.get_state())
+    assert (legacy == np.random.get_state()[1]).all()
+
+
+@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
+def test_mixing_compiles_fullgraph_once_for_all_keys(options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = build_mixing(options, K), build_mixing(options, K)
+    compiled.compile(backend="aot_eager")
+    input, target = batch()
+    for key in range(4):
+        for a, b in zip(eager(input, target, key), compiled(input, target, key), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

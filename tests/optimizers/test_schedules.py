@@ -1,0 +1,217 @@
+"""Learning-rate schedules: closed forms, warm-up, resume."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, StepLR
+
+from crucible.options import ConfigError, read_options
+from optimizers.schedules import ScheduleOptions, build_scheduler, schedule
+
+EVERY = [
+    ScheduleOptions(),
+    ScheduleOptions(warmstart=3, cooldown=2, lr_min=0.01),
+    ScheduleOptions(warmstart=2.5),
+    ScheduleOptions(scheduler="MultiStep", warmstart=3, lr_milestones=[2, 6.5], lr_multiplier=0.3),
+    ScheduleOptions(scheduler="Step", warmstart=1, lr_step_size=3),
+    ScheduleOptions(scheduler=None, warmstart=4),
+]
+
+
+def optimizer() -> SGD:
+    return SGD(
+        [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.3}], 0.1
+    )
+
+
+def rates(
+    options: ScheduleOptions, epochs: float, steps_per_epoch: int, count: int, start: int = 0
+) -> list[float]:
+    """The learning rate of both groups before each of `count` calls of the scheduler's step."""
+    built = optimizer()
+    scheduler = build_scheduler(built, options, epochs=epochs, steps_per_epoch=steps_per_epoch)["scheduler"]
+    seen = []
+    for _ in range(count):
+        seen.append([group["lr"] for group in built.param_groups])
+        built.step()
+        scheduler.step()
+    return seen[start:]
+
+
+@pytest.mark.parametrize("warmstart", [0, 1, 5])
+@pytest.mark.parametrize("epochs", [8, 200])
+def test_cosine_per_epoch_is_the_published_closed_form(epochs, warmstart):
+    expected = [
+        (e + 1) / (warmstart + 1)
+        if e < warmstart
+        else (1 + math.cos(math.pi * (e - warmstart) / (epochs - warmstart))) / 2
+        for e in range(epochs)
+    ]
+    got = rates(ScheduleOptions(warmstart=warmstart), epochs, steps_per_epoch=7, count=epochs)
+    assert got == [[0.1 * f, 0.3 * f] for f in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"),
+    [
+        (ScheduleOptions(), lambda o: CosineAnnealingLR(o, T_max=12)),
+        (ScheduleOptions(scheduler="Step"), lambda o: StepLR(o, step_size=3, gamma=0.1)),
+        (ScheduleOptions(scheduler="MultiStep"), lambda o: MultiStepLR(o, [6, 9], gamma=0.1)),
+        (
+            ScheduleOptions(scheduler="MultiStep", lr_milestones=[2, 5], lr_multiplier=0.5),
+            lambda o: MultiStepLR(o, [2, 5], gamma=0.5),
+        ),
+        (
+            ScheduleOptions(scheduler="Step", lr_step_size=5, lr_multiplier=0.5),
+            lambda o: StepLR(o, step_size=5, gamma=0.5),
+        ),
+    ],
+)
+def test_per_epoch_equals_torchs_scheduler(options, reference):
+    other = optimizer()
+    scheduler = reference(other)
+    expected = []
+    for _ in range(12):
+        expected.append([group["lr"] for group in other.param_groups])
+        other.step()
+        scheduler.step()
+    torch.testing.assert_close(torch.tensor(rates(options, 12, 7, 12)), torch.tensor(expected))
+
+
+def test_per_step_the_same_curve_is_followed_in_fractions_of_an_epoch():
+    options = ScheduleOptions(warmstart=2, cooldown=1, lr_min=0.1, lr_interval="step")
+    got = [rate / 0.1 for rate, _ in rates(options, epochs=10, steps_per_epoch=4, count=40)]
+    for step, factor in enumerate(got):
+        e = step / 4
+        if e < 2:
+            expected = (e + 1) / 3
+        elif e < 9:
+            expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (e - 2) / 7)) / 2
+        else:
+            expected = 0.1
+        assert factor == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("options", EVERY)
+def test_nothing_rises_after_the_warm_up_and_the_end_is_no_end(options):
+    factor = schedule(options, 10)
+    curve = [factor(e / 16) for e in range(int(16 * options.warmstart + 0.5), 16 * 40)]
+    assert all(later <= earlier for earlier, later in zip(curve, curve[1:], strict=False))
+    assert 0 <= curve[-1] <= 1
+
+
+@pytest.mark.parametrize("options", EVERY)
+def test_a_pickled_schedule_is_the_same(options):
+    factor = schedule(options, 10)
+    again = pickle.loads(pickle.dumps(factor))
+    assert [again(e / 8) for e in range(100)] == [factor(e / 8) for e in range(100)]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+@pytest.mark.parametrize("stopped", [1, 3, 7, 11])
+def test_a_resumed_run_goes_on_exactly(interval, stopped):
+    options = ScheduleOptions(warmstart=2, lr_interval=interval)
+    arguments = {"epochs": 12 if interval == "epoch" else 4, "steps_per_epoch": 3}
+    whole = rates(options, **arguments, count=12)
+    first = optimizer()
+    scheduler = build_scheduler(first, options, **arguments)["scheduler"]
+    for _ in range(stopped):
+        first.step()
+        scheduler.step()
+    states = pickle.loads(pickle.dumps((first.state_dict(), scheduler.state_dict())))
+    second = optimizer()
+    resumed = build_scheduler(second, options, **arguments)["scheduler"]
+    second.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    got = []
+    for _ in range(stopped, 12):
+        got.append([group["lr"] for group in second.param_groups])
+        second.step()
+        resumed.step()
+    assert got == whole[stopped:]
+
+
+def test_looking_ahead_changes_nothing():
+    options = ScheduleOptions(warmstart=2)
+    built = optimizer()
+    scheduler = build_scheduler(built, options, epochs=12, steps_per_epoch=3)["scheduler"]
+    for _ in range(12):
+        ahead = [scheduler.lr_lambdas[0](e) for e in range(12)]
+        assert built.param_groups[0]["lr"] == 0.1 * ahead[scheduler.last_epoch]
+        built.step()
+        scheduler.step()
+
+
+def test_a_resumed_run_may_be_given_another_length():
+    options = ScheduleOptions()
+    scheduler = build_scheduler(optimizer(), options, epochs=4, steps_per_epoch=3)["scheduler"]
+    longer = build_scheduler(optimizer(), options, epochs=8, steps_per_epoch=3)["scheduler"]
+    longer.load_state_dict(scheduler.state_dict())
+    assert longer.lr_lambdas[0](4) == pytest.approx(0.5)
+
+
+def test_no_scheduler_is_none_and_a_warm_up_alone_is_honoured():
+    assert build_scheduler(optimizer(), ScheduleOptions(scheduler=None), epochs=5, steps_per_epoch=3) is None
+    got = rates(ScheduleOptions(scheduler=None, warmstart=3), epochs=5, steps_per_epoch=3, count=5)
+    assert [rate / 0.1 for rate, _ in got] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_lightning_is_told_the_interval(interval):
+    config = build_scheduler(optimizer(), ScheduleOptions(lr_interval=interval), epochs=5, steps_per_epoch=3)
+    assert config["interval"] == interval
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("scheduler", ["Step", "MultiStep"])
+def test_short_runs_start_at_the_full_rate(scheduler, epochs):
+    assert schedule(ScheduleOptions(scheduler=scheduler), epochs)(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmstart": 8, "cooldown": 3}, "model.warmstart=8 and model.cooldown=3 .* trainer.max_epochs=10"),
+        (
+            {"scheduler": "MultiStep", "lr_milestones": [3, 10]},
+            "model.lr_milestones must be less than trainer.max_epochs=10, got 10",
+        ),
+    ],
+)
+def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        schedule(read_options(ScheduleOptions, values), 10)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"lr_milestones": [3]},
+            r"model.lr_milestones=\[3\] needs model.scheduler=MultiStep, got CosineAnneal",
+        ),
+        ({"lr_step_size": 3}, "model.lr_step_size=3 needs model.scheduler=Step, got CosineAnneal"),
+        ({"lr_multiplier": 0.2}, "model.lr_multiplier=0.2 needs model.scheduler=MultiStep or Step"),
+        (
+            {"scheduler": "Step", "cooldown": 2},
+            "model.cooldown=2 needs model.scheduler=CosineAnneal, got Step",
+        ),
+        ({"scheduler": None, "lr_min": 0.1}, "model.lr_min=0.1 needs model.scheduler=CosineAnneal, got null"),
+        (
+            {"scheduler": "Cosine"},
+            "model.scheduler must be one of .* got 'Cosine'; did you mean CosineAnneal?",
+        ),
+        ({"warmstart": -1}, "model.warmstart must be .* got -1"),
+        ({"lr_multiplier": 0, "scheduler": "Step"}, "model.lr_multiplier must be .* got 0"),
+        ({"scheduler": "MultiStep", "lr_milestones": [0]}, r"model.lr_milestones must be .* got \[0\]"),
+    ],
+)
+def test_an_option_without_effect_or_out_of_range_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        read_options(ScheduleOptions, values)

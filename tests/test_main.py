@@ -1,0 +1,283 @@
+"""main.py end to end: the commands of the README and the design, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, runs_in, write_images
+
+SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=2", "logger.wandb=null"]
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = runs_in(folder)
+    return run
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+# what a run leaves behind
+
+
+def test_a_run_directory_is_complete(cli, tmp_path: Path) -> None:
+    outcome = cli(*TINY, "trainer.max_epochs=2", "callbacks.plots={_target_: callbacks.plots.ResultPlots}", "exp_dir=results")
+    assert outcome.status == 0, outcome.err
+    run = only_run(tmp_path / "results")
+    assert run.parent.name == "synthetic"
+    assert not [p for p in run.rglob("*") if "=" in p.name]
+    for name in ("config.yaml", "overrides.yaml", "metrics.csv", "summary.json", "main.log"):
+        assert (run / name).is_file(), name
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list((run / "plots").glob("*.png"))
+    rows = rows_of(run)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    for column in ("step", "train/loss", "train/acc", "val/loss", "val/acc", "val/f1", "lr", "time/epoch_s", "time/images_per_s"):
+        assert rows[-1][column] != "", column
+    assert 0 <= float(rows[-1]["val/acc"]) <= 1
+    summary = summary_of(run)
+    assert summary["schema"] == 1 and summary["status"] == "finished" and summary["arm"] == "baseline"
+    for key in ("final", "best", "epochs", "wall_time_s", "images_per_s", "peak_memory_mb", "parameters", "device",
+                "precision", "versions", "git", "seed", "techniques", "heartbeat", "run_id", "identity"):  # fmt: skip
+        assert key in summary, key
+    assert summary["epochs"] == 2 and "test/acc" in summary["final"]
+    assert not (run / "claim").exists()
+
+
+def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folder(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    run = only_run(tmp_path)
+    before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    again = cli(*TINY, "data.module.num_workers=0", "logger.wandb=null")
+    assert again.status == 0 and "finished before" in again.out
+    assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+    assert cli(*TINY, "fresh=true").status == 0
+    assert {p.name for p in run.parent.iterdir()} == {run.name, f"{run.name}.old-1"}
+
+
+def test_what_changes_the_result_changes_the_identity_and_nothing_else_does(cli, tmp_path: Path) -> None:
+    for arguments in ([], ["data.module.num_workers=0"], ["checkpoint.keep=last"], ["model.powergrad_alpha=1.0"]):
+        cli(*TINY, *arguments)
+    assert len(runs_in(tmp_path)) == 1
+    for arguments in (["seed=1"], ["model.powergrad_alpha=0.3"], ["data.module.split_seed=1"], ["model.lr=0.01"]):
+        cli(*TINY, *arguments)
+    runs = runs_in(tmp_path)
+    assert len(runs) == 5
+    hashes = {run.name.split("-")[0] for run in runs}
+    assert len(hashes) == 4, "seeds of one arm share the hash"
+
+
+def test_the_arm_is_named_after_techniques_and_options(cli, tmp_path: Path) -> None:
+    cli(*TINY, "technique=[powergrad,mixup]", "model.mixup_alpha=0.4")
+    summary = summary_of(only_run(tmp_path))
+    assert summary["arm"] == "mixup+powergrad mixup_alpha=0.4"
+    assert summary["techniques"] == ["mixup", "powergrad"]
+    config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
+    assert config["model"]["mixup_alpha"] == 0.4 and config["model"]["powergrad_alpha"] == 0.3
+
+
+def test_keep_none_leaves_no_training_state(cli, tmp_path: Path) -> None:
+    assert cli(*TINY, "checkpoint.keep=none").status == 0
+    assert not list((only_run(tmp_path) / "checkpoints").iterdir())
+
+
+# a recorded run
+
+
+def test_test_and_predict_need_only_the_run(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    run = only_run(tmp_path)
+    tested = cli(f"run={run}", "task=test", "ckpt_path=last")
+    assert tested.status == 0, tested.err
+    record = json.loads((run / "test.json").read_text())
+    assert record["checkpoint"] == "last.ckpt"
+    assert record["metrics"]["test/acc"] == pytest.approx(summary_of(run)["final"]["test/acc"])
+    assert cli(f"run={run}", "task=predict", "ckpt_path=last").status == 0
+    with (run / "predictions.csv").open(newline="") as stream:
+        predictions = list(csv.DictReader(stream))
+    hits = [row["target"] == row["prediction"] for row in predictions]
+    assert sum(hits) / len(hits) == pytest.approx(summary_of(run)["final"]["test/acc"])
+    probabilities = [float(v) for k, v in predictions[0].items() if k.startswith("p(")]
+    assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+
+
+def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) -> None:
+    cli(*TINY, "data.cv.k=3")
+    cli(*TINY, "data.cv.k=3", "data.module.fold=1")
+    runs = runs_in(tmp_path)
+    assert len(runs) == 2
+    singles = []
+    for run in runs:
+        cli(f"run={run}", "task=predict", f"out={tmp_path / run.name}.csv")
+        with Path(f"{tmp_path / run.name}.csv").open(newline="") as stream:
+            singles.append(list(csv.DictReader(stream)))
+    out = tmp_path / "both.csv"
+    assert cli(f"run={runs[0].parent}/*", "task=predict", f"out={out}").status == 0
+    with out.open(newline="") as stream:
+        both = list(csv.DictReader(stream))
+    column = next(k for k in both[0] if k.startswith("p("))
+    for first, second, mean in zip(*singles, both, strict=True):
+        assert float(mean[column]) == pytest.approx((float(first[column]) + float(second[column])) / 2, abs=1e-5)
+    assert cli(f"run={runs[0]},{runs[1]}", "task=test").status == 0
+
+
+def test_a_recorded_run_refuses_to_become_another(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    run = only_run(tmp_path)
+    changed = cli(f"run={run}", "model.lr=0.5")
+    assert changed.status != 0 and "model.lr" in changed.err and len(changed.err.strip().splitlines()) == 1
+    assert "finished before" in cli(f"run={run}").out
+
+
+def test_load_run_gives_the_network_the_config_and_the_table(cli, tmp_path: Path) -> None:
+    from crucible import load_run
+
+    cli(*TINY)
+    run = only_run(tmp_path)
+    loaded = load_run(run, checkpoint="last")
+    assert not loaded.model.training
+    assert loaded.config["data"]["module"]["name"] == "synthetic"
+    assert list(loaded.metrics["epoch"]) == [0]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(v, saved[k]) for k, v in loaded.model.state_dict().items())
+
+
+def test_ckpt_path_starts_a_new_run_from_a_training_state(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    first = only_run(tmp_path)
+    outcome = cli(*TINY, "trainer.max_epochs=2", f"ckpt_path={first / 'checkpoints' / 'last.ckpt'}")
+    assert outcome.status == 0, outcome.err
+    second = next(run for run in runs_in(tmp_path) if run != first)
+    assert [row["epoch"] for row in rows_of(second)] == ["1"]
+
+
+def test_init_from_starts_from_another_runs_weights_and_reports_the_head(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    weights = only_run(tmp_path) / "checkpoints" / "best.ckpt"
+    outcome = cli(*TINY, "data.num_classes=3", "data.module.num_classes=3", f"model.init_from={weights}")
+    assert outcome.status == 0, outcome.err
+    assert "fc" in outcome.out
+
+
+# the design's commands
+
+
+@pytest.mark.slow
+def test_the_main_job_learns_the_digits(shell, tmp_path: Path) -> None:
+    outcome = shell()
+    assert outcome.status == 0, outcome.err
+    assert summary_of(only_run(tmp_path))["final"]["test/acc"] >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["model.mixup=true", "model.label_smoothing=0.1", "trainer.precision=bf16-mixed"]])
+def test_the_signature_command_trains_on_an_imagenet_folder(shell, tmp_path: Path, imagenet_folder: Path, extra) -> None:
+    outcome = shell(
+        "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
+        "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", *SHORT, *extra,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert summary_of(only_run(tmp_path / "experiments"))["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_signature_command_compiles(shell, tmp_path: Path, imagenet_folder: Path) -> None:
+    outcome = shell(
+        "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
+        "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true", *SHORT,
+        timeout=500,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    run = only_run(tmp_path / "experiments")
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not [k for k in state if "_orig_mod" in k], "a compiled run's checkpoint loads into a plain one"
+
+
+def cifar_folder(tmp_path: Path) -> Path:
+    root = tmp_path / "cifar10"
+    names = [f"class{i}" for i in range(10)]
+    write_images(root / "train", names, 6, (32, 32))
+    write_images(root / "test", names, 2, (32, 32))
+    return root
+
+
+DESIGN = {
+    "efficientnetv2": ["env=local", "model=efficientnetv2", "data=cifar10", "model.type=M"],
+    "resnet50 with sam": [
+        "model=resnet", "model._target_=models.dynamic_resnet.ResNet50", "model.sam=True", "model.warmstart=10",
+        "trainer.max_epochs=200",
+    ],
+    "two techniques": ["technique=[powergrad,mixup]", "model.mixup_alpha=0.4"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DESIGN)
+def test_a_command_of_the_design_runs(shell, tmp_path: Path, name: str) -> None:
+    data = []
+    if "data=cifar10" in DESIGN[name]:
+        data = [f"data.module.data_root_dir={cifar_folder(tmp_path)}", "data.module.val_split=0.2"]
+    outcome = shell(*DESIGN[name], *data, *SHORT, "data.module.batch_size=16", "trainer.limit_test_batches=2")
+    assert outcome.status == 0, outcome.err
+    assert summary_of(only_run(tmp_path / "experiments"))["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_multirun_runs_every_arm_and_seed_and_the_report_compares_them(shell, tmp_path: Path) -> None:
+    outcome = shell(
+        "-m", "model=resnet", "technique=baseline,powergrad,[powergrad,mixup]", "seed=range(5)", *TINY, timeout=550
+    )
+    assert outcome.status == 0, outcome.err
+    summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")]
+    assert len(summaries) == 15
+    arms = {s["arm"] for s in summaries}
+    assert arms == {"baseline", "powergrad", "mixup+powergrad"}
+    assert {s["seed"] for s in summaries if s["arm"] == "powergrad"} == set(range(5))
+    report = shell("runs=experiments/synthetic", script="report.py")
+    assert report.status == 0, report.err
+    text = next((tmp_path / "experiments" / "synthetic").rglob("report.md")).read_text()
+    assert all(arm in text for arm in arms)
+
+
+def test_seed_style_folds_are_a_sweep(cli, tmp_path: Path) -> None:
+    for fold in range(2):
+        assert cli(*TINY, "data.cv.k=2", f"data.module.fold={fold}").status == 0
+    assert len(runs_in(tmp_path)) == 2
+
+
+def test_a_failing_job_does_not_end_the_sweep_and_is_listed(shell, tmp_path: Path) -> None:
+    outcome = shell("-m", *TINY, "model.lr=0.01,-1,0.02")
+    assert outcome.status == 1
+    assert len(runs_in(tmp_path / "experiments" / "synthetic")) == 2
+    assert "1 of the sweep's jobs did not finish" in outcome.err and "model.lr=-1" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_the_readme_holds_two_setup_commands() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:45]
+    commands = [line.strip() for line in first_screen if line.startswith("    python3 ")]
+    assert len(commands) == 2
+    assert "main.py" in commands[0] and "pytest" in commands[1]
+
+
+def test_train_yaml_states_the_defaults_of_the_rooms() -> None:
+    import dataclasses
+
+    from models.base_model import ROOMS
+
+    stated = yaml.safe_load((ROOT / "cli_configs" / "train.yaml").read_text())["model"]
+    fields = {f.name: f.default for room in ROOMS for f in dataclasses.fields(room)}
+    assert set(fields) <= set(stated), set(fields) - set(stated)
+    differing = {n: (stated[n], d) for n, d in fields.items() if stated[n] != d}
+    assert not differing

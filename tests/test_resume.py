@@ -1,0 +1,137 @@
+"""A run can be killed at any point and goes on as if nothing had happened: bit-identical weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, end_group, runs_in
+
+# dropout, mixing and drop paths draw random numbers; batch norm and momentum carry state
+STATEFUL = [
+    *TINY, "trainer.max_epochs=3", "model.mixup=true", "model.resnet_dropout=0.2", "model.stochastic_depth=0.2",
+    "checkpoint.every_steps=2", "model.warmstart=1",
+]  # fmt: skip
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> Path:
+    """Wait until last.ckpt of the run holds at least `step` optimizer steps."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for run in runs_in(folder):
+            file = run / "checkpoints" / "last.ckpt"
+            if file.is_file() and torch.load(file, weights_only=True)["global_step"] >= step:
+                return run
+        time.sleep(0.02)
+    pytest.fail(f"never reached step {step}: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    process = launch(folder, *STATEFUL)
+    assert process.wait(240) == 0, process.communicate()[0]
+    return runs_in(folder)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_kill_minus_9_loses_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
+    process = launch(tmp_path, *STATEFUL)
+    run = wait_for_step(tmp_path, process, step)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert json.loads((run / "summary.json").read_text())["status"] == "running"
+    resumed = launch(tmp_path, f"run={run}", "data.module.num_workers=2")
+    assert resumed.wait(240) == 0, resumed.communicate()[0]
+    assert equal(weights(run), weights(uninterrupted))
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
+    tmp_path: Path, uninterrupted: Path, number: int
+) -> None:
+    process = launch(tmp_path, *STATEFUL)
+    run = wait_for_step(tmp_path, process, 3)
+    os.kill(process.pid, number)
+    assert process.wait(60) == 128 + number
+    end_group(process)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and signal.Signals(number).name in summary["reason"]
+    assert not (run / "claim").exists()
+    resumed = launch(tmp_path, *STATEFUL)
+    assert resumed.wait(240) == 0, resumed.communicate()[0]
+    assert equal(weights(run), weights(uninterrupted))
+
+
+@pytest.mark.slow
+def test_a_run_in_progress_is_left_alone(tmp_path: Path) -> None:
+    process = launch(tmp_path, *TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
+    try:
+        wait_for_step(tmp_path, process, 2)
+        second = launch(tmp_path, *TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
+        out, _ = second.communicate(timeout=120)
+        assert second.returncode != 0 and "in progress" in out
+    finally:
+        end_group(process)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_worker_count_does_not_change_the_result(cli, tmp_path: Path, uninterrupted: Path) -> None:
+    process = launch(tmp_path, *STATEFUL, "data.module.num_workers=2")
+    assert process.wait(240) == 0, process.communicate()[0]
+    assert equal(weights(runs_in(tmp_path)[0]), weights(uninterrupted))
+
+
+def test_a_crash_is_recorded_with_its_reason(cli, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "bomb.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Bomb(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *rest):\n"
+        "        if trainer.global_step == 3:\n"
+        "            raise RuntimeError('the roof is on fire')\n"
+    )
+    outcome = cli(*TINY, "user_dir=mine", "+callbacks.bomb._target_=bomb.Bomb")
+    assert outcome.status == 1
+    assert "the roof is on fire" in outcome.err and "Traceback" not in outcome.err
+    (run,) = runs_in(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "failed" and "the roof is on fire" in summary["reason"]
+    assert "Traceback" in (run / "main.log").read_text()
+    assert not (run / "claim").exists()
+
+
+def test_a_diverged_run_is_a_failed_run(cli, tmp_path: Path) -> None:
+    outcome = cli(*TINY, "model.lr=1e30", "trainer.max_epochs=3")
+    assert outcome.status == 1 and "diverged" in outcome.err
+    (run,) = runs_in(tmp_path)
+    assert "diverged" in json.loads((run / "summary.json").read_text())["reason"]
