@@ -14,7 +14,7 @@ from crucible import command_line
 ROOT = Path(__file__).resolve().parent
 
 
-@hydra.main(config_path="cli_configs", config_name="train", version_base="1.3")
+@hydra.main(config_path=str(ROOT / "cli_configs"), config_name="train", version_base="1.3")
 def compose(config: DictConfig) -> float | None:
     """One composed job: recorded, then run (a sweep's jobs in processes of their own)."""
     from crucible.jobs import run_composed

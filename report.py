@@ -8,7 +8,6 @@ Read, tabulate, compare, write: each step is one section below.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -137,6 +136,7 @@ class Run:
     arm: str
     techniques: tuple[str, ...]
     unit: Unit
+    final: Mapping[str, float]
     value: float | None
     diverged: str
     seconds: float | None
@@ -239,7 +239,7 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     read = [_read_run(path, request.metric) for path in paths.values()]
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
-        known = sorted({name for run in runs for name in _final(_summary(run.path))})
+        known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
     return runs, [r for r in read if isinstance(r, LeftOut)]
@@ -254,36 +254,23 @@ def _find(folder: Path) -> Iterable[Path]:
             folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
 
 
-@functools.cache
-def _summary(path: Path) -> dict[str, Any]:
-    from crucible.run import RunDirectory
-
-    summary = RunDirectory(path).summary()
-    if not isinstance(summary, dict):
-        raise ValueError("not a mapping")
-    return summary
-
-
-def _final(summary: Mapping[str, Any]) -> dict[str, float]:
-    final = summary.get("final") or {}
-    return {k: float(v) for k, v in final.items() if isinstance(v, (int, float))}
-
-
 def _read_run(path: Path, metric: Metric) -> Run | LeftOut:
     import yaml
 
     from crucible.run import RunDirectory
 
     try:
-        summary = _summary(path)
+        summary = RunDirectory(path).summary()
         text = (path / "config.yaml").read_text(encoding="utf-8")
         config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        if not isinstance(config, dict):
-            raise ValueError("config.yaml is not a mapping")
+        if not isinstance(config, dict) or not isinstance(summary, dict):
+            raise ValueError("config.yaml or summary.json is not a mapping")
     except (OSError, ValueError, yaml.YAMLError) as error:
         return LeftOut(path, "unreadable", " ".join(str(error).split()))
     status, reason = str(summary.get("status", "unfinished")), str(summary.get("reason") or "")
-    diverged = reason or "diverged" if status == "failed" and reason.startswith("diverged") else ""
+    diverged = ""
+    if status == "failed" and reason.startswith("diverged"):
+        diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
     if status != "finished" and not diverged:
         resume = f"go on with: python main.py run={path}"
         if status == "running":
@@ -296,7 +283,8 @@ def _read_run(path: Path, metric: Metric) -> Run | LeftOut:
     module = (config.get("data") or {}).get("module") or {}
     techniques = tuple(summary.get("techniques") or ())
     arm = str(summary.get("arm") or "+".join(techniques) or "baseline")
-    value = _final(summary).get(metric.name)
+    final = {k: float(v) for k, v in (summary.get("final") or {}).items() if isinstance(v, (int, float))}
+    value = final.get(metric.name)
     if value is not None and not diverged:
         diverged = _looks_diverged(value, metric, settings.get("data.num_classes"))
     seconds = summary.get("wall_time_s")
@@ -306,6 +294,7 @@ def _read_run(path: Path, metric: Metric) -> Run | LeftOut:
         arm=arm,
         techniques=techniques,
         unit=(int(summary.get("seed", config.get("seed", 0)) or 0), int(module.get("fold") or 0)),
+        final=final,
         value=value,
         diverged=diverged,
         seconds=float(seconds) if seconds else None,
@@ -413,19 +402,12 @@ def tabulate(data: str, runs: Sequence[Run], request: Request) -> Table:
                 arm.incomplete.append(run)
             else:
                 arm.runs[unit] = run
-    if request.baseline not in arms:
-        if len(arms) > 1:
-            where = f" in {data}" if len({r.data for r in runs}) else ""
-            known = ", ".join(arms)
-            asked = (
-                f"baseline={request.baseline}: no such arm"
-                if request.baseline_given
-                else "baseline is missing"
-            )
-            raise ConfigError(f"{asked}{where}; choose one of: {known}", see=SEE)
+    baseline = request.baseline
+    if baseline not in arms:
+        if len(arms) > 1 or request.baseline_given:
+            asked = f"baseline={baseline}: no such arm" if request.baseline_given else "baseline is missing"
+            raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}", see=SEE)
         baseline = next(iter(arms))
-    else:
-        baseline = request.baseline
     ordered = {baseline: arms[baseline], **arms}
     table = Table(data, baseline, ordered, warnings)
     table.warnings += [*_looks(table, request.metric), *_settings(table), *_circumstances(runs)]
@@ -542,7 +524,7 @@ class Comparison:
     ratio: float
     ratio_low: float
     ratio_high: float
-    verdict: str = ""
+    verdict: str = dataclasses.field(default="", init=False)
 
     @property
     def n(self) -> int:
@@ -568,37 +550,35 @@ def compare(table: Table, request: Request) -> Table:
 
 
 def _pair(arm: Arm, base: Arm) -> Comparison:
-    import numpy as np
-
-    units = sorted(set(arm.runs) & set(base.runs))
-    pairs = [(arm.runs[u], base.runs[u]) for u in units]
-    differences = [
-        float(a.value) - float(b.value) for a, b in pairs if a.value is not None and b.value is not None
-    ]
+    pairs = [(arm.runs[u], base.runs[u]) for u in sorted(set(arm.runs) & set(base.runs))]
+    differences = [float(a.value or 0.0) - float(b.value or 0.0) for a, b in pairs]
     mean, sd, low, high, p = paired_t(differences)
+    if _copied(differences, sd, base):
+        low = high = p = math.nan
     logs = [math.log(a.seconds / b.seconds) for a, b in pairs if a.seconds and b.seconds]
-    ratio, _, ratio_low, ratio_high, _ = (np.exp(v) for v in paired_t(logs))
+    ratio, _, ratio_low, ratio_high, _ = paired_t(logs)
+    ratios = [math.exp(r) for r in (ratio, ratio_low, ratio_high)]
     return Comparison(
-        arm=arm.name, differences=differences, mean=mean, sd=sd, low=low, high=high, p=p,
-        p_flip=sign_flip_p(differences), p_holm=math.nan,
-        ratio=float(ratio), ratio_low=float(ratio_low), ratio_high=float(ratio_high),
-    )  # fmt: skip
+        arm.name, differences, mean, sd, low, high, p, sign_flip_p(differences), math.nan, *ratios
+    )
+
+
+def _copied(differences: Sequence[float], sd: float, base: Arm) -> bool:
+    return len(differences) > 1 and sd <= COPIED * max(map(abs, base.values))
 
 
 def paired_t(differences: Sequence[float]) -> tuple[float, float, float, float, float]:
     """`(mean, sd, low, high, p)`: mean and 95% interval of the differences, two-sided p of Student's t.
 
-    NaN where it cannot be had: all without differences, all but the mean with one, interval and p where the
-    differences do not vary.
+    NaN for what the differences cannot tell: nothing from none; interval and p only from three on (of two
+    the interval is 18 sd wide), and not where they do not vary.
     """
     from scipy.stats import t
 
     n = len(differences)
     mean = math.fsum(differences) / n if n else math.nan
-    if n < 2:
-        return mean, math.nan, math.nan, math.nan, math.nan
-    sd = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1))
-    if sd == 0:
+    sd = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (n - 1)) if n > 1 else math.nan
+    if n < 3 or sd == 0:
         return mean, sd, math.nan, math.nan, math.nan
     error = sd / math.sqrt(n)
     half = float(t.ppf(1 - ALPHA / 2, n - 1)) * error
@@ -651,11 +631,17 @@ def pooled_sd(table: Table) -> tuple[float, int]:
 
 
 def power(effect: float, n: int, alpha: float) -> float:
-    """The chance that a two-sided paired t over `n` pairs finds an effect of so many sd of the difference."""
-    from scipy.stats import nct, t
+    """The chance that a two-sided paired t over `n` pairs finds an effect of so many sd of the difference.
 
-    critical, shift = t.ppf(1 - alpha / 2, n - 1), effect * math.sqrt(n)
-    return float(nct.sf(critical, n - 1, shift) + nct.cdf(-critical, n - 1, shift))
+    The noncentral t as a normal over a chi, summed over 2,000 equally likely chis: accurate to 0.001, and
+    finite for any effect, which scipy's `nct` is not.
+    """
+    import numpy as np
+    from scipy.stats import chi2, norm, t
+
+    chi = np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1))
+    critical, shift = t.ppf(1 - alpha / 2, n - 1) * chi, effect * math.sqrt(n)
+    return float((norm.cdf(shift - critical) + norm.cdf(-shift - critical)).mean())
 
 
 def needed_pairs(effect: float, alpha: float) -> int | None:
@@ -688,7 +674,7 @@ def _verdict(
     pairs = f"{c.n} pair{'' if c.n == 1 else 's'}"
     if arm.incomplete or base.incomplete:
         return f"cannot say ({metric.name} is not in all runs)"
-    if _copied(c, base):
+    if _copied(c.differences, c.sd, base):
         return f"cannot say ({pairs}, all with the same difference)"
     if c.n < 3:
         return f"cannot say ({pairs})"
@@ -731,19 +717,15 @@ def _more_seeds(
     return f"; about {more} more seeds ({min(low, more)} to {high})"
 
 
-def _copied(c: Comparison, base: Arm) -> bool:
-    return c.n > 1 and c.sd < COPIED * max(map(abs, base.values), default=1.0)
-
-
 def _difference_warnings(c: Comparison, base: Arm, metric: Metric) -> Iterable[str]:
     import numpy as np
 
-    if _copied(c, base):
+    if _copied(c.differences, c.sd, base):
         yield f"{c.arm}: every pair differs by the same {metric.show(c.mean, signed=True)}: copied runs?"
     median = float(np.median(c.differences)) if c.n else 0.0
     if c.n >= 3 and c.mean * median < 0:
         yield f"{c.arm}: mean and median of the differences have opposite signs; look at the single runs"
-    if not math.isnan(c.p_flip) and (c.p_flip < ALPHA) != (c.p < ALPHA):
+    if not math.isnan(c.p_flip + c.p) and (c.p_flip < ALPHA) != (c.p < ALPHA):
         yield f"{c.arm}: sign-flip test (p {c.p_flip:.3f}) and t test (p {c.p:.3f}) disagree about 0.05"
 
 
@@ -831,23 +813,19 @@ def _arm_cells(table: Table, metric: Metric) -> Cells:
 
 def _comparison_cells(table: Table, metric: Metric) -> Cells:
     flips = any(not math.isnan(c.p_flip) for c in table.comparisons)
-    head = ["arm", "pairs", "difference", "95% interval", "p", *(["flip p"] if flips else []), "Holm p"]
+    head = ["arm", "pairs", "diff", "95% interval", "p", *(["flip p"] if flips else []), "Holm p"]
     rows = []
     for c in table.comparisons:
         difference = "-" if math.isnan(c.mean) else metric.show(c.mean, signed=True)
         interval = f"{metric.show(c.low, signed=True)} to {metric.show(c.high, signed=True)}"
         ratio = _number(c.ratio, ".2f")
-        if not math.isnan(c.ratio_low) and c.n > 2:
-            ratio += f" ({c.ratio_low:.2f} to {c.ratio_high:.2f})"
+        if not math.isnan(c.ratio_low):
+            ratio += f" ({c.ratio_low:.2f}-{c.ratio_high:.2f})"
         if c.n == 2:
             interval = "both: " + ", ".join(metric.show(d, signed=True) for d in c.differences)
         elif math.isnan(c.low):
             interval = "-"
-        tested = (
-            [_p(c.p), *([_p(c.p_flip)] if flips else []), _p(c.p_holm)]
-            if c.n > 2
-            else ["-"] * (3 if flips else 2)
-        )
+        tested = [_p(c.p), *([_p(c.p_flip)] if flips else []), _p(c.p_holm)]
         rows.append([c.arm, str(c.n), difference, interval, *tested, ratio, c.verdict])
     return [*head, "time ratio", "verdict"], rows
 
@@ -902,7 +880,8 @@ def _markdown(tables: Sequence[Table], left_out: Sequence[LeftOut], request: Req
 
 _CSV_COLUMNS = (
     "data", "arm", "metric", "n", "diverged", "mean", "sd", "median", "min", "max", "time_s", "pairs",
-    "difference", "low", "high", "p", "p_flip", "p_holm", "time_ratio", "time_ratio_low", "time_ratio_high", "verdict",
+    "difference", "low", "high", "p", "p_flip", "p_holm", "time_ratio",
+    "time_ratio_low", "time_ratio_high", "verdict",
 )  # fmt: skip
 
 
@@ -935,24 +914,32 @@ def _print(tables: Sequence[Table], left_out: Sequence[LeftOut], request: Reques
 
     def show(title: str, cells: Cells) -> None:
         head, rows = cells
-        grid = Grid(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        texts = ("arm", "run", "status", "reason")
+        grid = Grid(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        )
         for name in head:
-            left = name in ("arm", "verdict", "run", "status", "reason")
-            grid.add_column(name, justify="left" if left else "right", overflow="fold")
+            grid.add_column(name, justify="left" if name in texts else "right", overflow="fold")
         for row in rows:
             grid.add_row(*row)
         console.print(grid)
 
     for table in tables:
         console.print(f"\n{table.data}: {_headline(table, request)}\n")
-        for title, cells in _sections(table, request):
-            show(title, cells)
+        for title, (head, rows) in _sections(table, request):
+            shown = len(head) - (
+                head[-1] == "verdict"
+            )  # verdicts are sentences: below, on lines of their own
+            show(title, (head[:shown], [row[:shown] for row in rows]))
+        width = max((len(c.arm) for c in table.comparisons), default=0)
+        for c in table.comparisons:
+            console.print(f"{c.arm:{width}}  {c.verdict}", soft_wrap=True)
         for note in table.notes:
-            console.print(note)
+            console.print(f"\n{note}")
         if table.warnings:
             console.print("\nLook at")
             for warning in table.warnings:
-                console.print(f"  - {warning}")
+                console.print(f"  - {warning}", soft_wrap=True)
     if left_out:
         console.print()
         show("Runs left out", _left_out_cells(left_out))

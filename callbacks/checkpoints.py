@@ -80,7 +80,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
-            not trainer.state.fn == "fit"
+            trainer.state.fn != "fit"
             or trainer.sanity_checking
             or self.monitor not in trainer.callback_metrics
         ):

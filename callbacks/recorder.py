@@ -50,8 +50,8 @@ class Recorder(Callback):
         self.train_seconds = 0.0
         self.images = 0
         self._epoch_started = 0.0
-        self._epoch_seconds = 0.0
         self._paused = 0.0
+        self._lr = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Training time and images so far, so that a resumed run's totals are whole."""
@@ -64,24 +64,31 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = self.run.metrics()
         self.rows = [dict(row) for row in known if int(row["epoch"]) < trainer.current_epoch]
+        self._begin_epoch()  # Lightning calls no on_train_epoch_start for an epoch resumed in its middle
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch_started, self._paused = time.monotonic(), 0.0
-        self._batches = 0
+        self._begin_epoch()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def _begin_epoch(self) -> None:
+        self._epoch_started, self._paused, self._batches, self._validated = time.monotonic(), 0.0, 0, False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves on
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused += time.monotonic() - self._validation_started
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        # Lightning keeps the values of an earlier epoch's validation
+        fresh = ("train/", "val/") if self._validated else ("train/",)
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
         seconds = time.monotonic() - self._epoch_started - self._paused
         images = self._batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
         self.train_seconds += seconds
@@ -91,7 +98,7 @@ class Recorder(Callback):
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 **dict(sorted(values.items())),
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "lr": self._lr,
                 "time/epoch_s": round(seconds, 3),
                 "time/images_per_s": round(images / max(seconds, 1e-9), 1),
             }
@@ -102,7 +109,9 @@ class Recorder(Callback):
                 )
             self.rows.append(row)
             self.run.write_metrics(self.rows)
-            self.run.update_summary(**self.totals(trainer, pl_module), final=values)
+            self.run.update_summary(
+                **self.totals(trainer, pl_module), final={**self.run.summary().get("final", {}), **values}
+            )
         loss = values.get("train/loss", 0.0)
         if not math.isfinite(loss):
             raise Diverged(f"diverged: train/loss is {loss} in epoch {trainer.current_epoch}")

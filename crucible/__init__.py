@@ -1,7 +1,7 @@
 """Crucible's core: configuration, run directories, jobs and tasks.
 
-    from crucible import load_run
-    run = load_run("experiments/digits/1a2b3c4d-s0")
+from crucible import load_run
+run = load_run("experiments/digits/1a2b3c4d-s0")
 """
 
 from typing import Any

@@ -77,7 +77,9 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
     with keyed_rng(stream_key(config["seed"], "construction")), record:
         model: BaseModel = instantiate(options, _convert_="all")
     if not hasattr(model, "model"):
-        raise ConfigError(f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md")
+        raise ConfigError(
+            f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md"
+        )
     if not options.get("pretrained"):
         keyed_initialization(model, record, config["seed"])
     if init_from and load:

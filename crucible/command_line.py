@@ -80,20 +80,27 @@ def explain(error: Exception) -> int:
     message, see = describe(error)
     if message is None:
         text = str(error).strip().splitlines()
-        print(f"error: {type(error).__name__}: {text[0] if text else ''} (HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)  # noqa: T201
+        print(
+            f"error: {type(error).__name__}: {text[0] if text else ''} (HYDRA_FULL_ERROR=1 shows where)",
+            file=sys.stderr,
+        )
         return 1
-    print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)  # noqa: T201
+    print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
     return BAD_INPUT
 
 
 def describe(error: Exception) -> tuple[str | None, str]:
     """The one-line message of a mistake, and where to look; (None, "") for what is not the user's mistake."""
-    if isinstance(error, ConfigError):
-        return str(error), error.see
+    mistake = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
+    if mistake is not None:
+        return str(mistake), mistake.see
     kind, text, see = type(error).__name__, str(error), "cli_configs/train.yaml"
     chain = " ".join(str(e) for e in _causes(error))
     if match := re.search(r"Environment variable '(\w+)' not found", chain):
-        return f"the environment variable {match.group(1)} is not set; env=cluster needs it", "cli_configs/env"
+        return (
+            f"the environment variable {match.group(1)} is not set; env=cluster needs it",
+            "cli_configs/env",
+        )
     if match := re.search(r"Could not (?:override|append to config|delete from config).*?'([^']+)'", text):
         key = match.group(1)
         return f"{key}: no such option{suggest(key.rsplit('.', 1)[-1], _siblings(key))}", see
@@ -102,11 +109,25 @@ def describe(error: Exception) -> tuple[str | None, str]:
         available = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         near = difflib.get_close_matches(choice, available, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{group}={choice}: no such choice; there are {', '.join(sorted(available))}{hint}", f"cli_configs/{group}"
-    if kind in ("OverrideParseException", "LexerNoViableAltException", "HydraException") or "parsing override" in text:
+        return (
+            f"{group}={choice}: no such choice; there are {', '.join(sorted(available))}{hint}",
+            f"cli_configs/{group}",
+        )
+    if (
+        kind in ("OverrideParseException", "LexerNoViableAltException", "HydraException")
+        or "parsing override" in text
+    ):
         return f"cannot read the command line: {text.splitlines()[0]}", see
-    if kind in ("ConfigCompositionException", "MissingConfigException", "ConfigAttributeError", "ConfigKeyError",
-                "MissingMandatoryValue", "InterpolationKeyError", "ValidationError", "ConfigTypeError"):
+    if kind in (
+        "ConfigCompositionException",
+        "MissingConfigException",
+        "ConfigAttributeError",
+        "ConfigKeyError",
+        "MissingMandatoryValue",
+        "InterpolationKeyError",
+        "ValidationError",
+        "ConfigTypeError",
+    ):
         first = [line for line in text.splitlines() if line.strip()]
         return "; ".join(first[:2]), see
     return None, ""
@@ -129,7 +150,9 @@ def _siblings(key: str) -> list[str]:
 
     groups = [a for a in sys.argv[1:] if re.match(r"^(env|model|data|recipe|debug)=[^,]+$", a)]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "cli_configs"), version_base="1.3"):
+    with initialize_config_dir(
+        str(Path(__file__).resolve().parent.parent / "cli_configs"), version_base="1.3"
+    ):
         config = compose("train", [g for g in groups if not g.startswith(f"{key}=")])
     parent = key.rsplit(".", 1)[0] if "." in key else None
     node = OmegaConf.select(config, parent) if parent else config

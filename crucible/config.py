@@ -27,12 +27,12 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv", "data.module._target_", "data.module.name",
-    "data.module.data_root_dir", "data.module.num_workers", "data.module.prefetch_factor", "data.module.predict_dir",
-    "data.module.persistent_workers", "data.module.pin_memory", "data.module.seed", "data.module.csv_file",
-    "model.seed", "model.metrics", "model.init_from",
-    "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps", "trainer.enable_progress_bar",
-    "trainer.profiler", "trainer.detect_anomaly",
+    "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
+    "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
+    "data.module.prefetch_factor", "data.module.predict_dir", "data.module.persistent_workers",
+    "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
+    "model.init_from", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
 }  # fmt: skip
 LONG_RUN_STEPS = 5000
 
@@ -60,7 +60,7 @@ class CheckpointOptions:
 
 def to_plain(config: DictConfig) -> Config:
     """The configuration as plain containers, interpolations resolved."""
-    node = OmegaConf.masked_copy(config, [k for k in config if k != "hydra"])
+    node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
@@ -85,8 +85,12 @@ def find_target(path: str, option: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(f"{option}={path}: there is no module {error.name}", see="docs/extending.md") from None
-        raise ConfigError(f"{option}={path} needs the package {error.name}, which is not installed") from error
+            raise ConfigError(
+                f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
+            ) from None
+        raise ConfigError(
+            f"{option}={path} needs the package {error.name}, which is not installed"
+        ) from error
     except ValueError:
         raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
     if not hasattr(module, attribute):
@@ -105,6 +109,8 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
+    from models.base_model import check_options
+
     check_value("task", config["task"], _literal("train", "test", "predict"))
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
     for name in ("fresh", "test_after_training", "reproducible"):
@@ -114,6 +120,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     _check_checkpoint(config["checkpoint"])
     _check_data(config["data"])
     _check_model(config["model"])
+    check_options(config["model"], config["data"]["task"], config["trainer"]["accumulate_grad_batches"])
     from crucible.metrics import check_metrics
 
     check_value("metrics", config["metrics"], list[str])
@@ -145,7 +152,7 @@ def _check_node(node: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) 
         if name not in known:
             raise ConfigError(f"{prefix}.{name}: {target.__name__} has no such option{suggest(name, known)}")
     plain = {k: v for k, v in node.items() if k not in nested and k not in skip}
-    filled = {k: None for k in (*nested, *skip)}
+    filled = dict.fromkeys((*nested, *skip))
     _check_call(target, plain, filled, prefix)
 
 
@@ -161,7 +168,9 @@ def _check_call(target: Any, values: Mapping[str, Any], given: Mapping[str, Any]
         if name.startswith("_"):
             continue
         if name not in known:
-            raise ConfigError(f"{prefix}.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}")
+            raise ConfigError(
+                f"{prefix}.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}"
+            )
         check_value(f"{prefix}.{name}", value, known[name][0])
 
 
@@ -183,13 +192,17 @@ def _check_model(model: Mapping[str, Any]) -> None:
     from models.base_model import BaseModel
 
     if not (inspect.isclass(target) and issubclass(target, BaseModel)):
-        raise ConfigError(f"model._target_={model['_target_']}: must be a subclass of models.base_model.BaseModel")
+        raise ConfigError(
+            f"model._target_={model['_target_']}: must be a subclass of models.base_model.BaseModel"
+        )
     known = model_options(target)
     for name, value in model.items():
         if name.startswith("_"):
             continue
         if name not in known:
-            raise ConfigError(f"model.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}")
+            raise ConfigError(
+                f"model.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}"
+            )
         automatic = name in AUTOMATIC_FROM_DATA and value is None
         if not automatic and not (name == "num_classes" and value is None):
             check_value(f"model.{name}", value, known[name][0])
@@ -204,7 +217,9 @@ def _check_data(data: Mapping[str, Any]) -> None:
     check_value("data.cv.k", data["cv"]["k"], Annotated[int, "[1, inf)"])
     for name in data:
         if name not in ("module", "cv", "task", "num_classes", "input_channels", "input_size", "input_dim"):
-            raise ConfigError(f"data.{name}={data[name]!r}: no such option; options of the data set are data.module.*")
+            raise ConfigError(
+                f"data.{name}={data[name]!r}: no such option; options of the data set are data.module.*"
+            )
     _check_node(data["module"], "data.module")
 
 
@@ -214,7 +229,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     known = signature_options(Trainer)
     for name, value in trainer.items():
         if name not in known:
-            raise ConfigError(f"trainer.{name}={value!r}: Lightning's Trainer has no such option{suggest(name, known)}")
+            raise ConfigError(
+                f"trainer.{name}={value!r}: Lightning's Trainer has no such option{suggest(name, known)}"
+            )
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
         if name in ("precision", "sync_batchnorm") and value is None:
@@ -222,8 +239,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         value = trainer.get(name)
-        if isinstance(value, float) and not 0 <= value <= 1 or isinstance(value, int) and value < 0:
-            raise ConfigError(f"trainer.{name} must be a fraction in [0, 1] or a number of batches, got {value!r}")
+        if (isinstance(value, float) and not 0 <= value <= 1) or (isinstance(value, int) and value < 0):
+            raise ConfigError(
+                f"trainer.{name} must be a fraction in [0, 1] or a number of batches, got {value!r}"
+            )
 
 
 def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
@@ -232,24 +251,27 @@ def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _check_techniques(config: Config, overrides: Sequence[str]) -> None:
-    """Each technique's options still hold, or the command line changed them."""
+    """Each technique's options still hold, or the command line changed them; no two set one option apart."""
     typed = {o.lstrip("+~").split("=", 1)[0] for o in overrides}
-    owners: dict[str, str] = {}
+    set_by: dict[str, tuple[str, Any]] = {}
     for technique, options in (config.get("techniques") or {}).items():
         for name, wanted in (options or {}).items():
-            value = select(config, name)
-            if name in owners and name not in typed:
+            if name in typed:
+                continue
+            other, others_value = set_by.setdefault(name, (technique, wanted))
+            if others_value != wanted:
                 raise ConfigError(
-                    f"technique=[{owners[name]},{technique}]: both set {name}; choose one, or set {name} yourself",
+                    f"technique=[{other},{technique}]: they set {name} to {others_value!r} and to {wanted!r}; "
+                    f"choose one of them, or set {name} on the command line",
                     see="cli_configs/technique",
                 )
-            owners[name] = technique
-            if value != wanted and name not in typed:
-                raise ConfigError(
-                    f"technique={technique} sets {name}={wanted!r}, but another file sets it to {value!r}; "
-                    f"set {name} on the command line to choose",
-                    see="cli_configs/technique",
-                )
+    for name, (technique, wanted) in set_by.items():
+        if (value := select(config, name)) != wanted:
+            raise ConfigError(
+                f"technique={technique} sets {name}={wanted!r}, another file sets it to {value!r}; "
+                f"set {name} on the command line to choose",
+                see="cli_configs/technique",
+            )
 
 
 AUTOMATIC_FROM_DATA = ("cifar_size",)
@@ -266,9 +288,11 @@ def resolve(config: Config, data_module: Any) -> list[str]:
         ConfigError: where the data or the machine cannot do what was asked.
     """
     settled: list[str] = []
-    data, model, trainer = config["data"], config["model"], config["trainer"]
+    data, model = config["data"], config["model"]
     if data["num_classes"] is None and data["task"] == "classification":
-        data["num_classes"] = data["module"]["num_classes"] = model["num_classes"] = len(data_module.class_names)
+        data["num_classes"] = data["module"]["num_classes"] = model["num_classes"] = len(
+            data_module.class_names
+        )
         settled.append(f"{data['num_classes']} classes found")
     if data["num_classes"] is None:
         data["num_classes"] = model["num_classes"] = 1
@@ -328,12 +352,15 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
             f"trainer.precision={trainer['precision']} needs a GPU; on a CPU use 32-true or bf16-mixed"
         )
     if kind == "cuda" and count > torch.cuda.device_count():
-        raise ConfigError(f"trainer.devices={trainer['devices']}: this machine has {torch.cuda.device_count()} GPUs")
+        raise ConfigError(
+            f"trainer.devices={trainer['devices']}: this machine has {torch.cuda.device_count()} GPUs"
+        )
     if trainer["sync_batchnorm"] is None:
         trainer["sync_batchnorm"] = kind == "cuda" and count * trainer["num_nodes"] > 1
     elif trainer["sync_batchnorm"] and kind != "cuda":
         raise ConfigError("trainer.sync_batchnorm=true needs GPUs; leave it null on a CPU")
     world = count * trainer["num_nodes"]
+    _fit_batch_size(config, data_module, world, settled)
     if model["compile"] is None:
         epochs = trainer["max_epochs"] or 1
         steps = epochs * len(data_module.samples("train")) // (data_module.batch_size * world)
@@ -341,6 +368,20 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
         settled.append(f"compile {'on' if model['compile'] else 'off'}")
     trainer.setdefault("deterministic", config["reproducible"])
     trainer.setdefault("benchmark", kind == "cuda" and not config["reproducible"])
+
+
+def _fit_batch_size(config: Config, data_module: Any, world: int, settled: list[str]) -> None:
+    """Where the data are fewer than one global batch, all of them make one."""
+    samples, wanted = len(data_module.samples("train")), data_module.batch_size
+    if samples >= wanted * world:
+        return
+    if samples < world:
+        raise ConfigError(
+            f"trainer.devices={config['trainer']['devices']}: {data_module.name} has {samples} training samples, "
+            f"fewer than {world} devices"
+        )
+    data_module.batch_size = config["data"]["module"]["batch_size"] = samples // world
+    settled.append(f"batch size {samples // world} instead of {wanted}: there are {samples} training samples")
 
 
 def arm_name(config: Config, overrides: Sequence[str]) -> str:

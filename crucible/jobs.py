@@ -6,6 +6,7 @@ W&B run and its failure stay its own. Ranks and jobs never compose again; they r
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from crucible import config as configuration
@@ -69,7 +71,9 @@ def run_composed(composed: DictConfig) -> float | None:
     else:
         _statuses.append(status)
     final = summary.get("final", {})
-    monitor = config["checkpoint"]["monitor"] or ("val/acc" if config["data"]["task"] == "classification" else "val/loss")
+    monitor = config["checkpoint"]["monitor"] or (
+        "val/acc" if config["data"]["task"] == "classification" else "val/loss"
+    )
     return float(final.get(monitor, "nan"))
 
 
@@ -81,23 +85,30 @@ def exit_status() -> int:
     if raised:
         raise raised[0]
     if failures:
-        print(f"\n{len(failures)} of the sweep's jobs did not finish:", file=sys.stderr)  # noqa: T201
+        print(f"\n{len(failures)} of the sweep's jobs did not finish:", file=sys.stderr)
         for failure in failures:
-            print(f"  {failure}", file=sys.stderr)  # noqa: T201
+            print(f"  {failure}", file=sys.stderr)
         return 1
     return max(statuses, default=0)
 
 
-def _end_of_job(where: Path | None, overrides: Sequence[str], run: RunDirectory | None, status: str, reason: str) -> None:
+def _end_of_job(
+    where: Path | None, overrides: Sequence[str], run: RunDirectory | None, status: str, reason: str
+) -> None:
     if where is not None:
         where.mkdir(parents=True, exist_ok=True)
-        line = {"overrides": list(overrides), "run": str(run.path) if run else None, "status": status, "reason": reason}
+        line = {
+            "overrides": list(overrides),
+            "run": str(run.path) if run else None,
+            "status": status,
+            "reason": reason,
+        }
         with (where / "jobs.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
     if status != "finished":
         text = f"{' '.join(overrides) or '(defaults)'}: {reason or status}"
         _failures.append(text)
-        print(f"error: {text}", file=sys.stderr)  # noqa: T201
+        print(f"error: {text}", file=sys.stderr)
 
 
 def prepare(composed: DictConfig, overrides: list[str]) -> tuple[RunDirectory, Config, list[str]]:
@@ -107,11 +118,12 @@ def prepare(composed: DictConfig, overrides: list[str]) -> tuple[RunDirectory, C
         ConfigError: for whatever cannot run; nothing has been written then.
     """
     config = configuration.to_plain(composed)
+    configuration.check(config, overrides)
     if config["task"] != "train":
         raise ConfigError(
-            f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}", "README.md"
+            f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",
+            "README.md",
         )
-    configuration.check(config, overrides)
     _check_torchrun(config)
     from crucible.build import build_data, build_model, file_fingerprint
 
@@ -127,7 +139,9 @@ def prepare(composed: DictConfig, overrides: list[str]) -> tuple[RunDirectory, C
     build_model(config, load=False, compile=False)  # what only the constructor can refuse is refused now
     identity = configuration.identity(config, data.fingerprint(), weights)
     name = f"{identity}-s{config['seed']}"
-    run = RunDirectory(Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name)
+    run = RunDirectory(
+        Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name
+    )
     if config["user_dir"]:
         config["user_dir"] = str(Path(config["user_dir"]).expanduser().resolve())
     for key in ("data_root_dir", "predict_dir"):
@@ -202,7 +216,7 @@ def _few(final: dict[str, float]) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    print(text, flush=True)
 
 
 def _warn_of_other_code(run: RunDirectory) -> None:
@@ -210,12 +224,16 @@ def _warn_of_other_code(run: RunDirectory) -> None:
 
     before, now = run.summary().get("git") or {}, git_state()
     if before.get("commit") and now.get("commit") and before["commit"] != now["commit"]:
-        _say(f"note: that run was made by commit {before['commit'][:9]}; the checkout is at {now['commit'][:9]}")
+        _say(
+            f"note: that run was made by commit {before['commit'][:9]}; the checkout is at {now['commit'][:9]}"
+        )
 
 
 def _run_in_own_process(run: RunDirectory) -> int:
     environment = {**os.environ, IN_PROCESS: "1"}
-    process = subprocess.Popen([sys.executable, str(MAIN), f"run={run.path}"], env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(MAIN), f"run={run.path}"], env=environment, start_new_session=True
+    )
 
     def forward(number: int, frame: Any) -> None:
         if process.poll() is None:
@@ -239,10 +257,8 @@ def _run_in_own_process(run: RunDirectory) -> int:
 
 def _end_group(group: int) -> None:
     """No rank outlives its run."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _last_error(run: RunDirectory) -> str:
@@ -306,7 +322,7 @@ def execute(run: RunDirectory, config: Config, settled: Sequence[str] = ()) -> i
 def _report(error: Exception, text: str) -> None:
     log.error("%s", text)
     log.info("%s", "".join(traceback.format_exception(error)))
-    print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _find_resume(run: RunDirectory, config: Config) -> Path | None:
@@ -324,10 +340,7 @@ def _launch_token() -> str:
 
 def _resume_of_rank_0(run: RunDirectory) -> Path | None:
     """The state that rank 0 decided to start from."""
-    if RESUME in os.environ:
-        path = os.environ[RESUME]
-    else:
-        path = _wait_for_claim(run).get("resume", "")
+    path = os.environ[RESUME] if RESUME in os.environ else _wait_for_claim(run).get("resume", "")
     return Path(path) if path else None
 
 
@@ -349,7 +362,9 @@ def _log_to(run: RunDirectory, first: bool) -> None:
     warnings.filterwarnings("ignore", message=".*It is recommended to use .*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches .* is smaller than the logging interval.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
+    )
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.captureWarnings(True)
     handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
@@ -360,6 +375,7 @@ def _log_to(run: RunDirectory, first: bool) -> None:
         for console in logger.handlers:
             console.setLevel(logging.WARNING)
         if name in ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings"):
+            logger.disabled = False  # Hydra's "disabled" logging switches off the loggers it finds
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
 
@@ -379,14 +395,20 @@ def run_recorded(arguments: Sequence[str]) -> int:
         given[name] = value
     task = given.get("task", "train")
     if task not in ("train", "test", "predict"):
-        raise ConfigError(f"task={task}: must be one of train, test, predict{suggest(task, ['train', 'test', 'predict'])}")
+        raise ConfigError(
+            f"task={task}: must be one of train, test, predict{suggest(task, ['train', 'test', 'predict'])}"
+        )
     runs = [RunDirectory(path) for path in _expand(given["run"])]
     configs = [_with_overrides(run, given, task) for run in runs]
     if task == "train":
         if len(runs) > 1:
-            raise ConfigError(f"run={given['run']} names {len(runs)} runs; only task=test and predict take several")
+            raise ConfigError(
+                f"run={given['run']} names {len(runs)} runs; only task=test and predict take several"
+            )
         if "ckpt_path" in given:
-            raise ConfigError("ckpt_path starts a new run from a training state; run=RUN resumes from its last.ckpt")
+            raise ConfigError(
+                "ckpt_path starts a new run from a training state; run=RUN resumes from its last.ckpt"
+            )
         if not is_child_rank() and runs[0].state() == "running":
             raise ConfigError(f"{runs[0].path}: this run is in progress")
         return start(runs[0], configs[0], [], own_process=False)
@@ -396,7 +418,11 @@ def run_recorded(arguments: Sequence[str]) -> int:
 def _expand(text: str) -> list[str]:
     found: list[str] = []
     for part in text.strip("[]'\"").split(","):
-        matches = sorted(p for p in glob.glob(part) if (Path(p) / "config.yaml").is_file()) if glob.has_magic(part) else [part]
+        matches = (
+            sorted(p for p in glob.glob(part) if (Path(p) / "config.yaml").is_file())
+            if glob.has_magic(part)
+            else [part]
+        )
         found.extend(matches)
     if not found:
         raise ConfigError(f"run={text}: no run there", see="README.md")
@@ -421,9 +447,10 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
         if task == "train" and semantic:
             raise ConfigError(
                 f"{name}={value}: run=RUN resumes what was recorded; to change it, start a new run "
-                f"(with ckpt_path={run.checkpoints / 'last.ckpt'} to start from this one's state)", see="README.md"
+                f"(with ckpt_path={run.checkpoints / 'last.ckpt'} to start from this one's state)",
+                see="README.md",
             )
-        OmegaConf.update(node, name, OmegaConf.create(f"x: {value}")["x"])
+        OmegaConf.update(node, name, yaml.safe_load(value))
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
     if len(given) > 1 and not is_child_rank():
@@ -443,7 +470,9 @@ def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     names = ", ".join(f"{run.path.name}/{file.name}" for run, _, file in triples)
     if task == "predict":
-        file = out or runs[0].path / ("predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv")
+        file = out or runs[0].path / (
+            "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
+        )
         _say(f"predictions of {names}  ->  {tasks.predict(triples, file)}")
         return 0
     if len(runs) == 1:
@@ -453,7 +482,11 @@ def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given:
     else:
         final = tasks.test_ensemble(triples, runs[0].path)
         written = out or runs[0].path.parent / f"ensemble-of-{len(runs)}-runs.json"
-        record = {"runs": [str(run.path) for run in runs], "checkpoints": [c.name for c in chosen], "metrics": final}
+        record = {
+            "runs": [str(run.path) for run in runs],
+            "checkpoints": [c.name for c in chosen],
+            "metrics": final,
+        }
         write_atomically(written, json.dumps(record, indent=2) + "\n")
     if not is_child_rank():
         _say(f"test of {names}")

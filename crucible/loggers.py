@@ -46,7 +46,9 @@ def wandb_mode(mode: WandbMode) -> str:
     """
     mode = os.environ.get("WANDB_MODE", mode)  # type: ignore[assignment]
     if mode == "online" and not has_wandb_key():
-        raise ConfigError("logger.wandb.mode=online needs WANDB_API_KEY or `wandb login`; use auto or offline")
+        raise ConfigError(
+            "logger.wandb.mode=online needs WANDB_API_KEY or `wandb login`; use auto or offline"
+        )
     if mode == "auto":
         return "online" if has_wandb_key() and server_answers() else "offline"
     return mode
@@ -100,7 +102,9 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("logger.tensorboard needs the extra: pip install -e '.[tensorboard]'", see="README.md")
+            raise ConfigError(
+                "logger.tensorboard needs the extra: pip install -e '.[tensorboard]'", see="README.md"
+            )
         super().__init__(save_dir=str(folder or "."), name="tensorboard", version="", sub_dir=None)
 
 

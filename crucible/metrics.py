@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def check_metrics(names: Sequence[str], task: str, num_classes: int) -> None:
         if name not in known:
             raise ConfigError(f"metrics: {name!r} is not a metric for {task}{suggest(name, known)}")
     if "top5" in names and num_classes <= 5:
-        raise ConfigError(f"metrics: top5 is always 1 with data.num_classes={num_classes}; it needs at least 6 classes")
+        raise ConfigError(
+            f"metrics: top5 is always 1 with data.num_classes={num_classes}; it needs at least 6 classes"
+        )
 
 
 def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCollection:
@@ -78,8 +81,8 @@ def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCo
     Regression metrics take predictions (N,) and targets (N,).
     """
     check_metrics(names, task, num_classes)
-    common = {"num_classes": num_classes, "validate_args": False}
-    builders = {
+    common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    builders: dict[str, Callable[[], dict[str, Metric]]] = {
         "acc": lambda: {"acc": MulticlassAccuracy(average="micro", **common)},
         "top5": lambda: {"acc_top5": MulticlassAccuracy(average="micro", top_k=5, **common)},
         "f1": lambda: {"f1": MulticlassF1Score(average="macro", **common)},
@@ -92,7 +95,7 @@ def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCo
         "mae": lambda: {"mae": MeanAbsoluteError()},
         "r2": lambda: {"r2": R2Score()},
     }
-    metrics: dict[str, Metric | MetricCollection] = {}
+    metrics: dict[str, Metric] = {}
     for name in names:
         metrics.update(builders[name]())
     return MetricCollection(metrics)  # type: ignore[arg-type]

@@ -137,7 +137,10 @@ def _accept(value: Any, annotation: Any) -> Any:
         if isinstance(value, Mapping if annotation is dict else (list, tuple)):
             return value
         raise _Refused
-    if origin in (list, tuple, Sequence, Iterable) or getattr(origin, "__name__", "") in ("Sequence", "Iterable"):
+    if origin in (list, tuple, Sequence, Iterable) or getattr(origin, "__name__", "") in (
+        "Sequence",
+        "Iterable",
+    ):
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise _Refused
         member = args[0] if args else Any
@@ -164,7 +167,11 @@ def check_value(name: str, value: Any, annotation: Any) -> Any:
     except _Refused:
         allowed = _describe(annotation)
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if numeric and get_origin(annotation) is Annotated and allowed.startswith(("a number in", "a whole number in")):
+        if (
+            numeric
+            and get_origin(annotation) is Annotated
+            and allowed.startswith(("a number in", "a whole number in"))
+        ):
             try:
                 _accept(value, get_args(annotation)[0])
                 allowed = "in " + allowed.split(" in ", 1)[1]
@@ -199,7 +206,11 @@ def signature_options(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     For a class whose `__init__` passes `**kwargs` on, the arguments of its base classes are included.
     """
     found: dict[str, tuple[Any, Any]] = {}
-    calls = [c.__init__ for c in target.__mro__ if "__init__" in vars(c)] if inspect.isclass(target) else [target]
+    calls = (
+        [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]
+        if inspect.isclass(target)
+        else [target]
+    )
     for call in calls:
         if call is object.__init__:
             continue
@@ -224,8 +235,12 @@ def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], prefi
         if name.startswith("_") and name.endswith("_"):
             continue
         if name not in known:
-            raise ConfigError(f"{prefix}.{name}={value!r}: {name_of_target} has no such option{suggest(name, known)}")
+            raise ConfigError(
+                f"{prefix}.{name}={value!r}: {name_of_target} has no such option{suggest(name, known)}"
+            )
         check_value(f"{prefix}.{name}", value, known[name][0])
-    missing = [n for n, (_, default) in known.items() if default is inspect.Parameter.empty and n not in values]
+    missing = [
+        n for n, (_, default) in known.items() if default is inspect.Parameter.empty and n not in values
+    ]
     if missing:
         raise ConfigError(f"{prefix}.{missing[0]} is missing: {name_of_target} needs it")

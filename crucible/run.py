@@ -1,6 +1,6 @@
 """The run directory: what a run writes, who may write it, and how it is read again.
 
-    config.yaml  overrides.yaml  metrics.csv  summary.json  checkpoints/  plots/  main.log  claim
+config.yaml  overrides.yaml  metrics.csv  summary.json  checkpoints/  plots/  main.log  claim
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if self._claim_is_live():
-            raise ConfigError(f"{self.path}: this run is in progress (claim of {self.claim_file.read_text().strip()})")
+            raise ConfigError(
+                f"{self.path}: this run is in progress (claim of {self.claim_file.read_text().strip()})"
+            )
         self.claim_file.unlink(missing_ok=True)
         text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), **facts})
         try:

@@ -34,7 +34,9 @@ from models.base_model import BaseModel
 log = logging.getLogger("crucible")
 
 
-def train(run: RunDirectory, config: Config, resume: Path | None, settled: Sequence[str] = ()) -> dict[str, float]:
+def train(
+    run: RunDirectory, config: Config, resume: Path | None, settled: Sequence[str] = ()
+) -> dict[str, float]:
     """Train, then score the test split with the last weights; the final metrics.
 
     Args:
@@ -53,7 +55,9 @@ def train(run: RunDirectory, config: Config, resume: Path | None, settled: Seque
         from lightning.pytorch.callbacks import ProgressBar
 
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    loggers = build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
+    loggers = (
+        build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
+    )
     trainer = build_trainer(config, run.path, callbacks, loggers)
     if trainer.is_global_zero and not is_child_rank():
         facts = static_facts(config, model)
@@ -75,8 +79,14 @@ def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float
     """Score the test split with the weights of `checkpoint`; also written to `RUN/test.json`."""
     data = build_data(config)
     model = with_weights(config, checkpoint)
-    plots = [instantiate(node, _convert_="all") for n, node in config["callbacks"].items() if node and n != "progress"]
-    trainer = build_trainer({**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, run.path, plots, [])
+    plots = [
+        instantiate(node, _convert_="all")
+        for n, node in config["callbacks"].items()
+        if node and n != "progress"
+    ]
+    trainer = build_trainer(
+        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, run.path, plots, []
+    )
     trainer.test(model, datamodule=data, verbose=False)
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
@@ -86,16 +96,22 @@ def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float
 
 
 class Scores(NamedTuple):
-    """Predictions of a data set in its order: scores (N, K) or (N,), target (N,), index (N,)."""
+    """Predictions of a data set in its order: scores (N, K) or (N,), target (N,), number of the sample (N,)."""
 
     scores: torch.Tensor
     target: torch.Tensor
-    index: torch.Tensor
+    sample: torch.Tensor
 
 
 def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseDataModule]:
     """The weights' scores for the predict split: the test set, or `data.module.predict_dir`."""
-    options = {**config["trainer"], "enable_progress_bar": False, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    options = {
+        **config["trainer"],
+        "enable_progress_bar": False,
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
+    }
     data = build_data(config)
     trainer = build_trainer({**config, "trainer": options}, folder, [], [])
     batches = trainer.predict(with_weights(config, checkpoint), datamodule=data) or []
@@ -111,12 +127,16 @@ def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Pat
     """
     scores, data = average(runs, out.parent)
     classification = scores.scores.ndim == 2
-    names = list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
+    names = (
+        list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
+    )
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["sample", "target", "prediction", *(f"p({name})" for name in names)])
-        for row, target, index in zip(scores.scores, scores.target.tolist(), scores.index.tolist(), strict=True):
+        for row, target, index in zip(
+            scores.scores, scores.target.tolist(), scores.sample.tolist(), strict=True
+        ):
             known = target == target and not (classification and target < 0)
             if classification:
                 label = names[int(target)] if known else ""
@@ -137,7 +157,9 @@ def average(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> 
     parts = [score(config, checkpoint, folder) for _, config, checkpoint in runs]
     first, data = parts[0]
     for (part, _), (run, _, _) in zip(parts[1:], runs[1:], strict=True):
-        same = torch.equal(part.index, first.index) and torch.equal(part.target.nan_to_num(), first.target.nan_to_num())
+        same = torch.equal(part.sample, first.sample) and torch.equal(
+            part.target.nan_to_num(), first.target.nan_to_num()
+        )
         if not same or part.scores.shape != first.scores.shape:
             raise ConfigError(f"run={run.path}: its samples differ from those of {runs[0][0].path}")
     mean = torch.stack([part.scores.double() for part, _ in parts]).mean(dim=0).float()
@@ -200,7 +222,9 @@ def pick_checkpoint(run: RunDirectory, name: str | None) -> Path:
     if name not in (None, "best"):
         return run.checkpoint(str(name))
     has_best = (run.checkpoints / "best.ckpt").is_file()
-    return run.checkpoint("best" if has_best or name == "best" and not (run.checkpoints / "last.ckpt").is_file() else "last")
+    return run.checkpoint(
+        "best" if has_best or (name == "best" and not (run.checkpoints / "last.ckpt").is_file()) else "last"
+    )
 
 
 # what the summary, the loggers and the banner say
@@ -227,7 +251,9 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
     packages = ("torch", "torchvision", "lightning", "hydra-core", "timm", "torchmetrics")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if kind == "cuda"
+        else platform.processor() or platform.machine(),
         "devices": device_count(config["trainer"]) * config["trainer"]["num_nodes"],
         "precision": str(config["trainer"]["precision"]),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
@@ -257,7 +283,12 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
 
 
 def banner(
-    run: RunDirectory, config: Config, model: BaseModel, data: BaseDataModule, settled: Sequence[str], resume: Path | None
+    run: RunDirectory,
+    config: Config,
+    model: BaseModel,
+    data: BaseDataModule,
+    settled: Sequence[str],
+    resume: Path | None,
 ) -> None:
     """What is about to be trained, on what, and where it is written."""
     trainer = config["trainer"]
@@ -273,7 +304,8 @@ def banner(
         "arm": f"{run.summary().get('arm')}, seed {config['seed']}",
         "device": f"{devices} x {device}" if devices > 1 else device,
         "precision": str(trainer["precision"]),
-        "batch": f"{batch}" + (f" = {data.batch_size} x {batch // data.batch_size}" if batch != data.batch_size else ""),
+        "batch": f"{batch}"
+        + (f" = {data.batch_size} x {batch // data.batch_size}" if batch != data.batch_size else ""),
         "run": str(run.path),
     }
     if settled:
@@ -285,6 +317,6 @@ def banner(
         table.add_row(f"[bold]{name}[/bold]", value)
         log.info("%s: %s", name, value)
     Console().print(table)
-    report = getattr(model, "weights_report", None)
-    if report:
-        Console().print(report)
+    if model.weights_report:
+        log.info(model.weights_report)
+        Console().print(model.weights_report)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -83,17 +85,21 @@ class Samples(Dataset):
         return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
 
     def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
-        try:
+        with _naming(self.raw, index):
             input, target = self.raw[index]
             with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
                 return self.policy.sample(input), target
-        except SampleError:
-            raise
-        except Exception as error:
-            # the text must name the sample: from a worker, nothing but the text arrives
-            raise SampleError(
-                f"sample {sample_name(self.raw, index)}: {type(error).__name__}: {error}"
-            ) from error
+
+
+@contextmanager
+def _naming(raw: Any, index: int) -> Iterator[None]:
+    """Errors name the sample in their text: from a worker, nothing but the text arrives."""
+    try:
+        yield
+    except SampleError:
+        raise
+    except Exception as error:
+        raise SampleError(f"sample {sample_name(raw, index)}: {type(error).__name__}: {error}") from error
 
 
 def _targets(values: np.ndarray) -> Tensor:
@@ -216,7 +222,7 @@ class BaseDataModule(LightningDataModule):
         """Refuse what cannot work, in one line each; afterwards `num_classes` is a number.
 
         Raises:
-            ConfigError: for a missing folder, classes that differ from `num_classes`, too few samples, or
+            ConfigError: for a missing folder, classes that differ from `num_classes`, or
                 policy options that have no effect.
         """
         self._check_policies()
@@ -228,11 +234,6 @@ class BaseDataModule(LightningDataModule):
             raise ConfigError(f"data.cv.k={self.folds}: {self.name} has a validation split of its own")
         if self.task == "classification":
             self._check_classes()
-        samples = len(self.samples("train"))
-        if samples < self.batch_size:
-            raise ConfigError(
-                f"data.module.batch_size={self.batch_size}: {self.name} has only {samples} training samples"
-            )
         self.samples("predict")
 
     def _check_policies(self) -> None:
@@ -324,7 +325,12 @@ class BaseDataModule(LightningDataModule):
     def _train_targets(self) -> np.ndarray:
         raw = self.train_dataset
         targets = getattr(raw, "targets", None)
-        return np.asarray([raw[i][1] for i in range(len(raw))] if targets is None else targets)
+        if targets is None:
+            targets = []
+            for index in range(len(raw)):
+                with _naming(raw, index):
+                    targets.append(raw[index][1])
+        return np.asarray(targets)
 
     def _division(self) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the samples that train, and of those held out."""

@@ -100,6 +100,11 @@ class Names(Sequence[str]):
             raise IndexError(index)
         return os.fsdecode(self._bytes[self._offsets[index] : self._offsets[index + 1]].tobytes())
 
+    def content(self) -> Iterator[bytes]:
+        """The names, without making strings of them."""
+        yield self._offsets.tobytes()
+        yield self._bytes.tobytes()
+
 
 class ImageFiles(Dataset):
     """Images in files and their targets.
@@ -139,7 +144,7 @@ class ImageFiles(Dataset):
 
     def content(self) -> Iterator[bytes]:
         """What makes these data: names, targets, and the sizes of files spread evenly over them."""
-        yield b"\0".join(os.fsencode(name) for name in self.names)
+        yield from self.names.content()
         yield self.targets.tobytes()
         step = max(1, len(self) // _FINGERPRINTED_FILES)
         sizes = [(self.root / self.names[i]).stat().st_size for i in range(0, len(self), step)]

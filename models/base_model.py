@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,6 +22,27 @@ from optimizers.schedules import ScheduleOptions, build_scheduler
 
 ROOMS = (LossOptions, MixingOptions, OptimizerOptions, ScheduleOptions, SamOptions)
 Stage = Literal["train", "val", "test"]
+
+
+def check_options(options: Mapping[str, Any], task: str, accumulate_grad_batches: int = 1) -> None:
+    """Refuse what the rooms refuse, and pairs of options without meaning; needs neither data nor network.
+
+    Args:
+        options: values of `model.*`; those of the network itself are not looked at.
+        task: classification or regression.
+        accumulate_grad_batches: the trainer's.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    build_criterion(read_options(LossOptions, options), task=task)  # type: ignore[arg-type]
+    read_options(OptimizerOptions, options)
+    read_options(ScheduleOptions, options)
+    check_sam(read_options(SamOptions, options), accumulate_grad_batches)
+    mixing = read_options(MixingOptions, options)
+    if task == "regression" and (mixing.mixup or mixing.cutmix_alpha):
+        name = "model.mixup" if mixing.mixup else "model.cutmix_alpha"
+        raise ConfigError(f"{name} mixes class probabilities and has no meaning with data.task=regression")
 
 
 class BaseModel(LightningModule):
@@ -45,6 +68,7 @@ class BaseModel(LightningModule):
     """
 
     model: nn.Module
+    weights_report: str = ""  # what `init_from` or pretrained weights filled, for the banner
 
     def __init__(
         self,
@@ -75,15 +99,11 @@ class BaseModel(LightningModule):
         self.optimizer_options = read_options(OptimizerOptions, options)
         self.schedule_options = read_options(ScheduleOptions, options)
         self.sam_options = read_options(SamOptions, options)
-        check_sam(self.sam_options)
+        check_options(options, task)
         loss_options = read_options(LossOptions, options)
         self.criterion = build_criterion(loss_options, task=task)
         self.evaluation_criterion = evaluation_criterion(task, loss_options.loss)
-        mixing_options = read_options(MixingOptions, options)
-        if task == "regression" and (mixing_options.mixup or mixing_options.cutmix_alpha):
-            name = "model.mixup" if mixing_options.mixup else "model.cutmix_alpha"
-            raise ConfigError(f"{name} mixes class probabilities and has no meaning with data.task=regression")
-        self.mixing = build_mixing(mixing_options, num_classes)
+        self.mixing = build_mixing(read_options(MixingOptions, options), num_classes)
         names = metrics if metrics is not None else (["acc"] if task == "classification" else ["mse", "mae"])
         self.metrics = nn.ModuleDict(
             {stage: build_metrics(names, task, num_classes) for stage in ("val_metrics", "test_metrics")}
@@ -131,10 +151,15 @@ class BaseModel(LightningModule):
         if self._use_channels_last():
             self.model.to(memory_format=torch.channels_last)
 
+    def on_train_start(self) -> None:
+        # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
+        epoch, sums = self._resumed_sums or (-1, [])
+        self._sums["train"] = self._zeros()
+        if epoch == self.current_epoch:
+            self._sums["train"] += self._sums["train"].new_tensor(sums)
+
     def on_train_epoch_start(self) -> None:
-        resumed = self._resumed_sums if self._resumed_sums and self._resumed_sums[0] == self.current_epoch else None
-        self._sums["train"] = self._zeros() if resumed is None else self._zeros() + self._zeros().new_tensor(resumed[1])
-        self._resumed_sums = None
+        self._sums["train"] = self._zeros()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._step_key = stream_key(self.seed, "network", self.current_epoch, batch_idx, self.global_rank)
@@ -172,12 +197,11 @@ class BaseModel(LightningModule):
         trainer = self.trainer
         check_sam(self.sam_options, accumulate_grad_batches=trainer.accumulate_grad_batches)
         optimizer = build_optimizer(self, self.optimizer_options)
-        steps = int(trainer.estimated_stepping_batches)
-        if trainer.max_epochs is None or trainer.max_epochs < 1:
-            epochs, steps_per_epoch = 1, steps
-        else:
-            epochs = trainer.max_epochs
-            steps_per_epoch = max(1, -(-trainer.num_training_batches // trainer.accumulate_grad_batches))
+        steps = trainer.estimated_stepping_batches  # also loads the data, so that the epoch's length is known
+        steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        epochs = float(trainer.max_epochs or -1)
+        if epochs < 1:  # the run is bounded by trainer.max_steps
+            epochs = steps / steps_per_epoch
         scheduler = build_scheduler(
             optimizer, self.schedule_options, epochs=epochs, steps_per_epoch=steps_per_epoch
         )

@@ -35,7 +35,7 @@ class OptimizerOptions:
     optimizer: Annotated[
         str, "SGD, Adam, AdamW, Rmsprop, Madgrad (in any case), or the name of a timm optimizer"
     ] = "SGD"
-    lr: Annotated[float, "(0, inf)", "learning rate, which the schedule scales"] = 0.1
+    lr: Annotated[float, "(0, inf)", "learning rate, which the schedule scales"] = 0.02
     momentum: Annotated[float | None, "[0, 1)", "null: 0.9 where the optimizer has a momentum"] = None
     nesterov: Annotated[bool, "Nesterov momentum, for SGD and its kin"] = False
     weight_decay: Annotated[float, "[0, inf)", "L2 or decoupled, as the optimizer defines it"] = 5e-4

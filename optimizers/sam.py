@@ -44,7 +44,8 @@ def check_sam(options: SamOptions, accumulate_grad_batches: int = 1) -> None:
     """
     if not options.sam:
         for name in ("adaptive_sam", "sam_rho", "sam_sync"):
-            if (value := getattr(options, name)) not in (False, None):
+            value = getattr(options, name)
+            if value is not None and value is not False:
                 raise ConfigError(f"model.{name}={value} needs model.sam=True")
     elif accumulate_grad_batches > 1:
         raise ConfigError(

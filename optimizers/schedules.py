@@ -25,8 +25,8 @@ class ScheduleOptions:
     """
 
     scheduler: Annotated[Scheduler | None, "how the learning rate falls; null: it stays"] = "CosineAnneal"
-    warmstart: Annotated[int | float, "[0, inf)", "epochs of linear warm-up (arXiv 1706.02677)"] = 0
-    cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the minimum (CosineAnneal)"] = 0
+    warmstart: Annotated[int | float, "[0, inf)", "epochs of linear warm-up (arXiv 1706.02677)"] = 1
+    cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the lowest rate"] = 0
     lr_min: Annotated[float, "[0, 1]", "where the cosine ends, as a fraction of model.lr (CosineAnneal)"] = (
         0.0
     )
@@ -48,7 +48,7 @@ class ScheduleOptions:
 
     def __post_init__(self) -> None:
         owners: dict[str, tuple[Scheduler, ...]] = {
-            "cooldown": ("CosineAnneal",),
+            "cooldown": ("CosineAnneal", "MultiStep", "Step"),
             "lr_min": ("CosineAnneal",),
             "lr_milestones": ("MultiStep",),
             "lr_step_size": ("Step",),
@@ -72,10 +72,12 @@ def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float
         warm-up, e < w:        (e + 1) / (w + 1)
         CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - w) / (E - w))) / 2
         CosineAnneal, e >= E:  lr_min
-        MultiStep:             lr_multiplier ^ (number of milestones <= e)
-        Step:                  lr_multiplier ^ floor(e / lr_step_size)
+        MultiStep, e < E:      lr_multiplier ^ (number of milestones <= e)
+        Step, e < E:           lr_multiplier ^ floor(e / lr_step_size)
+        both, e >= E:          the rate just before E
 
-    A fall that comes before the warm-up ends acts on the warm-up too. The function can be pickled.
+    Milestones and step sizes that are null are fractions of E. A fall that comes before the warm-up ends acts
+    on the warm-up too; a warm-up longer than the training is cut off by its end. The function can be pickled.
 
     Args:
         options: the options of the schedule.
@@ -84,24 +86,30 @@ def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float
     Raises:
         ConfigError: for lengths that do not fit into `epochs`.
     """
-    if options.warmstart + options.cooldown > epochs:
+    end = epochs - options.cooldown
+    if options.cooldown and end < options.warmstart:
         raise ConfigError(
             f"model.warmstart={options.warmstart} and model.cooldown={options.cooldown} together"
             f" must be at most trainer.max_epochs={epochs}"
         )
-    late = [m for m in options.lr_milestones or () if m >= epochs]
+    late = [m for m in options.lr_milestones or () if m >= end]
     if late:
-        raise ConfigError(f"model.lr_milestones must be less than trainer.max_epochs={epochs}, got {late[0]}")
+        less = f" - model.cooldown={options.cooldown}" if options.cooldown else ""
+        raise ConfigError(
+            f"model.lr_milestones must be less than trainer.max_epochs={epochs}{less}, got {late[0]}"
+        )
     warm_up = float(options.warmstart)
     if options.scheduler is None:
         return partial(_constant, warm_up)
     if options.scheduler == "CosineAnneal":
-        return partial(_cosine, warm_up, epochs - options.cooldown, options.lr_min)
+        return partial(_cosine, warm_up, end, options.lr_min)
     multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
     if options.scheduler == "Step":
-        return partial(_step, warm_up, options.lr_step_size or epochs / 4, multiplier)
+        size = options.lr_step_size or end / 4
+        falls = math.ceil(end / size) - 1  # those before the end
+        return partial(_step, warm_up, size, falls, multiplier)
     milestones = options.lr_milestones
-    milestones = [epochs / 2, epochs * 3 / 4] if milestones is None else milestones
+    milestones = [end / 2, end * 3 / 4] if milestones is None else milestones
     return partial(_multi_step, warm_up, tuple(milestones), multiplier)
 
 
@@ -153,5 +161,5 @@ def _multi_step(warm_up: float, milestones: tuple[float, ...], multiplier: float
     return _constant(warm_up, epoch) * multiplier ** sum(m <= epoch for m in milestones)
 
 
-def _step(warm_up: float, size: float, multiplier: float, epoch: float) -> float:
-    return _constant(warm_up, epoch) * multiplier ** (epoch // size)
+def _step(warm_up: float, size: float, falls: int, multiplier: float, epoch: float) -> float:
+    return _constant(warm_up, epoch) * multiplier ** min(epoch // size, falls)

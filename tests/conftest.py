@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -38,7 +39,9 @@ class Outcome:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Outcome]:
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
     """Run `python main.py ARGUMENTS` in this process; results go to `tmp_path/experiments`."""
     from hydra.core.global_hydra import GlobalHydra
 
@@ -67,7 +70,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
 def shell(tmp_path: Path) -> Callable[..., Outcome]:
     """Run `python main.py ARGUMENTS` as a user does, in a process group of its own that ends with the test."""
 
-    def run(*arguments: str, script: str = "main.py", timeout: float = 240, env: dict[str, str] | None = None) -> Outcome:
+    def run(
+        *arguments: str, script: str = "main.py", timeout: float = 240, env: dict[str, str] | None = None
+    ) -> Outcome:
         environment = {**os.environ, **(env or {})}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
@@ -85,10 +90,8 @@ def shell(tmp_path: Path) -> Callable[..., Outcome]:
 
 def end_group(process: subprocess.Popen[str]) -> None:
     """Kill whatever the process left running."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -21,7 +21,8 @@ BAD = {
     "model.label_smoothing=1.5": ["model.label_smoothing", "[0, 1)", "1.5"],
     "model.optimizer=SDG": ["model.optimizer", "SDG", "SGD"],
     "model.scheduler=Cosine": ["model.scheduler", "CosineAnneal"],
-    "model.warmstart=5": ["model.warmstart", "trainer.max_epochs"],
+    "model.warmstart=-1": ["model.warmstart", "[0, inf)", "-1"],
+    "model.cooldown=2 model.scheduler=null": ["model.cooldown", "model.scheduler"],
     "model.mixup=maybe": ["model.mixup", "maybe", "true or false"],
     "model._target_=models.dynamic_resnet.ResNet19": ["model._target_", "ResNet19", "ResNet18"],
     "model._target_=models.resnet.ResNet18": ["model._target_", "models.resnet"],
@@ -36,10 +37,8 @@ BAD = {
     "trainer.sync_batchnorm=true": ["trainer.sync_batchnorm", "GPU"],
     "+trainer.foo=1": ["trainer.foo", "no such option"],
     "data.module.batch_size=0": ["data.module.batch_size", "[1, inf)"],
-    "data.module.batch_size=100000": ["data.module.batch_size", "100000"],
     "data.module.num_workers=-1": ["data.module.num_workers"],
     "data.module.val_split=2": ["data.module.val_split", "2"],
-    "data.num_classes=7": ["data.num_classes", "7"],
     "metrics=[accuracy]": ["metrics", "accuracy", "acc"],
     "metrics=[acc,r2]": ["metrics", "r2"],
     "seed=-1": ["seed", "-1"],
@@ -55,9 +54,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("argument", BAD)
-def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(cli, tmp_path: Path, argument: str) -> None:
+def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(
+    cli, tmp_path: Path, argument: str
+) -> None:
     base = [] if argument.split("=")[0] in ("run", "data") else ["data=synthetic", "logger.wandb=null"]
-    outcome = cli(*base, argument)
+    outcome = cli(*base, *argument.split())
     lines = outcome.err.strip().splitlines()
     assert outcome.status != 0
     assert len(lines) == 1, outcome.err
@@ -67,11 +68,12 @@ def test_a_mistake_is_one_line_that_names_the_option_and_what_is_allowed(cli, tm
     assert not runs_in(tmp_path), "a run that cannot start must leave nothing behind"
 
 
+REGRESSION = ("data.task=regression", "data.num_classes=null")
 COMBINATIONS = {
-    ("data.task=regression", "data.num_classes=null", "metrics=[mse]", "model.mixup=true"): ["model.mixup", "regression"],
-    ("data.task=regression", "data.num_classes=null", "metrics=[mse]", "model.label_smoothing=0.1"): ["label_smoothing"],
-    ("data.task=regression", "data.num_classes=null", "metrics=[mse]", "model.powergrad_alpha=0.3"): ["powergrad_alpha"],
-    ("data.task=regression", "data.num_classes=null"): ["metrics", "acc", "regression"],
+    (*REGRESSION, "metrics=[mse]", "model.mixup=true"): ["model.mixup", "regression"],
+    (*REGRESSION, "metrics=[mse]", "model.label_smoothing=0.1"): ["label_smoothing"],
+    (*REGRESSION, "metrics=[mse]", "model.powergrad_alpha=0.3"): ["powergrad_alpha"],
+    (*REGRESSION,): ["metrics", "acc", "regression"],
     ("model.optimizer=Adam", "model.nesterov=true"): ["model.nesterov", "Adam"],
     ("model.sam=true", "trainer.accumulate_grad_batches=2"): ["model.sam", "trainer.accumulate_grad_batches"],
     ("model=timm", "+model.zero_init_residual=true"): ["model.zero_init_residual", "TimmModel"],
@@ -81,7 +83,9 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("arguments", COMBINATIONS, ids=" ".join)
-def test_a_combination_without_meaning_is_refused_in_one_line(cli, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_a_combination_without_meaning_is_refused_in_one_line(
+    cli, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     outcome = cli("data=synthetic", "logger.wandb=null", *arguments)
     lines = outcome.err.strip().splitlines()
     assert outcome.status != 0
@@ -104,7 +108,9 @@ def test_num_classes_that_contradict_the_folder_are_refused(cli, imagenet_folder
     assert "data.num_classes" in outcome.err and "7" in outcome.err and "3" in outcome.err
 
 
-def test_the_cluster_environment_names_the_variable_that_is_not_set(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cluster_environment_names_the_variable_that_is_not_set(
+    cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("DATASET_LOCATION", raising=False)
     monkeypatch.setenv("EXPERIMENT_LOCATION", "x")
     outcome = cli("env=cluster", *TINY)

@@ -81,7 +81,9 @@ def test_one_step_of_two_processes_equals_one_step_of_one(shell, tmp_path: Path,
     assert first["checksum"] == second["checksum"], "replicas stay identical"
 
 
-def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(shell, tmp_path: Path, mine: list[str]) -> None:
+def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(
+    shell, tmp_path: Path, mine: list[str]
+) -> None:
     sizes = ["data.module.num_samples=203", "data.module.batch_size=7", "metrics=[acc,f1,auroc,ece]"]
     outcome = shell(*mine, *sizes, "trainer.devices=2")
     assert outcome.status == 0, outcome.err
@@ -96,7 +98,9 @@ def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(shell, tmp_path:
         assert final[name] == pytest.approx(alone[name], abs=1e-6), name
 
 
-def test_a_sweep_over_devices_and_learning_rates_gives_each_job_its_own_values(shell, tmp_path: Path, mine: list[str]) -> None:
+def test_a_sweep_over_devices_and_learning_rates_gives_each_job_its_own_values(
+    shell, tmp_path: Path, mine: list[str]
+) -> None:
     outcome = shell("-m", *mine, "trainer.devices=1,2", "model.lr=0.01,0.02", timeout=400)
     assert outcome.status == 0, outcome.err
     seen = set()
@@ -150,6 +154,8 @@ def test_a_rank_that_dies_fails_the_run_and_not_the_sweep(shell, tmp_path: Path,
         "+callbacks.dying={_target_: dying.Dying, rate: 0.01}", timeout=400,
     )  # fmt: skip
     assert outcome.status == 1
-    statuses = {summary_of(run)["status"]: summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")}
+    statuses = {
+        summary_of(run)["status"]: summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")
+    }
     assert set(statuses) == {"failed", "finished"}
     assert "rank 1 is gone" in statuses["failed"]["reason"]

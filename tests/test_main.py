@@ -11,7 +11,12 @@ import torch
 import yaml
 from conftest import ROOT, TINY, runs_in, write_images
 
-SHORT = ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=2", "logger.wandb=null"]
+SHORT = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=2",
+    "logger.wandb=null",
+]
 
 
 def only_run(folder: Path) -> Path:
@@ -32,7 +37,12 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 def test_a_run_directory_is_complete(cli, tmp_path: Path) -> None:
-    outcome = cli(*TINY, "trainer.max_epochs=2", "callbacks.plots={_target_: callbacks.plots.ResultPlots}", "exp_dir=results")
+    outcome = cli(
+        *TINY,
+        "trainer.max_epochs=2",
+        "callbacks.plots={_target_: callbacks.plots.ResultPlots}",
+        "exp_dir=results",
+    )
     assert outcome.status == 0, outcome.err
     run = only_run(tmp_path / "results")
     assert run.parent.name == "synthetic"
@@ -43,7 +53,17 @@ def test_a_run_directory_is_complete(cli, tmp_path: Path) -> None:
     assert list((run / "plots").glob("*.png"))
     rows = rows_of(run)
     assert [row["epoch"] for row in rows] == ["0", "1"]
-    for column in ("step", "train/loss", "train/acc", "val/loss", "val/acc", "val/f1", "lr", "time/epoch_s", "time/images_per_s"):
+    for column in (
+        "step",
+        "train/loss",
+        "train/acc",
+        "val/loss",
+        "val/acc",
+        "val/f1",
+        "lr",
+        "time/epoch_s",
+        "time/images_per_s",
+    ):
         assert rows[-1][column] != "", column
     assert 0 <= float(rows[-1]["val/acc"]) <= 1
     summary = summary_of(run)
@@ -55,7 +75,9 @@ def test_a_run_directory_is_complete(cli, tmp_path: Path) -> None:
     assert not (run / "claim").exists()
 
 
-def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folder(cli, tmp_path: Path) -> None:
+def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folder(
+    cli, tmp_path: Path
+) -> None:
     cli(*TINY)
     run = only_run(tmp_path)
     before = (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns
@@ -67,10 +89,20 @@ def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folde
 
 
 def test_what_changes_the_result_changes_the_identity_and_nothing_else_does(cli, tmp_path: Path) -> None:
-    for arguments in ([], ["data.module.num_workers=0"], ["checkpoint.keep=last"], ["model.powergrad_alpha=1.0"]):
+    for arguments in (
+        [],
+        ["data.module.num_workers=0"],
+        ["checkpoint.keep=last"],
+        ["model.powergrad_alpha=1.0"],
+    ):
         cli(*TINY, *arguments)
     assert len(runs_in(tmp_path)) == 1
-    for arguments in (["seed=1"], ["model.powergrad_alpha=0.3"], ["data.module.split_seed=1"], ["model.lr=0.01"]):
+    for arguments in (
+        ["seed=1"],
+        ["model.powergrad_alpha=0.3"],
+        ["data.module.split_seed=1"],
+        ["model.lr=0.01"],
+    ):
         cli(*TINY, *arguments)
     runs = runs_in(tmp_path)
     assert len(runs) == 5
@@ -85,6 +117,14 @@ def test_the_arm_is_named_after_techniques_and_options(cli, tmp_path: Path) -> N
     assert summary["techniques"] == ["mixup", "powergrad"]
     config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
     assert config["model"]["mixup_alpha"] == 0.4 and config["model"]["powergrad_alpha"] == 0.3
+
+
+def test_a_batch_that_the_data_cannot_fill_is_made_of_all_of_them_and_said_so(cli, tmp_path: Path) -> None:
+    outcome = cli(*TINY, "data.module.batch_size=100000")
+    assert outcome.status == 0, outcome.err
+    assert "instead of 100000" in outcome.out
+    config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
+    assert config["data"]["module"]["batch_size"] < 100
 
 
 def test_keep_none_leaves_no_training_state(cli, tmp_path: Path) -> None:
@@ -128,7 +168,9 @@ def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) 
         both = list(csv.DictReader(stream))
     column = next(k for k in both[0] if k.startswith("p("))
     for first, second, mean in zip(*singles, both, strict=True):
-        assert float(mean[column]) == pytest.approx((float(first[column]) + float(second[column])) / 2, abs=1e-5)
+        assert float(mean[column]) == pytest.approx(
+            (float(first[column]) + float(second[column])) / 2, abs=1e-5
+        )
     assert cli(f"run={runs[0]},{runs[1]}", "task=test").status == 0
 
 
@@ -181,8 +223,12 @@ def test_the_main_job_learns_the_digits(shell, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], ["model.mixup=true", "model.label_smoothing=0.1", "trainer.precision=bf16-mixed"]])
-def test_the_signature_command_trains_on_an_imagenet_folder(shell, tmp_path: Path, imagenet_folder: Path, extra) -> None:
+@pytest.mark.parametrize(
+    "extra", [[], ["model.mixup=true", "model.label_smoothing=0.1", "trainer.precision=bf16-mixed"]]
+)
+def test_the_signature_command_trains_on_an_imagenet_folder(
+    shell, tmp_path: Path, imagenet_folder: Path, extra
+) -> None:
     outcome = shell(
         "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
         "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", *SHORT, *extra,
@@ -236,7 +282,12 @@ def test_a_command_of_the_design_runs(shell, tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_a_multirun_runs_every_arm_and_seed_and_the_report_compares_them(shell, tmp_path: Path) -> None:
     outcome = shell(
-        "-m", "model=resnet", "technique=baseline,powergrad,[powergrad,mixup]", "seed=range(5)", *TINY, timeout=550
+        "-m",
+        "model=resnet",
+        "technique=baseline,powergrad,[powergrad,mixup]",
+        "seed=range(5)",
+        *TINY,
+        timeout=550,
     )
     assert outcome.status == 0, outcome.err
     summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")]

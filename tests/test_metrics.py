@@ -22,7 +22,9 @@ def scores() -> tuple[torch.Tensor, torch.Tensor]:
     return logits.softmax(1), target
 
 
-def evaluate(names: list[str], task: str, scores: torch.Tensor, target: torch.Tensor, classes: int = 8) -> dict[str, float]:
+def evaluate(
+    names: list[str], task: str, scores: torch.Tensor, target: torch.Tensor, classes: int = 8
+) -> dict[str, float]:
     collection = build_metrics(names, task, classes)
     for s, t in zip(scores.split(SIZES), target.split(SIZES), strict=True):
         collection.update(s, t)
@@ -31,14 +33,18 @@ def evaluate(names: list[str], task: str, scores: torch.Tensor, target: torch.Te
 
 def test_classification_metrics_equal_scikit_learn(scores) -> None:
     p, t = scores
-    got = evaluate(["acc", "top5", "f1", "f1_per_class", "precision", "recall", "auroc"], "classification", p, t)
+    got = evaluate(
+        ["acc", "top5", "f1", "f1_per_class", "precision", "recall", "auroc"], "classification", p, t
+    )
     predicted = p.argmax(1)
     assert got["acc"] == pytest.approx(sk.accuracy_score(t, predicted))
     assert got["acc_top5"] == pytest.approx(sk.top_k_accuracy_score(t, p, k=5))
     assert got["f1"] == pytest.approx(sk.f1_score(t, predicted, average="macro"))
     assert got["precision"] == pytest.approx(sk.precision_score(t, predicted, average="macro"))
     assert got["recall"] == pytest.approx(sk.recall_score(t, predicted, average="macro"))
-    assert got["auroc"] == pytest.approx(sk.roc_auc_score(t, p, multi_class="ovr", average="macro"), abs=0.005)
+    assert got["auroc"] == pytest.approx(
+        sk.roc_auc_score(t, p, multi_class="ovr", average="macro"), abs=0.005
+    )
     each = sk.f1_score(t, predicted, average=None)
     assert [got[f"f1_per_class/{k}"] for k in range(8)] == pytest.approx(list(each))
 
@@ -48,7 +54,8 @@ def test_calibration_error_equals_its_definition(scores) -> None:
     confidence, predicted = p.max(1)
     bins = np.minimum((confidence.numpy() * 15).astype(int), 14)
     expected = sum(
-        abs(confidence.numpy()[bins == b].mean() - (predicted == t).numpy()[bins == b].mean()) * (bins == b).mean()
+        abs(confidence.numpy()[bins == b].mean() - (predicted == t).numpy()[bins == b].mean())
+        * (bins == b).mean()
         for b in np.unique(bins)
     )
     assert evaluate(["ece"], "classification", p, t)["ece"] == pytest.approx(expected, abs=1e-6)
@@ -66,7 +73,9 @@ def test_regression_metrics_equal_scikit_learn() -> None:
 
 def test_memory_does_not_grow_with_the_data(scores) -> None:
     p, t = scores
-    collection = build_metrics(["acc", "top5", "f1", "precision", "recall", "auroc", "ece"], "classification", 8)
+    collection = build_metrics(
+        ["acc", "top5", "f1", "precision", "recall", "auroc", "ece"], "classification", 8
+    )
     collection.update(p, t)
 
     def numbers() -> int:

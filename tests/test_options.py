@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 
 import pytest
 
-from crucible.options import ConfigError, check_arguments, check_value, in_interval, read_options, signature_options, suggest
+from crucible.options import (
+    ConfigError,
+    check_arguments,
+    check_value,
+    in_interval,
+    read_options,
+    signature_options,
+    suggest,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,11 @@ def test_values_of_the_type_are_accepted(annotation, value, result) -> None:
         (Annotated[float, "(0, 1]"], 3.0, "x must be in (0, 1], got 3.0"),
         (Annotated[float, "(0, 1]"], "abc", "x must be a number in (0, 1], got 'abc'"),
         (Annotated[float | None, "(0, 1]"], 3.0, "x must be a number or null in (0, 1], got 3.0"),
-        (Literal["SGD", "Adam"] | None, "SDG", "x must be one of SGD, Adam or null, got 'SDG'; did you mean SGD?"),
+        (
+            Literal["SGD", "Adam"] | None,
+            "SDG",
+            "x must be one of SGD, Adam or null, got 'SDG'; did you mean SGD?",
+        ),
         (list[float], 0.5, "x must be a list (each a number), got 0.5"),
         (list[str], "abc", "x must be a list (each a text), got 'abc'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ EVERY = [
     ScheduleOptions(warmstart=3, cooldown=2, lr_min=0.01),
     ScheduleOptions(warmstart=2.5),
     ScheduleOptions(scheduler="MultiStep", warmstart=3, lr_milestones=[2, 6.5], lr_multiplier=0.3),
-    ScheduleOptions(scheduler="Step", warmstart=1, lr_step_size=3),
+    ScheduleOptions(scheduler="Step", warmstart=1, lr_step_size=3, cooldown=2),
     ScheduleOptions(scheduler=None, warmstart=4),
 ]
 
@@ -30,10 +31,8 @@ def optimizer() -> SGD:
     )
 
 
-def rates(
-    options: ScheduleOptions, epochs: float, steps_per_epoch: int, count: int, start: int = 0
-) -> list[float]:
-    """The learning rate of both groups before each of `count` calls of the scheduler's step."""
+def rates(options: ScheduleOptions, epochs: float, steps_per_epoch: int, count: int) -> list[list[float]]:
+    """The learning rates of the two groups at each of the first `count` counts of the scheduler."""
     built = optimizer()
     scheduler = build_scheduler(built, options, epochs=epochs, steps_per_epoch=steps_per_epoch)["scheduler"]
     seen = []
@@ -41,7 +40,7 @@ def rates(
         seen.append([group["lr"] for group in built.param_groups])
         built.step()
         scheduler.step()
-    return seen[start:]
+    return seen
 
 
 @pytest.mark.parametrize("warmstart", [0, 1, 5])
@@ -60,15 +59,15 @@ def test_cosine_per_epoch_is_the_published_closed_form(epochs, warmstart):
 @pytest.mark.parametrize(
     ("options", "reference"),
     [
-        (ScheduleOptions(), lambda o: CosineAnnealingLR(o, T_max=12)),
-        (ScheduleOptions(scheduler="Step"), lambda o: StepLR(o, step_size=3, gamma=0.1)),
-        (ScheduleOptions(scheduler="MultiStep"), lambda o: MultiStepLR(o, [6, 9], gamma=0.1)),
+        (ScheduleOptions(warmstart=0), lambda o: CosineAnnealingLR(o, T_max=12)),
+        (ScheduleOptions(scheduler="Step", warmstart=0), lambda o: StepLR(o, step_size=3, gamma=0.1)),
+        (ScheduleOptions(scheduler="MultiStep", warmstart=0), lambda o: MultiStepLR(o, [6, 9], gamma=0.1)),
         (
-            ScheduleOptions(scheduler="MultiStep", lr_milestones=[2, 5], lr_multiplier=0.5),
+            ScheduleOptions(scheduler="MultiStep", warmstart=0, lr_milestones=[2, 5], lr_multiplier=0.5),
             lambda o: MultiStepLR(o, [2, 5], gamma=0.5),
         ),
         (
-            ScheduleOptions(scheduler="Step", lr_step_size=5, lr_multiplier=0.5),
+            ScheduleOptions(scheduler="Step", warmstart=0, lr_step_size=5, lr_multiplier=0.5),
             lambda o: StepLR(o, step_size=5, gamma=0.5),
         ),
     ],
@@ -102,7 +101,7 @@ def test_per_step_the_same_curve_is_followed_in_fractions_of_an_epoch():
 def test_nothing_rises_after_the_warm_up_and_the_end_is_no_end(options):
     factor = schedule(options, 10)
     curve = [factor(e / 16) for e in range(int(16 * options.warmstart + 0.5), 16 * 40)]
-    assert all(later <= earlier for earlier, later in zip(curve, curve[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(curve))
     assert 0 <= curve[-1] <= 1
 
 
@@ -149,7 +148,7 @@ def test_looking_ahead_changes_nothing():
 
 
 def test_a_resumed_run_may_be_given_another_length():
-    options = ScheduleOptions()
+    options = ScheduleOptions(warmstart=0)
     scheduler = build_scheduler(optimizer(), options, epochs=4, steps_per_epoch=3)["scheduler"]
     longer = build_scheduler(optimizer(), options, epochs=8, steps_per_epoch=3)["scheduler"]
     longer.load_state_dict(scheduler.state_dict())
@@ -157,7 +156,12 @@ def test_a_resumed_run_may_be_given_another_length():
 
 
 def test_no_scheduler_is_none_and_a_warm_up_alone_is_honoured():
-    assert build_scheduler(optimizer(), ScheduleOptions(scheduler=None), epochs=5, steps_per_epoch=3) is None
+    assert (
+        build_scheduler(
+            optimizer(), ScheduleOptions(scheduler=None, warmstart=0), epochs=5, steps_per_epoch=3
+        )
+        is None
+    )
     got = rates(ScheduleOptions(scheduler=None, warmstart=3), epochs=5, steps_per_epoch=3, count=5)
     assert [rate / 0.1 for rate, _ in got] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
 
@@ -171,7 +175,20 @@ def test_lightning_is_told_the_interval(interval):
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 @pytest.mark.parametrize("scheduler", ["Step", "MultiStep"])
 def test_short_runs_start_at_the_full_rate(scheduler, epochs):
-    assert schedule(ScheduleOptions(scheduler=scheduler), epochs)(0) == 1
+    assert schedule(ScheduleOptions(scheduler=scheduler, warmstart=0), epochs)(0) == 1
+
+
+def test_a_run_shorter_than_its_warm_up_ends_within_it():
+    factor = schedule(ScheduleOptions(warmstart=10), 1)
+    assert factor(0) == pytest.approx(1 / 11)
+
+
+@pytest.mark.parametrize("scheduler", ["Step", "MultiStep"])
+def test_the_cool_down_keeps_the_lowest_rate_of_the_rest(scheduler):
+    rest = schedule(ScheduleOptions(scheduler=scheduler, warmstart=0), 8)
+    whole = schedule(ScheduleOptions(scheduler=scheduler, warmstart=0, cooldown=2), 10)
+    assert [whole(e) for e in range(8)] == [rest(e) for e in range(8)]
+    assert whole(8) == whole(9) == rest(7)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +216,8 @@ def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
         ({"lr_step_size": 3}, "model.lr_step_size=3 needs model.scheduler=Step, got CosineAnneal"),
         ({"lr_multiplier": 0.2}, "model.lr_multiplier=0.2 needs model.scheduler=MultiStep or Step"),
         (
-            {"scheduler": "Step", "cooldown": 2},
-            "model.cooldown=2 needs model.scheduler=CosineAnneal, got Step",
+            {"scheduler": None, "cooldown": 2},
+            "model.cooldown=2 needs model.scheduler=CosineAnneal or MultiStep or Step, got null",
         ),
         ({"scheduler": None, "lr_min": 0.1}, "model.lr_min=0.1 needs model.scheduler=CosineAnneal, got null"),
         (

@@ -46,7 +46,9 @@ def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> Pa
             if file.is_file() and torch.load(file, weights_only=True)["global_step"] >= step:
                 return run
         time.sleep(0.02)
-    pytest.fail(f"never reached step {step}: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
+    pytest.fail(
+        f"never reached step {step}: {process.communicate()[0] if process.poll() is not None else 'too slow'}"
+    )
 
 
 @pytest.fixture(scope="module")

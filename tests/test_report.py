@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+import report
+
+ROOT = Path(report.__file__).parent
+BASE = [0.9310, 0.9284, 0.9335, 0.9302, 0.9291]
+BETTER = [0.9402, 0.9371, 0.9433, 0.9385, 0.9390]
+SAME = [0.9305, 0.9290, 0.9331, 0.9299, 0.9296]
+
+
+def shifted(*differences: float) -> list[float]:
+    return [b + d for b, d in zip(BASE, differences, strict=True)]
+
+
+def make_run(
+    root: Path,
+    arm: str,
+    seed: int,
+    value: float | None,
+    *,
+    data: str = "digits",
+    techniques: dict | None = None,
+    settings: dict | None = None,
+    metric: str = "test/acc",
+    seconds: float = 10.0,
+    name: str | None = None,
+    **summary,
+) -> Path:
+    folder = root / data / (name or f"{arm.replace(' ', '_')}-s{seed}")
+    folder.mkdir(parents=True)
+    config = {
+        "seed": seed,
+        "exp_dir": str(root),
+        "data": {"num_classes": 10, "module": {"name": data, "batch_size": 64, "num_workers": seed}},
+        "model": {"lr": 0.05, "seed": seed, "mixup": False},
+        "trainer": {"max_epochs": 12},
+        "techniques": techniques or {},
+    }
+    for option, setting in (settings or {}).items():
+        node = config
+        *parents, last = option.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[last] = setting
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "overrides.yaml").write_text("[]")
+    final = {} if value is None else {metric: value}
+    contents = {
+        "schema": 1, "status": "finished", "reason": "", "run_id": folder.name, "arm": arm, "seed": seed,
+        "techniques": sorted(techniques or {}), "final": final, "epochs": 12, "wall_time_s": seconds,
+        "device": "cpu", "git": {"commit": "abc", "dirty": False}, "started": time.time(),
+        "heartbeat": time.time(), **summary,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(contents))
+    return folder
+
+
+def make_arm(root: Path, arm: str, values: list[float], **options) -> list[Path]:
+    return [make_run(root, arm, seed, value, **options) for seed, value in enumerate(values)]
+
+
+def written(root: Path) -> tuple[dict[str, dict[str, str]], str]:
+    """The rows of results.csv by arm, and report.md."""
+    with (root / "report" / "results.csv").open(newline="") as stream:
+        rows = {row["arm"]: row for row in csv.DictReader(stream)}
+    return rows, (root / "report" / "report.md").read_text()
+
+
+def run_report(root: Path, *arguments: str) -> tuple[dict[str, dict[str, str]], str]:
+    assert report.main([f"runs={root}", *arguments]) == 0
+    return written(root)
+
+
+# The numbers
+
+
+def test_an_arm_is_described_by_its_runs(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    row = run_report(tmp_path)[0]["baseline"]
+    expected = {"mean": np.mean(BASE), "sd": np.std(BASE, ddof=1), "median": np.median(BASE)}
+    for name, value in {**expected, "min": min(BASE), "max": max(BASE), "n": 5, "time_s": 10}.items():
+        assert float(row[name]) == pytest.approx(value)
+    assert row["difference"] == row["verdict"] == "", "alone, it is compared with nothing"
+
+
+def test_the_difference_is_scipys_paired_t(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    row = run_report(tmp_path)[0]["mixup"]
+    reference = stats.ttest_rel(BETTER, BASE)
+    interval = reference.confidence_interval(0.95)
+    assert float(row["difference"]) == pytest.approx(np.mean(BETTER) - np.mean(BASE))
+    assert [float(row["low"]), float(row["high"])] == pytest.approx([interval.low, interval.high])
+    assert float(row["p"]) == float(row["p_holm"]) == pytest.approx(reference.pvalue)
+
+
+def test_runs_are_paired_by_seed_and_a_missing_pair_is_named(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    for seed in (4, 0, 7, 2):
+        make_run(tmp_path, "mixup", seed, 0.95 if seed == 7 else BETTER[seed])
+    rows, text = run_report(tmp_path)
+    reference = stats.ttest_rel([BETTER[i] for i in (0, 2, 4)], [BASE[i] for i in (0, 2, 4)])
+    assert rows["mixup"]["pairs"] == "3" and rows["mixup"]["n"] == "4"
+    assert float(rows["mixup"]["p"]) == pytest.approx(reference.pvalue)
+    assert "missing pair: mixup has seed 7, baseline has not" in text
+    assert "missing pair: baseline has seed 1, seed 3, mixup has not" in text
+
+
+def test_p_values_are_corrected_over_the_techniques_of_the_table(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    rng = np.random.default_rng(0)
+    arms = {f"t{k}": [b + 0.001 * k + 0.001 * rng.normal() for b in BASE] for k in range(4)}
+    for name, values in arms.items():
+        make_arm(tmp_path, name, values)
+    rows, text = run_report(tmp_path)
+    p = sorted((stats.ttest_rel(values, BASE).pvalue, name) for name, values in arms.items())
+    expected = np.maximum.accumulate([min(1, (4 - i) * value) for i, (value, _) in enumerate(p)])
+    for (_, name), value in zip(p, expected, strict=True):
+        assert float(rows[name]["p_holm"]) == pytest.approx(value)
+    assert "among 4, one or more miss in about 19 of 100 such tables" in text
+
+
+def test_the_cost_is_the_geometric_mean_of_paired_time_ratios(tmp_path):
+    times = [(10, 19), (11, 23), (9, 18), (12, 25)]
+    for seed, (base, technique) in enumerate(times):
+        make_run(tmp_path, "baseline", seed, BASE[seed], seconds=base)
+        make_run(tmp_path, "sam", seed, BETTER[seed], seconds=technique)
+    row = run_report(tmp_path)[0]["sam"]
+    logs = [math.log(technique / base) for base, technique in times]
+    interval = stats.ttest_1samp(logs, 0).confidence_interval()
+    expected = [stats.gmean([t / b for b, t in times]), math.exp(interval.low), math.exp(interval.high)]
+    columns = ("time_ratio", "time_ratio_low", "time_ratio_high")
+    assert [float(row[c]) for c in columns] == pytest.approx(expected)
+
+
+def test_from_eight_pairs_on_the_sign_flip_test_stands_beside(tmp_path):
+    rng = np.random.default_rng(1)
+    base = (0.9 + 0.002 * rng.normal(size=9)).tolist()
+    make_arm(tmp_path, "baseline", base)
+    technique = [b + 0.001 + 0.002 * rng.normal() for b in base]
+    make_arm(tmp_path, "mixup", technique)
+    rows, text = run_report(tmp_path)
+    differences = np.array(technique) - base
+    reference = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=False
+    )
+    assert float(rows["mixup"]["p_flip"]) == pytest.approx(reference.pvalue)
+    assert "| flip p |" in text
+
+
+@pytest.mark.parametrize(("effect", "pairs", "of_six"), [(2, 5, 7), (1.5, 6, 9), (1, 10, 16), (0.75, 16, 26)])
+def test_needed_pairs_reach_a_power_of_four_fifths(effect, pairs, of_six):
+    assert report.needed_pairs(effect, 0.05) == pairs
+    assert report.needed_pairs(effect, 0.05 / 6) == of_six
+    rng = np.random.default_rng(0)
+    p = stats.ttest_1samp(rng.normal(effect, 1, size=(20000, pairs)), 0, axis=1).pvalue
+    assert (p < 0.05).mean() == pytest.approx(report.power(effect, pairs, 0.05), abs=0.01)
+    assert report.detectable_effect(pairs, 0.05) <= effect < report.detectable_effect(pairs - 1, 0.05)
+
+
+def test_effects_beyond_fifty_seeds_are_not_planned_for():
+    assert report.needed_pairs(0.1, 0.05) is None
+
+
+# The verdicts
+
+
+@pytest.mark.parametrize(
+    ("technique", "verdict"),
+    [
+        (BETTER, "helps by more than 0.30 points"),
+        ([2 * b - t for b, t in zip(BASE, BETTER, strict=True)], "hurts by more than 0.30 points"),
+        (SAME, "no difference larger than 0.30 points"),
+        (shifted(0.0018, 0.0022, 0.0019, 0.0021, 0.002), "helps by less than 0.30 points"),
+        (shifted(0.002, 0.005, 0.003, 0.004, 0.006), "helps"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval_and_the_margin(tmp_path, technique, verdict):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", technique)
+    assert run_report(tmp_path)[0]["mixup"]["verdict"] == verdict
+
+
+def test_an_open_comparison_says_between_what_and_how_many_more_seeds(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    differences = np.array([0.006, -0.004, 0.003, -0.001, 0.005])
+    make_arm(tmp_path, "mixup", (np.array(BASE) + differences).tolist())
+    low, high = 100 * np.array(stats.ttest_1samp(differences, 0).confidence_interval())
+    needed = report.needed_pairs(0.003 / float(np.std(differences, ddof=1)), 0.05)
+    verdict = run_report(tmp_path)[0]["mixup"]["verdict"]
+    assert verdict.startswith(
+        f"undecided: between {low:+.2f} and {high:+.2f} points; about {needed - 5} more seeds ("
+    )
+
+
+def test_what_only_the_uncorrected_interval_excludes_is_not_claimed(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    differences = np.array([0.007, 0.001, 0.006, 0.0005, 0.005])
+    assert 0.025 < stats.ttest_1samp(differences, 0).pvalue < 0.05
+    make_arm(tmp_path, "mixup", (np.array(BASE) + differences).tolist())
+    make_arm(tmp_path, "cutmix", SAME)
+    assert "excludes 0 alone, not after correction for 2" in run_report(tmp_path)[0]["mixup"]["verdict"]
+
+
+def test_two_pairs_show_both_differences_and_no_verdict(tmp_path):
+    make_arm(tmp_path, "baseline", BASE[:2])
+    make_arm(tmp_path, "mixup", [BASE[0] + 0.01, BASE[1] + 0.0123])
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["verdict"] == "cannot say (2 pairs)"
+    assert rows["mixup"]["low"] == rows["mixup"]["p"] == rows["mixup"]["p_holm"] == ""
+    assert "both: +1.00, +1.23" in text
+
+
+def test_one_pair_has_neither_spread_nor_interval(tmp_path):
+    make_run(tmp_path, "baseline", 0, 0.9)
+    make_run(tmp_path, "mixup", 0, 0.92)
+    row = run_report(tmp_path)[0]["mixup"]
+    assert row["verdict"] == "cannot say (1 pair)"
+    assert float(row["difference"]) == pytest.approx(0.02)
+    assert row["sd"] == row["low"] == row["p"] == row["time_ratio_low"] == ""
+
+
+def test_copied_runs_are_noticed(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", [b + 0.01 for b in BASE])
+    make_arm(tmp_path, "cutmix", BETTER)
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["verdict"] == "cannot say (5 pairs, all with the same difference)"
+    assert "mixup: every pair differs by the same +1.00: copied runs?" in text
+    assert rows["cutmix"]["p"] == rows["cutmix"]["p_holm"], "what cannot be tested is not corrected for"
+
+
+@pytest.mark.parametrize("wreck", [math.nan, math.inf, 0.104])
+def test_diverged_runs_are_counted_apart(tmp_path, wreck):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "powergrad", [*BETTER[:4], wreck])
+    rows, text = run_report(tmp_path)
+    row = rows["powergrad"]
+    assert row["verdict"] == "unstable: 1 of 5 runs diverged"
+    assert (row["n"], row["diverged"], row["pairs"]) == ("4", "1", "4")
+    assert float(row["mean"]) == pytest.approx(np.mean(BETTER[:4]))
+    assert float(row["p"]) == pytest.approx(stats.ttest_rel(BETTER[:4], BASE[:4]).pvalue)
+    assert "powergrad, seed 4 diverged: test/acc is" in text
+
+
+def test_a_run_that_stopped_because_it_diverged_counts_as_diverged(tmp_path):
+    make_arm(tmp_path, "mixup", BETTER)
+    make_arm(tmp_path, "baseline", BASE[:4])
+    make_run(tmp_path, "baseline", 4, None, status="failed", reason="diverged: train/loss is nan in epoch 2")
+    rows, _ = run_report(tmp_path)
+    assert rows["mixup"]["verdict"] == "unstable: 1 of 5 baseline runs diverged"
+
+
+def test_a_metric_that_some_runs_lack_gives_no_verdict(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", [*BETTER[:4], None])
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["verdict"] == "cannot say (test/acc is not in all runs)"
+    assert "mixup, seed 4 has no test/acc" in text
+
+
+def test_of_a_loss_lower_is_better_and_there_is_no_margin(tmp_path):
+    make_arm(tmp_path, "baseline", [0.31, 0.30, 0.33, 0.32], metric="test/loss")
+    make_arm(tmp_path, "mixup", [0.21, 0.19, 0.24, 0.22], metric="test/loss")
+    make_arm(tmp_path, "cutmix", [0.313, 0.298, 0.331, 0.316], metric="test/loss")
+    rows, text = run_report(tmp_path, "metric=test/loss")
+    assert rows["mixup"]["verdict"] == "helps"
+    assert rows["cutmix"]["verdict"].startswith("undecided: between -0.00")
+    assert "(lower is better); margin none" in text and "points" not in text
+
+
+# What to look at
+
+
+def test_a_run_far_from_its_arm_is_pointed_out_but_kept(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", [*BETTER[:4], 0.70])
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["n"] == "5"
+    assert "sd from its arm's median: look at this run (mixup-s4)" in text
+    assert text.count("look at this run") == 1
+
+
+def test_settings_that_differ_beside_the_technique_are_named(tmp_path):
+    mixup = {"mixup": {"model.mixup": True}}
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(
+        tmp_path, "mixup", BETTER, techniques=mixup, settings={"model.mixup": True, "trainer.max_epochs": 20}
+    )
+    make_arm(tmp_path, "lr=0.1", SAME, settings={"model.lr": 0.1})
+    text = run_report(tmp_path)[1]
+    assert "mixup differs from baseline also in trainer.max_epochs (20, baseline 12)" in text
+    assert "model.mixup" not in text, "a technique's own option is what the arm is about"
+    assert "model.lr" not in text, "so is what the arm's name spells out"
+    assert "num_workers" not in text, "workers and paths do not change the result"
+
+
+def test_runs_of_one_arm_that_differ_are_named(tmp_path):
+    make_arm(tmp_path, "baseline", BASE[:4])
+    make_run(tmp_path, "baseline", 4, BASE[4], settings={"model.lr": 0.2})
+    text = run_report(tmp_path)[1]
+    assert "baseline: its runs differ in model.lr (0.05: seed 0, seed 1, seed 2, seed 3; 0.2: seed 4)" in text
+
+
+def test_of_two_runs_with_one_seed_the_later_counts(tmp_path):
+    make_run(tmp_path, "baseline", 0, 0.91, name="old-s0", started=1.0)
+    make_run(tmp_path, "baseline", 0, 0.93, name="new-s0", started=2.0)
+    rows, text = run_report(tmp_path)
+    assert (rows["baseline"]["n"], float(rows["baseline"]["mean"])) == ("1", 0.93)
+    assert "baseline, seed 0: 2 runs; new-s0 counts, not old-s0" in text
+
+
+def test_folds_of_one_seed_are_pairs_of_their_own(tmp_path):
+    for fold in range(3):
+        for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+            make_run(
+                tmp_path, arm, 0, values[fold], name=f"{arm}-f{fold}", settings={"data.module.fold": fold}
+            )
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["pairs"] == "3"
+    assert "folds share training data" in text
+
+
+def test_other_code_and_other_machines_are_mentioned(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER, git={"commit": "def"}, device="NVIDIA H200")
+    text = run_report(tmp_path)[1]
+    assert "runs come from 2 commits of the code: abc, def" in text
+    assert "different devices (NVIDIA H200, cpu)" in text
+
+
+# What is left out
+
+
+def test_unfinished_failed_and_unreadable_runs_are_listed_with_their_reason(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_run(tmp_path, "a", 0, None, status="failed", reason="CUDA out of memory")
+    make_run(tmp_path, "b", 0, None, status="interrupted", reason="stopped by SIGTERM")
+    make_run(tmp_path, "c", 0, None, status="running", heartbeat=0)
+    live = make_run(tmp_path, "d", 0, None, status="running")
+    (live / "claim").write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+    (make_run(tmp_path, "e", 0, 0.9) / "summary.json").write_text('{"status": "finis')
+    (make_run(tmp_path, "f", 0, 0.9) / "summary.json").unlink()
+    (make_run(tmp_path, "g", 0, 0.9) / "config.yaml").unlink()
+    make_run(tmp_path, "h", 0, 0.9, name="h-s0.old-1")
+    rows, text = run_report(tmp_path)
+    assert list(rows) == ["baseline"]
+    listed = dict(
+        line.split(" | ", 1) for line in text.split("## Runs left out")[1].splitlines() if "-s0 |" in line
+    )
+    status = {Path(run).name[0]: rest for run, rest in listed.items()}
+    assert status["a"] == "failed | CUDA out of memory |"
+    assert status["b"].startswith("interrupted | stopped by SIGTERM; go on with: python main.py run=")
+    assert status["c"].startswith("lost | stopped without a word")
+    assert status["d"] == "running |  |"
+    assert status["e"].startswith("unreadable | ") and status["g"].startswith("unreadable | ")
+    assert status["f"].startswith("unfinished | ")
+    assert "h" not in status, "a run that was replaced is not looked at"
+
+
+def test_with_nothing_finished_the_report_is_the_list_of_what_is_not(tmp_path):
+    make_run(tmp_path, "baseline", 0, None, status="failed", reason="no disk space")
+    rows, text = run_report(tmp_path)
+    assert rows == {} and "no disk space" in text
+
+
+# The command line
+
+
+def test_each_data_set_has_its_own_table(tmp_path):
+    for data in ("cifar10", "digits"):
+        make_arm(tmp_path, "baseline", BASE, data=data)
+        make_arm(tmp_path, "mixup", BETTER, data=data)
+    assert report.main([f"runs={tmp_path}"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.index("## cifar10") < text.index("## digits")
+    assert text.count("helps by more than") == 2
+
+
+def test_runs_takes_several_folders_and_globs_and_out_says_where(tmp_path):
+    make_arm(tmp_path / "one", "baseline", BASE)
+    make_arm(tmp_path / "two", "mixup", BETTER)
+    out = tmp_path / "here"
+    assert report.main([f"runs={tmp_path}/o*/digits,{tmp_path}/two", f"out={out}"]) == 0
+    assert "mixup" in (out / "results.csv").read_text()
+    assert report.main([f"runs={tmp_path}/one,{tmp_path}/two"]) == 0
+    assert (tmp_path / "report" / "report.md").is_file(), "several folders: beside them"
+
+
+def test_the_report_is_printed_without_control_characters_to_a_file(tmp_path, capsys):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    run_report(tmp_path)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "helps by more than 0.30 points" in out and f"written: {tmp_path / 'report' / 'report.md'}" in out
+
+
+def test_the_baseline_is_chosen_or_asked_for(tmp_path, capsys):
+    make_arm(tmp_path, "sgd", BASE)
+    make_arm(tmp_path, "adam", BETTER)
+    assert report.main([f"runs={tmp_path}"]) == 2
+    assert "baseline is missing in digits; choose one of: adam, sgd" in capsys.readouterr().err
+    rows, _ = run_report(tmp_path, "baseline=sgd")
+    assert rows["adam"]["verdict"].startswith("helps")
+    assert report.main([f"runs={tmp_path}", "baseline=sdg"]) == 2
+    assert "baseline=sdg: no such arm in digits; choose one of: adam, sgd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run={}"], "there is no option run; did you mean runs?"),
+        (["{}"], "options are written key=value, such as runs="),
+        (["metric=val/acc"], "runs is missing: python report.py runs="),
+        (["runs={}/nothing"], "no such folder"),
+        (["runs={}", "metric=test/accc"], "not a metric with a better direction; did you mean acc?"),
+        (["runs={}", "metric=val/acc"], "no finished run has it; known: test/acc"),
+        (["runs={}", "margin_points=much"], "margin_points must be a number in (0, 100), got 'much'"),
+        (["runs={}", "margin_points=-1"], "margin_points must be a number in (0, 100), got '-1'"),
+        (["runs={}", "metric=test/loss", "margin_points=1"], "test/loss is not a percentage"),
+        (["runs="], "runs= has no value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys, arguments, message):
+    make_run(tmp_path, "baseline", 0, 0.9)
+    assert report.main([a.format(tmp_path) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and message in err
+
+
+def test_a_folder_without_runs_is_a_mistake(tmp_path, capsys):
+    assert report.main([f"runs={tmp_path}"]) == 2
+    assert "no run directory there" in capsys.readouterr().err
+
+
+def test_help_needs_nothing_heavy():
+    heavy = "{'torch', 'lightning', 'scipy', 'rich', 'numpy', 'yaml'}"
+    code = f"import sys, report; status = report.main(['--help']); print({heavy} & set(sys.modules), status)"
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.stdout.splitlines()[-1] == "set() 0"
+    plain = subprocess.run(
+        [sys.executable, "report.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert plain.stdout == report.HELP
