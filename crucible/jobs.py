@@ -231,6 +231,7 @@ def _warn_of_other_code(run: RunDirectory) -> None:
 
 def _run_in_own_process(run: RunDirectory) -> int:
     environment = {**os.environ, IN_PROCESS: "1"}
+    logged = (run.path / "main.log").stat().st_size if (run.path / "main.log").is_file() else 0
     process = subprocess.Popen(
         [sys.executable, str(MAIN), f"run={run.path}"], env=environment, start_new_session=True
     )
@@ -246,9 +247,11 @@ def _run_in_own_process(run: RunDirectory) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _end_group(process.pid)
-    if run.summary().get("status") not in ("finished", "failed", "interrupted"):
-        reason = f"its process ended with status {status}; the last lines of {run.path / 'main.log'} say why"
-        run.update_summary(status="failed", reason=_last_error(run) or reason, ended=time.time())
+    outcome = run.summary().get("status")
+    if outcome not in ("finished", "interrupted"):
+        reason = f"its process ended with status {status}; {run.path / 'main.log'} may say why"
+        reason = _first_error(run, logged) or (run.summary().get("reason") if outcome == "failed" else "") or reason
+        run.update_summary(status="failed", reason=reason, ended=time.time())
         run.release()
     if run.summary().get("status") == "interrupted" and status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise SystemExit(status)
@@ -261,12 +264,13 @@ def _end_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def _last_error(run: RunDirectory) -> str:
+def _first_error(run: RunDirectory, since: int) -> str:
+    """The first error in main.log after the byte `since`: of several ranks, the one that failed first says why."""
     file = run.path / "main.log"
     if not file.is_file():
         return ""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if "ERROR" in line]
-    return lines[-1].split("ERROR ", 1)[-1] if lines else ""
+    lines = file.read_bytes()[since:].decode(errors="replace").splitlines()
+    return next((line.split(" ERROR ", 1)[1] for line in lines if " ERROR " in line), "")
 
 
 def execute(run: RunDirectory, config: Config, settled: Sequence[str] = ()) -> int:
