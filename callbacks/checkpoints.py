@@ -119,7 +119,7 @@ class Checkpoints(Checkpoint):
 
     def save_last(self, trainer: Trainer) -> None:
         """Write last.ckpt now (on all ranks together)."""
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
         self._written_at = trainer.global_step
 
     def _save_best(self, trainer: Trainer) -> None:
@@ -128,7 +128,7 @@ class Checkpoints(Checkpoint):
             return
         target, last = self.folder / "best.ckpt", self.folder / "last.ckpt"
         if self._written_at != trainer.global_step:
-            trainer.save_checkpoint(target)
+            trainer.save_checkpoint(target, weights_only=False)
         elif trainer.is_global_zero:  # the same state has just been written as last.ckpt
             temporary = _temporary(target)
             temporary.unlink(missing_ok=True)

@@ -39,6 +39,7 @@ class Progress(ProgressBar):
         self._total: float | None = None
         self._steps = self._images = self._first_step = 0
         self._started = self._redrawn = self._paused_at = self._fit_started = 0.0
+        self._rate = 0.0
         self._first_epoch = 0
         self._validated = False
 
@@ -69,6 +70,11 @@ class Progress(ProgressBar):
         self._validated = False
         self._begin(_epoch_title(trainer), self.total_train_batches)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rate = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves on
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -78,7 +84,7 @@ class Progress(ProgressBar):
             if self._steps % self.refresh_rate == 0 and self._due():
                 self._first_step = batch_idx + 1 - self._steps
                 values = pl_module.running_metrics()  # type: ignore[operator]
-                self._redraw(f"{_metrics(values)} lr {_rate(trainer)}  ", trainer.world_size)
+                self._redraw(f"{_metrics(values)} lr {self._rate:.3g}  ", trainer.world_size)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -87,7 +93,7 @@ class Progress(ProgressBar):
         parts = [_epoch_title(trainer), _split(values, "train")]
         if self._validated:
             parts.append(_split(values, "val"))
-        parts += [f"lr {_rate(trainer)}", self._speed(trainer.world_size)]
+        parts += [f"lr {self._rate:.3g}", self._speed(trainer.world_size)]
         done = trainer.current_epoch + 1
         if trainer.max_epochs is not None and done < trainer.max_epochs:
             an_epoch = (time.monotonic() - self._fit_started) / (done - self._first_epoch)
@@ -265,10 +271,6 @@ def _metrics(values: Mapping[str, float]) -> str:
 def _split(values: Mapping[str, float], split: str) -> str:
     shown = _metrics({k.removeprefix(f"{split}/"): v for k, v in values.items() if k.startswith(f"{split}/")})
     return f"{split} {shown}" if shown else ""
-
-
-def _rate(trainer: Trainer) -> str:
-    return f"{trainer.optimizers[0].param_groups[0]['lr']:.3g}"
 
 
 def _clock(seconds: float) -> str:

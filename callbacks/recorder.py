@@ -37,6 +37,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / per_kib
 
 
+def _column_order(item: tuple[str, float]) -> tuple[int, int, str]:
+    """train before val, loss before accuracy before the rest."""
+    split, _, name = item[0].partition("/")
+    return ("train", "val").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
+
+
 class Recorder(Callback):
     """Writes a row of metrics.csv and the summary after each epoch, on rank 0.
 
@@ -97,7 +103,7 @@ class Recorder(Callback):
             row = {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
-                **dict(sorted(values.items())),
+                **dict(sorted(values.items(), key=_column_order)),
                 "lr": self._lr,
                 "time/epoch_s": round(seconds, 3),
                 "time/images_per_s": round(images / max(seconds, 1e-9), 1),

@@ -250,7 +250,11 @@ def _run_in_own_process(run: RunDirectory) -> int:
     outcome = run.summary().get("status")
     if outcome not in ("finished", "interrupted"):
         reason = f"its process ended with status {status}; {run.path / 'main.log'} may say why"
-        reason = _first_error(run, logged) or (run.summary().get("reason") if outcome == "failed" else "") or reason
+        reason = (
+            _first_error(run, logged)
+            or (run.summary().get("reason") if outcome == "failed" else "")
+            or reason
+        )
         run.update_summary(status="failed", reason=reason, ended=time.time())
         run.release()
     if run.summary().get("status") == "interrupted" and status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
@@ -370,6 +374,8 @@ def _log_to(run: RunDirectory, first: bool) -> None:
         "ignore", message=".*The number of training batches .* is smaller than the logging interval.*"
     )
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `on_after_batch_transfer`.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `on_after_batch_transfer`.*")
     logging.captureWarnings(True)
     handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -91,6 +91,7 @@ class Wandb(WandbLogger):
             mode=wandb_mode(mode),
             resume="allow",
         )
+        self._wandb_init.pop("anonymous", None)  # Lightning passes what W&B warns of
 
 
 class TensorBoard(TensorBoardLogger):

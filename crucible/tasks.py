@@ -230,6 +230,18 @@ def pick_checkpoint(run: RunDirectory, name: str | None) -> Path:
 # what the summary, the loggers and the banner say
 
 
+def device_name(kind: str) -> str:
+    """What a run is computed on, as people call it."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads" if kind == "cpu" else f"{model} ({kind})"
+
+
 def git_state() -> dict[str, Any]:
     """Commit of the checkout, and whether it has changes."""
     root = Path(__file__).resolve().parent.parent
@@ -251,9 +263,7 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
     packages = ("torch", "torchvision", "lightning", "hydra-core", "timm", "torchmetrics")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name()
-        if kind == "cuda"
-        else platform.processor() or platform.machine(),
+        "device": device_name(kind),
         "devices": device_count(config["trainer"]) * config["trainer"]["num_nodes"],
         "precision": str(config["trainer"]["precision"]),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
@@ -294,8 +304,7 @@ def banner(
     trainer = config["trainer"]
     devices = device_count(trainer) * trainer["num_nodes"]
     batch = data.batch_size * devices * trainer["accumulate_grad_batches"]
-    kind = device_kind(trainer["accelerator"])
-    device = torch.cuda.get_device_name() if kind == "cuda" else f"{kind}, {torch.get_num_threads()} threads"
+    device = device_name(device_kind(trainer["accelerator"]))
     sizes = ", ".join(f"{len(data.samples(split))} {split}" for split in ("train", "val", "test"))
     parameters = sum(p.numel() for p in model.parameters())
     rows = {
