@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, TINY, runs_in, write_images
 
+QUIET = ["trainer.max_epochs=1", "logger.wandb=null", "trainer.enable_progress_bar=false"]
 SHORT = [
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",
@@ -212,6 +213,62 @@ def test_init_from_starts_from_another_runs_weights_and_reports_the_head(cli, tm
     assert "fc" in outcome.out
 
 
+# other inputs
+
+
+def test_images_and_values_from_a_csv_are_a_regression(cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", ["a", "b"], 12, (24, 24))
+    lines = [f"{'ab'[i % 2]}/{i // 2}.jpg,{i / 7}" for i in range(24)]
+    (tmp_path / "pictures" / "labels.csv").write_text("\n".join(["file,value", *lines]))
+    outcome = cli(
+        "data=image_regression", f"data.module.data_root_dir={tmp_path / 'pictures'}", "data.input_size=16",
+        "data.module.batch_size=4", "model.lr=0.001", *QUIET,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    run = only_run(tmp_path)
+    assert {"test/mse", "test/mae", "test/r2", "val/loss", "train/mae"} <= set(summary_of(run)["final"])
+    assert (run / "plots" / "predictions_test.png").is_file()
+    assert cli(f"run={run}", "task=predict").status == 0
+    with (run / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert set(rows[0]) == {"sample", "target", "prediction"} and rows[0]["sample"].endswith(".jpg")
+
+
+def test_an_image_folder_without_splits_counts_its_classes_and_predicts_unlabelled_images(
+    cli, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "pictures", ["cat", "dog", "owl"], 12, (30, 20))
+    write_images(tmp_path / "unknown", ["x"], 3, (50, 60))
+    outcome = cli(
+        "data=image_folder", f"data.module.data_root_dir={tmp_path / 'pictures'}", "data.input_size=16",
+        "data.module.batch_size=4", *QUIET,
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert "3 classes found" in outcome.out
+    run = only_run(tmp_path)
+    predicted = cli(f"run={run}", "task=predict", f"data.module.predict_dir={tmp_path / 'unknown'}")
+    assert predicted.status == 0, predicted.err
+    with (run / "predictions.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["sample"] for row in rows] == ["x/0.jpg", "x/1.jpg", "x/2.jpg"]
+    assert all(row["prediction"] in ("cat", "dog", "owl") and row["target"] == "" for row in rows)
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_other_dimensions_train(cli, tmp_path: Path, dimensions: int) -> None:
+    outcome = cli(*TINY, f"data.input_dim={dimensions}", "data.input_size=8", "trainer.limit_train_batches=2")
+    assert outcome.status == 0, outcome.err
+
+
+def test_the_debug_groups_run(cli, tmp_path: Path) -> None:
+    assert cli(*TINY, "debug=two_steps").status == 0
+    assert cli(*TINY, "debug=profile").status == 0
+    outcome = cli(*TINY, "debug=overfit", "trainer.max_epochs=40", "data.module.batch_size=8")
+    assert outcome.status == 0, outcome.err
+    losses = [summary_of(run)["final"]["train/loss"] for run in runs_in(tmp_path)]
+    assert min(losses) < 0.1, "one batch can be learnt by heart"
+
+
 # the design's commands
 
 
@@ -307,6 +364,7 @@ def test_seed_style_folds_are_a_sweep(cli, tmp_path: Path) -> None:
     assert len(runs_in(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_end_the_sweep_and_is_listed(shell, tmp_path: Path) -> None:
     outcome = shell("-m", *TINY, "model.lr=0.01,-1,0.02")
     assert outcome.status == 1
