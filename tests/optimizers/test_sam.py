@@ -391,7 +391,7 @@ def test_processes_ascend_on_their_own_or_together(sync):
         Sharded(net, SamOptions(sam=True, sam_rho=0.5, sam_sync=sync)),
         TensorDataset(x, y),
         precision="64-true",
-        strategy="ddp_fork",
+        strategy="ddp_spawn",
         devices=2,
         use_distributed_sampler=False,
     )
