@@ -154,6 +154,8 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._receive)
+        # Lightning's own vote, a collective and a wait for the device in every step, has nothing left to decide
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:

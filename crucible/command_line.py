@@ -117,7 +117,10 @@ def describe(error: Exception) -> tuple[str | None, str]:
         kind in ("OverrideParseException", "LexerNoViableAltException", "HydraException")
         or "parsing override" in text
     ):
-        return f"cannot read the command line: {text.splitlines()[0]}", see
+        return (
+            f"cannot read the command line: {text.splitlines()[0]}; options are NAME=VALUE, lists quoted",
+            see,
+        )
     if kind in (
         "ConfigCompositionException",
         "MissingConfigException",

@@ -244,6 +244,11 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{name} must be a fraction in [0, 1] or a number of batches, got {value!r}"
             )
 
+    if any(word in str(trainer["strategy"]) for word in ("spawn", "fork", "notebook")):
+        raise ConfigError(
+            f"trainer.strategy={trainer['strategy']}: the ranks of a run are processes of their own; use auto or ddp"
+        )
+
 
 def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
     check_arguments(CheckpointOptions, checkpoint, "checkpoint")
@@ -408,7 +413,7 @@ def identity(config: Config, fingerprint: str, weights_fingerprint: str | None =
     Hashed are the values that change the result and differ from their defaults, and what the data and the
     initial weights contain. Paths, workers, logging, and new options at their default do not change it.
     """
-    semantic = {n: v for n, v in _flatten(config) if not _excluded(n) and not _is_default(config, n, v)}
+    semantic = {n: v for n, v in _flatten(config) if is_semantic(n) and not _is_default(config, n, v)}
     semantic["model._target_"] = config["model"]["_target_"]
     semantic["data"] = fingerprint
     semantic["devices"] = device_count(config["trainer"])
@@ -419,9 +424,10 @@ def identity(config: Config, fingerprint: str, weights_fingerprint: str | None =
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _excluded(name: str) -> bool:
+def is_semantic(name: str) -> bool:
+    """Whether the dotted option changes a run's result, and so its identity."""
     parts = name.split(".")
-    return any(".".join(parts[: i + 1]) in NOT_SEMANTIC for i in range(len(parts)))
+    return not any(".".join(parts[: i + 1]) in NOT_SEMANTIC for i in range(len(parts)))
 
 
 def _flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -453,7 +453,7 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
         leaf = name.rpartition(".")[2]
         if not isinstance(known, dict) or leaf not in known:
             raise ConfigError(f"{name}: no such option in the recorded run{suggest(leaf, known or [])}")
-        semantic = not configuration._excluded(name)
+        semantic = configuration.is_semantic(name)
         if task == "train" and semantic:
             raise ConfigError(
                 f"{name}={value}: run=RUN resumes what was recorded; to change it, start a new run "

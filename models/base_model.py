@@ -278,7 +278,10 @@ class BaseModel(LightningModule):
         else:
             second = (logits - target).abs().sum()
         sums = self._sums[stage]
-        sums += torch.stack((loss.detach().to(sums.dtype) * n, second.to(sums.dtype), sums.new_tensor(n)))
+        count = torch.full(
+            (), n, dtype=sums.dtype, device=sums.device
+        )  # filled there: nothing is copied or waited for
+        sums += torch.stack((loss.detach().to(sums.dtype) * n, second.to(sums.dtype), count))
 
     def _means(self, stage: Stage) -> dict[str, Tensor]:
         """Exact means over all samples of all ranks (collective)."""

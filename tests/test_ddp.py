@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,22 @@ def test_a_rank_that_dies_fails_the_run_and_not_the_sweep(shell, tmp_path: Path,
     }
     assert set(statuses) == {"failed", "finished"}
     assert "rank 1 is gone" in statuses["failed"]["reason"]
+
+
+def test_sigterm_ends_both_ranks_with_their_state_saved(tmp_path: Path, mine: list[str]) -> None:
+    command = [*mine, "trainer.devices=2", "trainer.max_epochs=300", "checkpoint.every_steps=2"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *command], cwd=tmp_path, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ),
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143, process.communicate()[0]
+    finally:
+        end_group(process)
+    (run,) = runs_in(tmp_path / "experiments")
+    assert summary_of(run)["status"] == "interrupted"
+    assert not (run / "claim").exists()

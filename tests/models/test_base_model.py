@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crucible.options import ConfigError
 from datasets.synthetic import SyntheticDataModule
@@ -75,7 +76,9 @@ class Batches(Callback):
 
 def make(**options: Any) -> Tiny:
     torch.manual_seed(0)
-    return Tiny(**{"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, "warmstart": 0, **options})
+    return Tiny(
+        **{"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, "warmstart": 0, **options}
+    )
 
 
 def test_a_step_of_sgd_is_what_a_hand_written_step_does() -> None:
@@ -164,6 +167,34 @@ def test_the_schedule_reaches_its_end_per_epoch_of_optimizer_steps() -> None:
     fit(make(scheduler="CosineAnneal", warmstart=1), data(), Rates(), max_epochs=4)
     per_epoch = rates[:: len(rates) // 4]
     assert per_epoch == pytest.approx([0.05, 0.1, 0.075, 0.025])
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a value, or a shape that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": True, "powergrad_alpha": 0.3}, {"sam": True}], ids=str)
+def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
+    reads = HostReads()
+    after: list[int] = []
+
+    class Counts(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            after.append(reads.count)
+
+    with reads:
+        fit(make(**options), data(), Counts(), limit_val_batches=0)
+    assert len(after) > 5
+    assert len(set(after[:-1])) == 1, f"values read after each step: {after}"
 
 
 def test_an_option_that_nobody_consumes_is_an_error_with_the_nearest_name() -> None:
