@@ -80,6 +80,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         raise ConfigError(
             f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md"
         )
+    model.convert_norms()
     if not options.get("pretrained"):
         keyed_initialization(model, record, config["seed"])
     if init_from and load:

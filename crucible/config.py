@@ -365,6 +365,8 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
     elif trainer["sync_batchnorm"] and kind != "cuda":
         raise ConfigError("trainer.sync_batchnorm=true needs GPUs; leave it null on a CPU")
     world = count * trainer["num_nodes"]
+    if model.get("norm") == "sync" and kind != "cuda":
+        raise ConfigError(f"model.norm=sync needs GPUs, this run uses the {kind}; use batch or ghost")
     _fit_batch_size(config, data_module, world, settled)
     if model["compile"] is None:
         epochs = trainer["max_epochs"] or 1

@@ -16,11 +16,12 @@ from crucible.metrics import build_metrics, flatten
 from crucible.options import ConfigError, option_names, read_options, suggest
 from datasets.base_datamodule import Batch
 from losses import LossOptions, build_criterion, evaluation_criterion
+from norms import NormOptions, check_norm, convert_norm, exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
 from optimizers.sam import SamOptions, check_sam, sam_closure
 from optimizers.schedules import ScheduleOptions, build_scheduler
 
-ROOMS = (LossOptions, MixingOptions, OptimizerOptions, ScheduleOptions, SamOptions)
+ROOMS = (NormOptions, LossOptions, MixingOptions, OptimizerOptions, ScheduleOptions, SamOptions)
 Stage = Literal["train", "val", "test"]
 
 
@@ -38,6 +39,12 @@ def check_options(options: Mapping[str, Any], task: str, accumulate_grad_batches
     build_criterion(read_options(LossOptions, options), task=task)  # type: ignore[arg-type]
     read_options(OptimizerOptions, options)
     read_options(ScheduleOptions, options)
+    norm = read_options(NormOptions, options)
+    check_norm(norm)
+    if norm.norm == "none" and options.get("zero_init_residual"):
+        raise ConfigError(
+            "model.zero_init_residual=true needs norms to set to zero; model.norm=none removes them"
+        )
     check_sam(read_options(SamOptions, options), accumulate_grad_batches)
     mixing = read_options(MixingOptions, options)
     if task == "regression" and (mixing.mixup or mixing.cutmix_alpha):
@@ -97,6 +104,7 @@ class BaseModel(LightningModule):
         self.channels_last = channels_last
         self.seed = seed
         self.optimizer_options = read_options(OptimizerOptions, options)
+        self.norm_options = read_options(NormOptions, options)
         self.schedule_options = read_options(ScheduleOptions, options)
         self.sam_options = read_options(SamOptions, options)
         check_options(options, task)
@@ -129,6 +137,17 @@ class BaseModel(LightningModule):
         out = self(input)
         return out if self.task == "classification" else out.flatten()
 
+    def convert_norms(self) -> None:
+        """Replace the network's batch norms by `model.norm`; once, before weights are loaded and before compiling.
+
+        Raises:
+            ConfigError: where the network has none.
+        """
+        if self.norm_options.norm is not None:
+            self.model = convert_norm(
+                self.model, self.norm_options.norm, **(self.norm_options.norm_kwargs or {})
+            )
+
     # Data to the device: normalisation, device augmentation, mixing
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -153,6 +172,9 @@ class BaseModel(LightningModule):
         return wanted and self.input_dim == 2
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        exclude_streams_from_broadcast(self)  # each rank of DDP streams its own samples
 
     def on_fit_start(self) -> None:
         if self._use_channels_last():
@@ -215,6 +237,7 @@ class BaseModel(LightningModule):
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        synchronise_streams(self)  # in place: the state dict above shares the tensors
         # for a resume in the middle of an epoch; rank 0's sums then stand for every rank's
         checkpoint["train_sums"] = (self.current_epoch, self._sums.get("train", self._zeros()).tolist())
 
@@ -224,6 +247,7 @@ class BaseModel(LightningModule):
     # Evaluation: plain loss, exact over ranks
 
     def on_validation_epoch_start(self) -> None:
+        synchronise_streams(self)
         self._sums["val"] = self._zeros()
 
     def on_test_epoch_start(self) -> None:

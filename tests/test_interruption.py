@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, end_group, runs_in
 
-# dropout, mixing and drop paths draw random numbers; batch norm and momentum carry state
+# dropout, mixing and drop paths draw random numbers; online norm and momentum carry state
 STATEFUL = [
     *TINY, "trainer.max_epochs=3", "model.mixup=true", "model.resnet_dropout=0.2", "model.stochastic_depth=0.2",
-    "checkpoint.every_steps=2", "model.warmstart=1",
+    "checkpoint.every_steps=2", "model.warmstart=1", "model.norm=online",
 ]  # fmt: skip
 
 

@@ -169,6 +169,36 @@ def test_the_schedule_reaches_its_end_per_epoch_of_optimizer_steps() -> None:
     assert per_epoch == pytest.approx([0.05, 0.1, 0.075, 0.025])
 
 
+@pytest.mark.parametrize("norm", ["online", "ghost", "layer", "instance", "switchable", "none"])
+def test_any_norm_trains_in_place_of_batch_norm(norm: str) -> None:
+    model = make(norm=norm, lr=0.02)
+    model.convert_norms()
+    assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+    seen = Batches()
+    fit(model, data(num_samples=400), seen, max_epochs=4)
+    assert sum(seen.losses[-20:]) < sum(seen.losses[:20])
+
+
+def test_norm_options_are_checked_with_the_others() -> None:
+    with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.groups=4: .*num_groups"):
+        make(norm="group", norm_kwargs={"groups": 4})
+    with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.num_groups=4 needs model\.norm"):
+        make(norm_kwargs={"num_groups": 4})
+    with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.num_groups must divide 8"):
+        make(norm="group", norm_kwargs={"num_groups": 3}).convert_norms()
+
+
+def test_online_norm_under_sam_advances_its_streams_once_a_step() -> None:
+    def streams(**options: Any) -> dict[str, Tensor]:
+        model = make(norm="online", **options)
+        model.convert_norms()
+        fit(model, data(), limit_train_batches=3, limit_val_batches=0)
+        return {k: v for k, v in model.state_dict().items() if k.startswith("model.norm.")}
+
+    plain, at_rest = streams(), streams(sam=True, sam_rho=0.0)
+    assert plain.keys() == at_rest.keys() and all(torch.equal(plain[k], at_rest[k]) for k in plain)
+
+
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a device: reading a value, or a shape that depends on one."""
 
@@ -178,11 +208,20 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        self.count += name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select")
+        self.count += name in (
+            "_local_scalar_dense",
+            "item",
+            "equal",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+        )
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": True, "powergrad_alpha": 0.3}, {"sam": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mixup": True, "powergrad_alpha": 0.3}, {"sam": True}, {"norm": "online"}], ids=str
+)
 def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
     reads = HostReads()
     after: list[int] = []
@@ -191,8 +230,10 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             after.append(reads.count)
 
+    model = make(**options)
+    model.convert_norms()
     with reads:
-        fit(make(**options), data(), Counts(), limit_val_batches=0)
+        fit(model, data(), Counts(), limit_val_batches=0)
     assert len(after) > 5
     assert len(set(after[:-1])) == 1, f"values read after each step: {after}"
 
