@@ -1,0 +1,36 @@
+"""What the documentation says is what the code does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from crucible.config import select
+from crucible.docs import PAGE, techniques_page
+
+TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
+
+
+def test_the_table_of_techniques_is_the_generated_one() -> None:
+    assert PAGE.read_text() == techniques_page(), "run python -m crucible.docs"
+
+
+@pytest.mark.parametrize("file", TECHNIQUES, ids=lambda f: f.stem)
+def test_a_technique_records_what_it_sets_under_its_own_name(file) -> None:
+    text = file.read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert f"technique={file.stem}" in text, "the header shows the command"
+    content = yaml.safe_load(text)
+    assert list(content["techniques"]) == [file.stem]
+    for name, value in content["techniques"][file.stem].items():
+        assert select(content, name) == value, name
+
+
+@pytest.mark.parametrize("group", ["model", "data", "technique", "recipe", "env", "debug"])
+def test_the_readme_names_every_choice_of_a_group(group: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    for file in (ROOT / "cli_configs" / group).glob("*.yaml"):
+        assert re.search(rf"\b{file.stem}\b", readme), f"{group}={file.stem}"
