@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,16 +46,6 @@ _TRAINER_TYPES: dict[str, Any] = {
     "log_every_n_steps": Annotated[int, "[1, inf)"],
     "overfit_batches": Annotated[float, "[0, inf)"],
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointOptions:
-    """When training states are written and which are kept."""
-
-    every: Annotated[int, "[1, inf)", "epochs between writes of last.ckpt"] = 1
-    every_steps: Annotated[int, "[1, inf)", "also every so many steps"] | None = None
-    keep: str = "best"
-    monitor: str | None = None
 
 
 def to_plain(config: DictConfig) -> Config:
@@ -111,7 +101,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     """
     from models.base_model import check_options
 
-    check_value("task", config["task"], _literal("train", "test", "predict"))
+    check_value("task", config["task"], Literal["train", "test", "predict"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
     for name in ("fresh", "test_after_training", "reproducible"):
         check_value(name, config[name], bool)
@@ -133,13 +123,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
                 raise ConfigError(f"{group}.{name} must be null or have a _target_, got {node!r}")
 
 
-def _literal(*values: Any) -> Any:
-    from typing import Literal
-
-    return Literal[values]
-
-
-def _check_node(node: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) -> None:
+def _check_node(node: Mapping[str, Any], prefix: str) -> None:
     """A `_target_` node: its target exists and takes its keys; nodes within likewise."""
     if "_target_" not in node:
         raise ConfigError(f"{prefix} needs a _target_, got {dict(node)!r}")
@@ -147,31 +131,7 @@ def _check_node(node: Mapping[str, Any], prefix: str, skip: Sequence[str] = ()) 
     nested = [k for k, v in node.items() if isinstance(v, Mapping) and "_target_" in v]
     for name in nested:
         _check_node(node[name], f"{prefix}.{name}")
-    known = signature_options(target)
-    for name in nested:
-        if name not in known:
-            raise ConfigError(f"{prefix}.{name}: {target.__name__} has no such option{suggest(name, known)}")
-    plain = {k: v for k, v in node.items() if k not in nested and k not in skip}
-    filled = dict.fromkeys((*nested, *skip))
-    _check_call(target, plain, filled, prefix)
-
-
-def _check_call(target: Any, values: Mapping[str, Any], given: Mapping[str, Any], prefix: str) -> None:
-    known = signature_options(target)
-    missing = [
-        n for n, (_, default) in known.items()
-        if default is inspect.Parameter.empty and n not in values and n not in given
-    ]  # fmt: skip
-    if missing:
-        raise ConfigError(f"{prefix}.{missing[0]} is missing: {target.__name__} needs it")
-    for name, value in values.items():
-        if name.startswith("_"):
-            continue
-        if name not in known:
-            raise ConfigError(
-                f"{prefix}.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}"
-            )
-        check_value(f"{prefix}.{name}", value, known[name][0])
+    check_arguments(target, node, prefix, given=nested)
 
 
 def model_options(target: Any) -> dict[str, tuple[Any, Any]]:
@@ -195,24 +155,12 @@ def _check_model(model: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"model._target_={model['_target_']}: must be a subclass of models.base_model.BaseModel"
         )
-    known = model_options(target)
-    for name, value in model.items():
-        if name.startswith("_"):
-            continue
-        if name not in known:
-            raise ConfigError(
-                f"model.{name}={value!r}: {target.__name__} has no such option{suggest(name, known)}"
-            )
-        automatic = name in AUTOMATIC_FROM_DATA and value is None
-        if not automatic and not (name == "num_classes" and value is None):
-            check_value(f"model.{name}", value, known[name][0])
-    missing = [n for n, (_, d) in known.items() if d is inspect.Parameter.empty and n not in model]
-    if missing:
-        raise ConfigError(f"model.{missing[0]} is missing: {target.__name__} needs it")
+    later = [n for n in (*AUTOMATIC_FROM_DATA, "num_classes") if n in model and model[n] is None]
+    check_arguments(target, model, "model", known=model_options(target), given=later)
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
-    check_value("data.task", data.get("task"), _literal("classification", "regression"))
+    check_value("data.task", data.get("task"), Literal["classification", "regression"])
     check_value("data.num_classes", data.get("num_classes"), Annotated[int, "[1, inf)"] | None)
     check_value("data.cv.k", data["cv"]["k"], Annotated[int, "[1, inf)"])
     for name in data:
@@ -229,9 +177,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     known = signature_options(Trainer)
     for name, value in trainer.items():
         if name not in known:
-            raise ConfigError(
-                f"trainer.{name}={value!r}: Lightning's Trainer has no such option{suggest(name, known)}"
-            )
+            raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
         if name in ("precision", "sync_batchnorm") and value is None:
@@ -251,8 +197,9 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
-    check_arguments(CheckpointOptions, checkpoint, "checkpoint")
-    check_value("checkpoint.keep", checkpoint["keep"], _literal("best", "last", "none"))
+    from callbacks.checkpoints import Checkpoints
+
+    check_arguments(Checkpoints, checkpoint, "checkpoint", given=["folder"])
 
 
 def _check_techniques(config: Config, overrides: Sequence[str]) -> None:

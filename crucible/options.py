@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -227,20 +227,38 @@ def signature_options(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], prefix: str) -> None:
-    """Refuse keys of `values` that `target` does not take, and values of the wrong type or range."""
-    known = signature_options(target)
+def check_arguments(
+    target: Callable[..., Any],
+    values: Mapping[str, Any],
+    prefix: str,
+    known: Mapping[str, tuple[Any, Any]] | None = None,
+    given: Collection[str] = (),
+) -> None:
+    """Refuse keys of `values` that `target` does not take, values of the wrong type or range, and gaps.
+
+    Args:
+        target: what will be called.
+        values: its arguments; keys such as `_target_` are passed over.
+        prefix: of the options' names in the message.
+        known: `{name: (annotation, default)}` of what it takes; None: its signature's.
+        given: names whose values are not judged here.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    known = signature_options(target) if known is None else known
     name_of_target = getattr(target, "__name__", str(target))
-    for name, value in values.items():
-        if name.startswith("_") and name.endswith("_"):
-            continue
+    judged = {
+        n: v for n, v in values.items() if n not in given and not (n.startswith("_") and n.endswith("_"))
+    }
+    for name in [*given, *judged]:
         if name not in known:
+            value = f"={judged[name]!r}" if name in judged else ""
             raise ConfigError(
-                f"{prefix}.{name}={value!r}: {name_of_target} has no such option{suggest(name, known)}"
+                f"{prefix}.{name}{value}: {name_of_target} has no such option{suggest(name, known)}"
             )
+    for name, value in judged.items():
         check_value(f"{prefix}.{name}", value, known[name][0])
-    missing = [
-        n for n, (_, default) in known.items() if default is inspect.Parameter.empty and n not in values
-    ]
-    if missing:
-        raise ConfigError(f"{prefix}.{missing[0]} is missing: {name_of_target} needs it")
+    for name, (_, default) in known.items():
+        if default is inspect.Parameter.empty and name not in judged and name not in given:
+            raise ConfigError(f"{prefix}.{name} is missing: {name_of_target} needs it")
