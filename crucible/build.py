@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -103,6 +105,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     """
     options = {**config["trainer"]}
     options["num_sanity_val_steps"] = options.get("num_sanity_val_steps", 0)
+    options["profiler"] = options.get("profiler") or _NoProfiler()
     if device_count(options) * options["num_nodes"] == 1:
         options["sync_batchnorm"] = False
     try:
@@ -119,6 +122,15 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     _skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     return trainer
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning enters a profiler's context about 30 times a step; this one is nothing but a constant."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+        return self._nothing
 
 
 _STEP_HOOKS = (

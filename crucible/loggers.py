@@ -64,7 +64,7 @@ class Wandb(WandbLogger):
         group: null: data name and arm.
         tags: added to the techniques.
         folder: the run directory; files go to `folder/wandb`.
-        facts: `{"name", "group", "tags", "config"}` of the run.
+        facts: `{"id", "name", "group", "tags", "config"}` of the run.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Wandb(WandbLogger):
         os.environ.setdefault("WANDB_SILENT", "true")
         super().__init__(
             name=facts.get("name"),
-            id=facts.get("name"),
+            id=facts.get("id"),
             project=project,
             entity=entity,
             group=group or facts.get("group"),

@@ -273,7 +273,8 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
 
 def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
-    arm = run.summary().get("arm", "baseline")
+    summary = run.summary()
+    arm = summary.get("arm", "baseline")
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -286,6 +287,7 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     walk({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")}, "")
     return {
         "name": run.path.name,
+        "id": f"{run.path.name}-{summary.get('started', 0):.0f}",  # the same after a resume, another when run afresh
         "group": f"{config['data']['module']['name']}/{arm}",
         "tags": [arm, *(config.get("techniques") or {})],
         "config": {**flat, "arm": arm},
