@@ -24,7 +24,7 @@ def compose(config: DictConfig) -> float | None:
 
 def main() -> int:
     """Run what the command line asks for; the exit status."""
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    full_error = command_line.wants_tracebacks()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, for one clear line below
     try:
         arguments = command_line.prepare(sys.argv[1:], ROOT)

@@ -150,11 +150,14 @@ def _skip_empty_hooks(callbacks: list[Callback]) -> None:
                 setattr(callback, name, None)
 
 
-def file_fingerprint(path: str | None) -> str | None:
-    """The content of a file as 12 hex digits."""
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ConfigError(f"model.init_from={path}: no such file")
-    with Path(path).open("rb") as stream:
+def file_fingerprint(option: str, path: str) -> str:
+    """The content of a file that an option names, as 12 hex digits.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{option}={path}: no such file")
+    with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]

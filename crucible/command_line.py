@@ -13,6 +13,12 @@ from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
 SWEPT = "CRUCIBLE_SWEPT_OPTIONS"
+TRACEBACKS = "CRUCIBLE_TRACEBACKS"
+
+
+def wants_tracebacks() -> bool:
+    """Whether the user set HYDRA_FULL_ERROR=1; remembered for the processes that this one starts."""
+    return os.environ.setdefault(TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
 
 
 def value_of(arguments: Sequence[str], key: str) -> str | None:

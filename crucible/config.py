@@ -356,19 +356,21 @@ def arm_name(config: Config, overrides: Sequence[str]) -> str:
     return " ".join(parts) or "baseline"
 
 
-def identity(config: Config, fingerprint: str, weights_fingerprint: str | None = None) -> str:
+def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     """Eight hex digits that tell runs with different results apart.
 
     Hashed are the values that change the result and differ from their defaults, and what the data and the
     initial weights contain. Paths, workers, logging, and new options at their default do not change it.
+
+    Args:
+        config: plain and resolved.
+        contents: fingerprints of what paths lead to: the data, the initial weights or state.
     """
     semantic = {n: v for n, v in _flatten(config) if is_semantic(n) and not _is_default(config, n, v)}
     semantic["model._target_"] = config["model"]["_target_"]
-    semantic["data"] = fingerprint
+    semantic.update({f"content of {name}": value for name, value in contents.items() if value})
     semantic["devices"] = device_count(config["trainer"])
     semantic.pop("trainer.devices", None)
-    if weights_fingerprint:
-        semantic["model.init_from"] = weights_fingerprint
     text = json.dumps(semantic, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

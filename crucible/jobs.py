@@ -25,7 +25,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from crucible import config as configuration
-from crucible.command_line import describe
+from crucible.command_line import describe, wants_tracebacks
 from crucible.config import Config, is_child_rank
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory, write_atomically
@@ -131,13 +131,16 @@ def prepare(composed: DictConfig, overrides: list[str]) -> tuple[RunDirectory, C
     data.check()
     settled = configuration.resolve(config, data)
     configuration.check(config, overrides)
-    weights = file_fingerprint(config["model"]["init_from"])
-    if config["ckpt_path"] is not None:
-        if not Path(config["ckpt_path"]).is_file():
-            raise ConfigError(f"ckpt_path={config['ckpt_path']}: no such file")
-        config["ckpt_path"] = str(Path(config["ckpt_path"]).resolve())
+    contents: dict[str, str | None] = {"data": data.fingerprint()}
+    for option, room, key in (
+        ("model.init_from", config["model"], "init_from"),
+        ("ckpt_path", config, "ckpt_path"),
+    ):
+        if room[key] is not None:
+            contents[option] = file_fingerprint(option, room[key])
+            room[key] = str(Path(room[key]).expanduser().resolve())
     build_model(config, load=False, compile=False)  # what only the constructor can refuse is refused now
-    identity = configuration.identity(config, data.fingerprint(), weights)
+    identity = configuration.identity(config, contents)
     name = f"{identity}-s{config['seed']}"
     run = RunDirectory(
         Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name
@@ -317,7 +320,7 @@ def execute(run: RunDirectory, config: Config, settled: Sequence[str] = ()) -> i
         text = " ".join(str(error).split())[:400]
         reason = f"{type(error).__name__}: {text}"
         _report(error, f"{reason} (traceback in {run.path / 'main.log'})")
-        if os.environ.get("HYDRA_FULL_ERROR_BY_USER") == "1":
+        if wants_tracebacks():
             traceback.print_exc()
     finally:
         close_loggers(status)

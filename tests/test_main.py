@@ -203,6 +203,8 @@ def test_ckpt_path_starts_a_new_run_from_a_training_state(cli, tmp_path: Path) -
     assert outcome.status == 0, outcome.err
     second = next(run for run in runs_in(tmp_path) if run != first)
     assert [row["epoch"] for row in rows_of(second)] == ["1"]
+    assert cli(*TINY, "trainer.max_epochs=2").status == 0
+    assert len(runs_in(tmp_path)) == 3, "another start is another run"
 
 
 def test_init_from_starts_from_another_runs_weights_and_reports_the_head(cli, tmp_path: Path) -> None:
