@@ -40,7 +40,7 @@ def peak_memory_mb(device: torch.device) -> float:
 def _column_order(item: tuple[str, float]) -> tuple[int, int, str]:
     """train before val, loss before accuracy before the rest."""
     split, _, name = item[0].partition("/")
-    return ("train", "val").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
+    return ("train", "logits", "val").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
 
 
 class Recorder(Callback):
@@ -93,7 +93,7 @@ class Recorder(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning keeps the values of an earlier epoch's validation
-        fresh = ("train/", "val/") if self._validated else ("train/",)
+        fresh = ("train/", "logits/", "val/") if self._validated else ("train/", "logits/")
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
         seconds = time.monotonic() - self._epoch_started - self._paused
         images = self._batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]

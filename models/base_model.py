@@ -18,6 +18,7 @@ from datasets.base_datamodule import Batch
 from losses import LossOptions, build_criterion, evaluation_criterion
 from norms import NormOptions, check_norm, convert_norm, exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
+from optimizers.centralization import centralise_gradients, centralised_weights
 from optimizers.sam import SamOptions, check_sam, sam_closure
 from optimizers.schedules import ScheduleOptions, build_scheduler
 
@@ -116,6 +117,7 @@ class BaseModel(LightningModule):
         self.metrics = nn.ModuleDict(
             {stage: build_metrics(names, task, num_classes) for stage in ("val_metrics", "test_metrics")}
         )
+        self._centralised: list[nn.Parameter] = []  # the weights whose gradients are centralised
         self._sums: dict[str, Tensor] = {}
         self._resumed_sums: tuple[int, list[float]] | None = None
         self._step_key = 0
@@ -215,6 +217,11 @@ class BaseModel(LightningModule):
             optimizer_closure = sam_closure(self, optimizer_closure, self.sam_options, self._reseed)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        # unscaled, after the callbacks' statistics, before clipping; with SAM on the second gradient
+        if self._centralised:
+            centralise_gradients(self._centralised)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         trainer = self.trainer
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
@@ -226,6 +233,8 @@ class BaseModel(LightningModule):
         trainer = self.trainer
         check_sam(self.sam_options, accumulate_grad_batches=trainer.accumulate_grad_batches)
         optimizer = build_optimizer(self, self.optimizer_options)
+        if (which := self.optimizer_options.gradient_centralization) is not None:
+            self._centralised = centralised_weights(self, which)
         steps = trainer.estimated_stepping_batches  # also loads the data, so that the epoch's length is known
         steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         epochs = float(trainer.max_epochs or -1)

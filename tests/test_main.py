@@ -128,6 +128,15 @@ def test_a_batch_that_the_data_cannot_fill_is_made_of_all_of_them_and_said_so(cl
     assert config["data"]["module"]["batch_size"] < 100
 
 
+def test_logit_statistics_are_in_the_table_for_train_and_validation(cli, tmp_path: Path) -> None:
+    outcome = cli(*TINY, "technique=[logit_stats,mixup]")
+    assert outcome.status == 0, outcome.err
+    (row,) = rows_of(only_run(tmp_path))
+    for name in ("norm", "mean", "max", "var"):
+        assert float(row[f"logits/{name}"]) > 0 and float(row[f"val/logits/{name}"]) > 0
+    assert float(row["train/grad_norm"]) > 0 and float(row["train/weight_norm"]) > 0
+
+
 def test_keep_none_leaves_no_training_state(cli, tmp_path: Path) -> None:
     assert cli(*TINY, "checkpoint.keep=none").status == 0
     assert not list((only_run(tmp_path) / "checkpoints").iterdir())

@@ -1,0 +1,55 @@
+"""Gradient centralization (Yong et al., arXiv 2004.01461): gradients of weights lose their mean per output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from crucible.options import ConfigError
+
+__all__ = ["centralise_gradients", "centralised_weights"]
+
+Which = Literal["all", "conv"]
+
+
+def centralised_weights(module: nn.Module, which: Which) -> list[nn.Parameter]:
+    """The trainable weights in `module` whose gradients are centralised.
+
+    Those of convolutions and, with `which="all"` as in the paper, of linear layers and attention projections,
+    told by module type: embeddings, norms and channel scales have more than one dimension in some networks
+    and no mean to lose. A weight with one input per output is left out, as its gradient would be zero.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    found: list[nn.Parameter] = []
+    for part in module.modules():
+        if isinstance(part, _ConvNd) or (which == "all" and isinstance(part, nn.Linear)):
+            found.append(part.weight)  # type: ignore[arg-type]
+        elif which == "all" and isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
+            found.append(part.in_proj_weight)
+    weights = [w for w in dict.fromkeys(found) if w.requires_grad and w.numel() > w.shape[0]]
+    if not weights:
+        kind = "convolution" if which == "conv" else "convolution or linear layer"
+        raise ConfigError(f"model.gradient_centralization={which}: the network has no trainable {kind}")
+    return weights
+
+
+@torch.no_grad()
+def centralise_gradients(weights: Iterable[Tensor]) -> None:
+    """Subtract from each gradient `(out, in, *kernel)` its mean over all dimensions but the first, in place.
+
+    For the raw gradient: after unscaling and before clipping, weight decay and momentum. The mean is taken in
+    float32 or wider. Weights without a gradient are passed over. Nothing waits for the device.
+    """
+    gradients = [w.grad for w in weights if w.grad is not None]
+    if gradients:
+        means = [  # there is no foreach mean
+            g.mean(tuple(range(1, g.ndim)), keepdim=True, dtype=torch.promote_types(g.dtype, torch.float32))
+            for g in gradients
+        ]
+        torch._foreach_sub_(gradients, means)
