@@ -235,11 +235,11 @@ class BaseModel(LightningModule):
         optimizer = build_optimizer(self, self.optimizer_options)
         if (which := self.optimizer_options.gradient_centralization) is not None:
             self._centralised = centralised_weights(self, which)
-        steps = trainer.estimated_stepping_batches  # also loads the data, so that the epoch's length is known
+        trainer.fit_loop.setup_data()  # so that the epoch's length is known
         steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
         epochs = float(trainer.max_epochs or -1)
         if epochs < 1:  # the run is bounded by trainer.max_steps
-            epochs = steps / steps_per_epoch
+            epochs = trainer.max_steps / steps_per_epoch
         scheduler = build_scheduler(
             optimizer, self.schedule_options, epochs=epochs, steps_per_epoch=steps_per_epoch
         )
