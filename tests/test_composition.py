@@ -25,7 +25,7 @@ TECHNIQUES = sorted(
 NORMS = {t for t in TECHNIQUES if t.endswith("_norm") and t != "undecay_norm"}
 SMALL = [
     "model=resnet", "data=synthetic", "data.module.num_samples=512", "data.module.batch_size=16", "data.input_size=8",
-    "data.num_classes=4", "data.module.noise=0.5", "model.lr=0.02", "model.warmstart=0", "trainer.max_epochs=-1",
+    "data.num_classes=4", "data.module.noise=0.5", "model.lr=0.01", "model.warmstart=0", "trainer.max_epochs=-1",
     "trainer.max_steps=30", "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false",
     "callbacks.progress=null", "callbacks.plots=null", "logger.wandb=null",
 ]  # fmt: skip
