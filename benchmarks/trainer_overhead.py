@@ -29,7 +29,7 @@ from paired import ratio_interval  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 WORKLOAD = [
-    "data=synthetic", "data.module.num_samples=9600", "data.module.size=16", "data.module.batch_size=144",
+    "data=synthetic", "data.module.num_samples=10080", "data.module.size=16", "data.module.batch_size=168",
     "model=timm", "model.type=test_resnet", "model.lr=0.01", "logger.wandb=null", "callbacks.plots=null",
     "test_after_training=false", "checkpoint.every=1000000", "checkpoint.keep=none", "metrics=[acc]",
 ]  # fmt: skip
