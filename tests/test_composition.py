@@ -41,7 +41,7 @@ def composed(*techniques: str, precision: str = "32-true") -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
         config = configuration.to_plain(compose("train", overrides))
     config["model"] = {k: v for k, v in config["model"].items() if k not in OF_THE_RESNET}
-    config["model"]["_target_"] = "tiny.TinyResNet"
+    config["model"]["_target_"] = "tiny_networks.TinyResNet"
     configuration.check(config, overrides)
     return config
 
