@@ -51,6 +51,7 @@ def _signed(constant: int) -> int:
 # splitmix64 (Steele, Lea, Flood 2014); int64 products wrap as uint64 ones do, shifts need the sign masked off
 _GAMMA = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_GAMMA_INVERSE = _signed(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 _INDEX_STRIDE = _signed(0xD1342543DE82EF95)
 
 
@@ -74,6 +75,7 @@ def keyed_uniform(key: int | Tensor, index: Tensor, draws: int) -> Tensor:
         (N, draws) float32 in [0, 1), multiples of 2**-24.
     """
     state = _mix(index * _INDEX_STRIDE + key)
-    counter = torch.arange(1, draws + 1, device=index.device) * _GAMMA
-    bits = _mix(state[:, None] + counter[None, :])
+    number = torch.arange(1, draws + 1, device=index.device)
+    # state + number * gamma; inductor would compute number * gamma as an index, which must not overflow
+    bits = _mix(((state * _GAMMA_INVERSE)[:, None] + number[None, :]) * _GAMMA)
     return ((bits >> 40) & ((1 << 24) - 1)).to(torch.float32) * 2.0**-24

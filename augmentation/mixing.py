@@ -18,15 +18,40 @@ from crucible.options import ConfigError
 
 @dataclass(frozen=True)
 class MixingOptions:
-    """Which mixing is on; with both, each batch gets one of the two, with equal chances."""
+    """Which mixing is on; with both, each batch gets one of the two."""
 
     mixup: Annotated[bool, "mix pairs of samples"] = False
     mixup_alpha: Annotated[float, "(0, inf)", "of Beta(alpha, alpha), which the weight is drawn from"] = 0.2
     cutmix_alpha: Annotated[float, "[0, inf)", "of Beta(alpha, alpha) for the box's area; 0 is off"] = 0.0
+    mix_prob: Annotated[float, "[0, 1]", "chance that a batch is mixed"] = 1.0
+    mix_switch_prob: Annotated[float, "[0, 1]", "chance of cutmix where both are on"] = 0.5
+
+
+def check_mixing(options: MixingOptions) -> None:
+    """Refuse chances without the mixing that they are of.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    cutmix = options.cutmix_alpha > 0
+    if options.mix_prob != 1 and not (options.mixup or cutmix):
+        raise ConfigError(
+            f"model.mix_prob={options.mix_prob:g} needs model.mixup=true or model.cutmix_alpha above 0"
+        )
+    if options.mix_switch_prob != 0.5 and not (options.mixup and cutmix):
+        raise ConfigError(
+            f"model.mix_switch_prob={options.mix_switch_prob:g} needs both "
+            "model.mixup=true and model.cutmix_alpha above 0, to choose between"
+        )
 
 
 def build_mixing(options: MixingOptions, num_classes: int) -> Mixing | None:
-    """The mixing that `options` ask for; None when all is off."""
+    """The mixing that `options` ask for; None when all is off.
+
+    Raises:
+        ConfigError: as `check_mixing`, and where there are no classes to mix.
+    """
+    check_mixing(options)
     if not options.mixup and options.cutmix_alpha == 0:
         return None
     if num_classes < 2:
@@ -123,17 +148,21 @@ class Mixing:
             key: from `stream_key`, one a batch.
 
         Returns:
-            The mixed input, of the same shape and dtype, and (N, K) float32 probabilities.
+            The input, mixed or in a share `1 - mix_prob` of the batches as it was, of the same shape and dtype,
+            and (N, K) float32 probabilities, of 0 and 1 where nothing was mixed.
         """
         options, device = self.options, input.device
         draw = np.random.Generator(np.random.Philox(key))
-        cutmix = options.cutmix_alpha > 0 and (not options.mixup or draw.random() < 0.5)
+        cutmix = options.cutmix_alpha > 0 and (not options.mixup or draw.random() < options.mix_switch_prob)
         if cutmix and input.ndim < 3:
             raise ConfigError(
                 f"model.cutmix_alpha={options.cutmix_alpha} pastes boxes: the input has no spatial dimensions"
             )
         alpha = options.cutmix_alpha if cutmix else options.mixup_alpha
         share = draw.beta(alpha, alpha)
+        # drawn last: the batches that are mixed are mixed as they would be with mix_prob=1
+        if options.mix_prob < 1 and draw.random() >= options.mix_prob:
+            return input, class_probabilities(target, self.num_classes)
         # filled on the device: a copied scalar would make the host wait for it
         weight = torch.full((), max(share, 1 - share), dtype=torch.float32, device=device)
         pairs = torch.full((), stream_key(key, "pairs"), dtype=torch.int64, device=device)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from augmentation import MixingOptions, build_mixing
-from augmentation.mixing import class_probabilities, cutmix_batch, mixup_batch
+from augmentation.mixing import check_mixing, class_probabilities, cutmix_batch, mixup_batch
 from crucible.options import ConfigError
 
 K = 10
@@ -110,12 +110,71 @@ def test_cutmix_boxes_lie_anywhere():
     assert torch.allclose(covered, covered.flip(0), atol=60)
 
 
-def test_with_both_on_each_gets_half_of_the_batches():
-    mixing = build_mixing(MixingOptions(mixup=True, cutmix_alpha=1.0), K)
-    input = ids(8).float()
-    target = torch.arange(8)
+def test_the_pasted_area_is_that_of_a_beta_distributed_box_with_a_uniform_centre():
+    mixing, size = build_mixing(MixingOptions(cutmix_alpha=1.0), K), 40
+    input, target = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, size, size), torch.tensor([0, 1])
+    areas = [(mixing(input, target, key)[0] != input)[0].double().mean().item() for key in range(1000)]
+    moved = np.asarray([a for a in areas if a > 0])  # own partner, or no pixel: nothing to see
+    draw = np.random.default_rng(0)
+    share = draw.random((20_000, 1))
+    side = np.floor(size * np.sqrt(np.minimum(share, 1 - share)))
+    start = np.round(draw.random((20_000, 2)) * size - side / 2)
+    sides = (np.minimum(start + side, size) - np.maximum(start, 0)).clip(min=0)
+    expected = sides.prod(axis=1) / size**2
+    assert stats.ks_2samp(moved, expected[expected > 0]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.2, 0.5, 1.0])
+def test_with_both_on_cutmix_gets_its_share_of_the_batches(chance):
+    mixing = build_mixing(
+        MixingOptions(mixup=True, mixup_alpha=5.0, cutmix_alpha=1.0, mix_switch_prob=chance), K
+    )
+    input, target = ids(8).float(), torch.arange(8)
     cutmix = sum((mixing(input, target, key)[0] % 1 == 0).all().item() for key in range(400))
-    assert 150 < cutmix < 250
+    assert stats.binomtest(int(cutmix), 400, chance).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixup": True}, {"cutmix_alpha": 1.0}, {"mixup": True, "cutmix_alpha": 1.0}]
+)
+def test_a_share_of_the_batches_is_mixed_and_the_others_are_as_they_were(options):
+    always = build_mixing(MixingOptions(**options), K)
+    sometimes = build_mixing(MixingOptions(**options, mix_prob=0.3), K)
+    input, target = batch(16)
+    mixed = 0
+    for key in range(300):
+        output, probabilities = sometimes(input, target, key)
+        assert probabilities.dtype == torch.float32
+        assert probabilities.shape == (16, K)
+        if output is input:
+            assert torch.equal(probabilities, torch.nn.functional.one_hot(target, K).float())
+        else:
+            mixed += 1
+            for ours, theirs in zip((output, probabilities), always(input, target, key), strict=True):
+                assert torch.equal(ours, theirs)
+    assert stats.binomtest(mixed, 300, 0.3).pvalue > 1e-3
+
+
+def test_never_mixing_is_allowed():
+    input, target = batch()
+    mixing = build_mixing(MixingOptions(mixup=True, mix_prob=0.0), K)
+    assert all(mixing(input, target, key)[0] is input for key in range(20))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mix_prob", {"mix_prob": 0.5}),
+        ("mix_prob", {"mix_prob": 0.0, "mixup_alpha": 0.4}),
+        ("mix_switch_prob", {"mix_switch_prob": 0.3}),
+        ("mix_switch_prob", {"mix_switch_prob": 0.3, "mixup": True}),
+        ("mix_switch_prob", {"mix_switch_prob": 0.3, "cutmix_alpha": 1.0}),
+    ],
+)
+def test_a_chance_without_what_it_is_of_is_refused(name, options):
+    for refuse in (check_mixing, lambda o: build_mixing(o, K)):
+        with pytest.raises(ConfigError, match=rf"model\.{name}=.* needs "):
+            refuse(MixingOptions(**options))
 
 
 @pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
