@@ -34,6 +34,11 @@ class SamOptions:
     sam_sync: Annotated[
         bool, "one ascent from the gradient over all processes; false: one in each process, as in the paper"
     ] = False
+    sam_every: Annotated[
+        int,
+        "[1, inf)",
+        "steps from one ascent to the next; those between are plain (SAM-k of arXiv 2203.02714)",
+    ] = 1
 
 
 def check_sam(options: SamOptions, accumulate_grad_batches: int = 1) -> None:
@@ -43,9 +48,9 @@ def check_sam(options: SamOptions, accumulate_grad_batches: int = 1) -> None:
         ConfigError: for an option of SAM without SAM, or for gradient accumulation with it.
     """
     if not options.sam:
-        for name in ("adaptive_sam", "sam_rho", "sam_sync"):
+        for name in ("adaptive_sam", "sam_rho", "sam_sync", "sam_every"):
             value = getattr(options, name)
-            if value is not None and value is not False:
+            if value != getattr(SamOptions, name):
                 raise ConfigError(f"model.{name}={value} needs model.sam=True")
     elif accumulate_grad_batches > 1:
         raise ConfigError(
@@ -67,7 +72,8 @@ def sam_closure(
     leaves the gradient and nothing else, and runs with `module.sam_pass` at 2 (else 1), so that
     `training_step` can log and count in the first pass only. Hooks around the backward run in both passes,
     `on_before_optimizer_step` once, on the second pass's gradient. With `sam_rho` 0 the step is bitwise the
-    plain one.
+    plain one. With `sam_every` k only the steps 0, k, 2k, ... of the training are so; on the others the
+    closure comes back as it is.
 
     A first gradient that is not finite (a loss scale too large) gives no ascent: the second pass meets the
     same overflow at the same weights, and the loss scaler skips the step.
@@ -78,6 +84,8 @@ def sam_closure(
         options: those of SAM; `sam` itself is not looked at.
         reseed: sets all random generators to the key of this step; called before each pass.
     """
+    if module.trainer.global_step % options.sam_every:
+        return closure
     rho = options.sam_rho
     if rho is None:
         rho = 0.5 if options.adaptive_sam else 0.05

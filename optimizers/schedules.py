@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from torch.optim import Optimizer
@@ -41,6 +43,16 @@ class ScheduleOptions:
     lr_multiplier: Annotated[float | None, "(0, 1]", "factor of each fall; null: 0.1 (MultiStep, Step)"] = (
         None
     )
+    lr_restarts: Annotated[
+        list[int | float] | None,
+        "(0, inf)",
+        "epochs at which the cosine starts again from the full rate (arXiv 1608.03983); null: none (CosineAnneal)",
+    ] = None
+    lr_scale_batch: Annotated[
+        int | None,
+        "[1, inf)",
+        "lr is that of this batch size, and scaled with the global one's (arXiv 1706.02677); null: as given",
+    ] = None
     lr_interval: Annotated[
         Literal["epoch", "step"],
         "when the rate changes: with the epoch, as published recipes mostly do, or with every optimizer step",
@@ -50,6 +62,7 @@ class ScheduleOptions:
         owners: dict[str, tuple[Scheduler, ...]] = {
             "cooldown": ("CosineAnneal", "MultiStep", "Step"),
             "lr_min": ("CosineAnneal",),
+            "lr_restarts": ("CosineAnneal",),
             "lr_milestones": ("MultiStep",),
             "lr_step_size": ("Step",),
             "lr_multiplier": ("MultiStep", "Step"),
@@ -61,16 +74,23 @@ class ScheduleOptions:
                     f"model.{name}={value!r} needs model.scheduler={' or '.join(schedulers)},"
                     f" got {self.scheduler or 'null'}"
                 )
+        if any(later <= earlier for earlier, later in pairwise(self.lr_restarts or ())):
+            raise ConfigError(f"model.lr_restarts must be in rising order, got {self.lr_restarts}")
+
+    def batch_factor(self, global_batch: int) -> float:
+        """What the learning rate is multiplied by for `global_batch` samples a step."""
+        return 1.0 if self.lr_scale_batch is None else global_batch / self.lr_scale_batch
 
 
 def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float]:
     """The factor on the learning rate as a function of progress, in epochs since the start of training.
 
-    It is defined for any progress from 0 on, depends on nothing else and never rises after the warm-up.
-    With e the progress, w = `warmstart` and E = `epochs` - `cooldown`:
+    It is defined for any progress from 0 on, depends on nothing else and rises in the warm-up and at
+    `lr_restarts` only. With e the progress, w = `warmstart`, E = `epochs` - `cooldown`, and a the last and b the
+    next of w, the restarts and E:
 
         warm-up, e < w:        (e + 1) / (w + 1)
-        CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - w) / (E - w))) / 2
+        CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - a) / (b - a))) / 2
         CosineAnneal, e >= E:  lr_min
         MultiStep, e < E:      lr_multiplier ^ (number of milestones <= e)
         Step, e < E:           lr_multiplier ^ floor(e / lr_step_size)
@@ -92,17 +112,22 @@ def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float
             f"model.warmstart={options.warmstart} and model.cooldown={options.cooldown} together"
             f" must be at most trainer.max_epochs={epochs}"
         )
-    late = [m for m in options.lr_milestones or () if m >= end]
-    if late:
-        less = f" - model.cooldown={options.cooldown}" if options.cooldown else ""
+    for name in ("lr_milestones", "lr_restarts"):
+        late = [m for m in getattr(options, name) or () if m >= end]
+        if late:
+            less = f" - model.cooldown={options.cooldown}" if options.cooldown else ""
+            raise ConfigError(
+                f"model.{name} must be less than trainer.max_epochs={epochs}{less}, got {late[0]}"
+            )
+    warm_up, restarts = float(options.warmstart), options.lr_restarts or []
+    if restarts and restarts[0] <= warm_up:
         raise ConfigError(
-            f"model.lr_milestones must be less than trainer.max_epochs={epochs}{less}, got {late[0]}"
+            f"model.lr_restarts must be greater than model.warmstart={options.warmstart}, got {restarts[0]}"
         )
-    warm_up = float(options.warmstart)
     if options.scheduler is None:
         return partial(_constant, warm_up)
     if options.scheduler == "CosineAnneal":
-        return partial(_cosine, warm_up, end, options.lr_min)
+        return partial(_cosine, (warm_up, *restarts, end), options.lr_min)
     multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
     if options.scheduler == "Step":
         size = options.lr_step_size or end / 4
@@ -114,7 +139,12 @@ def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float
 
 
 def build_scheduler(
-    optimizer: Optimizer, options: ScheduleOptions, *, epochs: float, steps_per_epoch: int
+    optimizer: Optimizer,
+    options: ScheduleOptions,
+    *,
+    epochs: float,
+    steps_per_epoch: int,
+    hold: tuple[float, float] | None = None,
 ) -> dict[str, Any] | None:
     """The schedule as Lightning's `lr_scheduler` configuration, or None where the rate never changes.
 
@@ -125,13 +155,16 @@ def build_scheduler(
         options: the options of the schedule.
         epochs: length of the training in epochs.
         steps_per_epoch: optimizer steps in an epoch, after gradient accumulation.
+        hold: an epoch and the factor that holds from then on, whatever the schedule (weight averaging).
 
     Raises:
         ConfigError: as `schedule`.
     """
     factor = schedule(options, epochs)
-    if options.scheduler is None and not options.warmstart:
+    if options.scheduler is None and not options.warmstart and hold is None:
         return None
+    if hold is not None:
+        factor = partial(_held, factor, *hold)
     if options.lr_interval == "step":
         factor = partial(_of_step, factor, steps_per_epoch)
     return {"scheduler": LambdaLR(optimizer, factor), "interval": options.lr_interval}
@@ -145,16 +178,23 @@ def _of_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) 
     return factor(step / steps_per_epoch)
 
 
+def _held(factor: Callable[[float], float], start: float, value: float, epoch: float) -> float:
+    return value if epoch >= start else factor(epoch)
+
+
 def _constant(warm_up: float, epoch: float) -> float:
     return (epoch + 1) / (warm_up + 1) if epoch < warm_up else 1.0
 
 
-def _cosine(warm_up: float, end: float, minimum: float, epoch: float) -> float:
-    if epoch < warm_up:
-        return _constant(warm_up, epoch)
-    if epoch >= end:
+def _cosine(marks: tuple[float, ...], minimum: float, epoch: float) -> float:
+    """`marks`: the end of the warm-up, the restarts, the end."""
+    if epoch < marks[0]:
+        return _constant(marks[0], epoch)
+    if epoch >= marks[-1]:
         return minimum
-    return minimum + (1 - minimum) * (1 + math.cos(math.pi * (epoch - warm_up) / (end - warm_up))) / 2
+    behind = bisect_right(marks, epoch)
+    start, end = marks[behind - 1], marks[behind]
+    return minimum + (1 - minimum) * (1 + math.cos(math.pi * (epoch - start) / (end - start))) / 2
 
 
 def _multi_step(warm_up: float, milestones: tuple[float, ...], multiplier: float, epoch: float) -> float:

@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from crucible.options import ConfigError, read_options
+from datasets.base_datamodule import Batch
+from datasets.synthetic import SyntheticDataModule
+from models.base_model import BaseModel
 from optimizers.sam import SamOptions, ascend, check_sam, restore, sam_closure
 
 BATCH, STEPS = 8, 3
@@ -79,17 +82,19 @@ class Model(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def train(model: Model, dataset: TensorDataset | None = None, **settings: Any) -> Trainer:
+def train(
+    model: Model, dataset: TensorDataset | None = None, ckpt_path: Any = None, **settings: Any
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=settings.pop("max_epochs", 1),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **settings,
     )
-    trainer.fit(model, DataLoader(dataset or data(), batch_size=BATCH))
+    trainer.fit(model, DataLoader(dataset or data(), batch_size=BATCH), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -98,20 +103,21 @@ def assert_equal_state(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
-def by_hand(net: nn.Module, dataset: TensorDataset, rho: float, adaptive: bool) -> None:
-    """Two passes and one SGD step for each batch, spelt out, in place."""
+def by_hand(net: nn.Module, dataset: TensorDataset, rho: float, adaptive: bool, every: int = 1) -> None:
+    """Two passes (or one, on the steps between) and one SGD step for each batch, spelt out, in place."""
     parameters = list(net.parameters())
     buffers: list[Tensor | None] = [None] * len(parameters)
     for step in range(STEPS):
         x, y = dataset[step * BATCH : (step + 1) * BATCH]
         first = torch.autograd.grad(F.cross_entropy(net(x), y), parameters)
+        length = rho if step % every == 0 else 0.0
         shifted = copy.deepcopy(net)
         if adaptive:
-            length = sum(((w * g) ** 2).sum() for w, g in zip(parameters, first, strict=True)) ** 0.5
-            moves = [rho * w.detach() ** 2 * g / length for w, g in zip(parameters, first, strict=True)]
+            norm = sum(((w * g) ** 2).sum() for w, g in zip(parameters, first, strict=True)) ** 0.5
+            moves = [length * w.detach() ** 2 * g / norm for w, g in zip(parameters, first, strict=True)]
         else:
-            length = sum((g**2).sum() for g in first) ** 0.5
-            moves = [rho * g / length for g in first]
+            norm = sum((g**2).sum() for g in first) ** 0.5
+            moves = [length * g / norm for g in first]
         with torch.no_grad():
             for w, e in zip(shifted.parameters(), moves, strict=True):
                 w += e
@@ -124,13 +130,14 @@ def by_hand(net: nn.Module, dataset: TensorDataset, rho: float, adaptive: bool) 
                 w -= LR / (1 + step) * buffers[i]
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_training_equals_two_passes_by_hand(adaptive):
+def test_training_equals_two_passes_by_hand(adaptive, every):
     net = network().double()
     expected = copy.deepcopy(net)
-    options = SamOptions(sam=True, adaptive_sam=adaptive, sam_rho=0.3)
+    options = SamOptions(sam=True, adaptive_sam=adaptive, sam_rho=0.3, sam_every=every)
     train(Model(net, options), data(torch.float64), precision="64-true")
-    by_hand(expected, data(torch.float64), 0.3, adaptive)
+    by_hand(expected, data(torch.float64), 0.3, adaptive, every)
     for (name, a), b in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -187,6 +194,74 @@ def test_clipping_acts_on_the_final_gradient_only():
     train(Model(plain, None), gradient_clip_val=0.1)
     train(Model(net, SamOptions(sam=True, sam_rho=0.0)), gradient_clip_val=0.1)
     assert_equal_state(net, plain)
+
+
+@pytest.mark.parametrize(("every", "passes"), [(1, [1, 2] * 3), (2, [1, 2, 1, 1, 2]), (3, [1, 2, 1, 1])])
+def test_the_ascent_is_made_on_each_kth_step_from_the_first_on(every, passes):
+    model = Model(network(), SamOptions(sam=True, sam_every=every))
+    trainer = train(model)
+    assert [number for number, _ in model.seen] == passes
+    assert trainer.global_step == model.before_step == STEPS
+
+
+def test_a_resumed_run_goes_on_counting_to_the_next_ascent(tmp_path):
+    options = SamOptions(sam=True, sam_every=2)
+    whole, part, rest = (Model(network(), options) for _ in range(3))
+    train(whole, max_epochs=2)
+    train(part).save_checkpoint(tmp_path / "half.ckpt")
+    train(rest, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert [number for number, _ in part.seen] == [1, 2, 1, 1, 2]
+    assert [number for number, _ in rest.seen] == [1, 1, 2, 1], (
+        "its first step is the run's fourth, a plain one"
+    )
+    assert_equal_state(rest.net, whole.net)
+
+
+class Tiny(BaseModel):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_classes=4, input_channels=1, lr=0.1, **kwargs)
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Dropout(0.3), nn.Linear(32, 4),
+        )  # fmt: skip
+        self.convert()
+        self.given: list[tuple[int, Tensor, Tensor]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.given.append((self.sam_pass, batch.input, batch.target))
+        return super().training_step(batch, batch_idx)
+
+
+def fit(model: Tiny, **settings: Any) -> None:
+    images = SyntheticDataModule(
+        name="synthetic", num_samples=80, batch_size=8, num_classes=4, size=8, input_channels=1
+    )
+    images.check()
+    Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False, **settings,
+    ).fit(model, datamodule=images)  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["batch", "online"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_rho_zero_is_bitwise_plain_with_everything_that_draws_or_keeps_state(norm, precision):
+    options = {"norm": norm, "mixup": True, "gradient_centralization": "all", "lookahead": True}
+    plain, sharp = Tiny(**options), Tiny(**options, sam=True, sam_rho=0.0)
+    fit(plain, precision=precision, gradient_clip_val=0.5)
+    fit(sharp, precision=precision, gradient_clip_val=0.5)
+    assert_equal_state(sharp, plain)
+
+
+def test_both_passes_see_one_mixed_batch():
+    model = Tiny(sam=True, mixup=True, mixup_alpha=1.0)
+    fit(model)
+    for (one, x, y), (two, again, target) in zip(model.given[::2], model.given[1::2], strict=True):
+        assert (one, two) == (1, 2)
+        assert y.is_floating_point()
+        assert torch.equal(x, again)
+        assert torch.equal(y, target)
 
 
 class SkippedOnce(nn.Module):
@@ -361,6 +436,8 @@ def test_the_ascent_reads_nothing_back_from_the_device(adaptive):
         ({"adaptive_sam": True}, "model.adaptive_sam=True needs model.sam=True"),
         ({"sam_rho": 0.0}, "model.sam_rho=0.0 needs model.sam=True"),
         ({"sam_sync": True}, "model.sam_sync=True needs model.sam=True"),
+        ({"sam_every": 5}, "model.sam_every=5 needs model.sam=True"),
+        ({"sam": True, "sam_every": 0}, "model.sam_every must be .* got 0"),
         ({"sam": True, "sam_rho": -0.1}, "model.sam_rho must be .* got -0.1"),
     ],
 )

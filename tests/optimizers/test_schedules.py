@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, MultiStepLR, StepLR
 
 from crucible.options import ConfigError, read_options
+from datasets.synthetic import SyntheticDataModule
+from models.base_model import BaseModel
 from optimizers.schedules import ScheduleOptions, build_scheduler, schedule
 
 EVERY = [
@@ -23,6 +27,7 @@ EVERY = [
     ScheduleOptions(scheduler="Step", warmstart=1, lr_step_size=3, cooldown=2),
     ScheduleOptions(scheduler=None, warmstart=4),
 ]
+RESTARTING = ScheduleOptions(warmstart=1, cooldown=1, lr_min=0.05, lr_restarts=[2.5, 6])
 
 
 def optimizer() -> SGD:
@@ -83,6 +88,41 @@ def test_per_epoch_equals_torchs_scheduler(options, reference):
     torch.testing.assert_close(torch.tensor(rates(options, 12, 7, 12)), torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("growth", "restarts", "epochs"), [(1, [4, 8, 12, 16, 20], 24), (2, [4, 12], 28)])
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_restarts_equal_torchs_cosine_with_warm_restarts(growth, restarts, epochs, interval):
+    options = ScheduleOptions(warmstart=0, lr_restarts=restarts, lr_min=0.1, lr_interval=interval)
+    steps = 5 if interval == "step" else 1
+    got = [rate for rate, _ in rates(options, epochs, steps, epochs * steps)]
+    other = SGD([nn.Parameter(torch.ones(1))], 0.1)
+    scheduler = CosineAnnealingWarmRestarts(other, T_0=4, T_mult=growth, eta_min=0.01)
+    expected = []
+    for step in range(epochs * steps):
+        scheduler.step(step / steps)
+        expected.append(other.param_groups[0]["lr"])
+    assert got == pytest.approx(expected)
+
+
+def test_restarts_come_after_the_warm_up_and_leave_the_cool_down_alone():
+    factor = schedule(RESTARTING, 10)
+
+    def cosine(part: float) -> float:
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2
+
+    expected = {
+        0: 0.5,
+        1: 1,
+        2: cosine(1 / 1.5),
+        2.5: 1,
+        5: cosine(2.5 / 3.5),
+        6: 1,
+        8: cosine(2 / 3),
+        9: 0.05,
+        12: 0.05,
+    }
+    assert {e: factor(e) for e in expected} == pytest.approx(expected)
+
+
 def test_per_step_the_same_curve_is_followed_in_fractions_of_an_epoch():
     options = ScheduleOptions(warmstart=2, cooldown=1, lr_min=0.1, lr_interval="step")
     got = [rate / 0.1 for rate, _ in rates(options, epochs=10, steps_per_epoch=4, count=40)]
@@ -105,7 +145,7 @@ def test_nothing_rises_after_the_warm_up_and_the_end_is_no_end(options):
     assert 0 <= curve[-1] <= 1
 
 
-@pytest.mark.parametrize("options", EVERY)
+@pytest.mark.parametrize("options", [*EVERY, RESTARTING])
 def test_a_pickled_schedule_is_the_same(options):
     factor = schedule(options, 10)
     again = pickle.loads(pickle.dumps(factor))
@@ -199,6 +239,14 @@ def test_the_cool_down_keeps_the_lowest_rate_of_the_rest(scheduler):
             {"scheduler": "MultiStep", "lr_milestones": [3, 10]},
             "model.lr_milestones must be less than trainer.max_epochs=10, got 10",
         ),
+        (
+            {"lr_restarts": [3, 8], "cooldown": 2},
+            "model.lr_restarts must be less than trainer.max_epochs=10 - model.cooldown=2, got 8",
+        ),
+        (
+            {"lr_restarts": [3], "warmstart": 3},
+            "model.lr_restarts must be greater than model.warmstart=3, got 3",
+        ),
     ],
 )
 def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
@@ -213,6 +261,12 @@ def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
             {"lr_milestones": [3]},
             r"model.lr_milestones=\[3\] needs model.scheduler=MultiStep, got CosineAnneal",
         ),
+        (
+            {"lr_restarts": [3], "scheduler": "Step"},
+            r"model.lr_restarts=\[3\] needs model.scheduler=CosineAnneal",
+        ),
+        ({"lr_restarts": [6, 3]}, r"model.lr_restarts must be in rising order, got \[6, 3\]"),
+        ({"lr_scale_batch": 0}, "model.lr_scale_batch must be .* got 0"),
         ({"lr_step_size": 3}, "model.lr_step_size=3 needs model.scheduler=Step, got CosineAnneal"),
         ({"lr_multiplier": 0.2}, "model.lr_multiplier=0.2 needs model.scheduler=MultiStep or Step"),
         (
@@ -232,3 +286,37 @@ def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
 def test_an_option_without_effect_or_out_of_range_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         read_options(ScheduleOptions, values)
+
+
+class Tiny(BaseModel):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(num_classes=4, input_channels=1, lr=0.1, scheduler=None, warmstart=0, **kwargs)
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def learning_rates(options: dict[str, Any], **settings: Any) -> list[float]:
+    """The rates of the optimizer's groups after a step on batches of 8."""
+    data = SyntheticDataModule(
+        name="s", num_samples=80, batch_size=8, num_classes=4, size=8, input_channels=1
+    )
+    data.check()
+    trainer = Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **settings,
+    )  # fmt: skip
+    trainer.fit(Tiny(**options), datamodule=data)
+    return [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "expected"),
+    [
+        ({}, {}, [0.1]),
+        ({"lr_scale_batch": 8}, {}, [0.1]),
+        ({"lr_scale_batch": 256}, {}, [0.1 * 8 / 256]),
+        ({"lr_scale_batch": 16}, {"accumulate_grad_batches": 4}, [0.1 * 32 / 16]),
+        ({"lr_scale_batch": 16, "layer_decay": 0.5}, {}, [0.05, 0.025]),
+    ],
+)
+def test_the_rate_is_proportional_to_the_global_batch(options, settings, expected):
+    assert learning_rates(options, **settings) == pytest.approx(expected)
