@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -407,6 +408,14 @@ class BaseDataModule(LightningDataModule):
             frozen=frozen,
         )
         return self._loader(samples, sampler)
+
+    def training_batches(self, epoch: int, count: int) -> Iterator[Batch]:
+        """The first `count` batches of an epoch once more, at most all of them; apart from the training's loader."""
+        samples, (rank, world) = self.samples("train"), self._place()
+        sampler = EpochSampler(
+            len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0)
+        )
+        return itertools.islice(self._loader(samples, sampler), count)
 
     def val_dataloader(self) -> DataLoader:
         """Each validation sample once over all ranks, in order."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crucible.options import ConfigError
 
 # what a training file calls its weights; the averaged ones are preferred where it holds both
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+CONTAINERS = ("averaged_state_dict", "state_dict_ema", "model_ema", "state_dict", "model")
 # what wrappers put before a key: DDP and averaging `module.`, our LightningModule `model.`
 PREFIXES = ("", "module.", "model.", "model.module.", "module.model.")
 HEAD = re.compile(r"(fc|heads?|classifier|head_dist)\.")
@@ -25,10 +25,10 @@ NAMES_SHOWN = 4
 def load_weights(network: nn.Module, file: str | Path) -> str:
     """Copy the weights of a file into `network`, in place, and say what was done.
 
-    Understood are Lightning checkpoints (ours), bare state dicts (torchvision), training files with
-    `state_dict` or `state_dict_ema` (timm) or `model` or `model_ema` (torchvision's references), and
-    `.safetensors`. Of two sets of weights the averaged one is taken. The prefixes of `torch.compile`, DDP and
-    LightningModule are stripped.
+    Understood are Lightning checkpoints (ours, with `averaged_state_dict` where weights are averaged), bare state
+    dicts (torchvision), training files with `state_dict` or `state_dict_ema` (timm) or `model` or `model_ema`
+    (torchvision's references), and `.safetensors`. Of two sets of weights the averaged one is taken. The prefixes
+    of `torch.compile`, DDP and LightningModule are stripped.
 
     Args:
         network: the network, not its LightningModule.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from crucible.options import ConfigError
 from norms.convert import check_norm_kwargs, convert_norm
+from norms.modules import average_running_statistics
 from norms.online import (
     OnlineNorm,
     exclude_streams_from_broadcast,
@@ -19,6 +20,7 @@ NormName = Literal["batch", "sync", "ghost", "group", "layer", "instance", "swit
 __all__ = [
     "NormOptions",
     "OnlineNorm",
+    "average_running_statistics",
     "check_norm",
     "convert_norm",
     "exclude_streams_from_broadcast",
