@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,102 +13,135 @@ from crucible.options import ConfigError
 from models.base_model import BaseModel
 from models.layers import (
     BATCH_NORM,
-    CONV,
     MAX_POOL,
     Activation,
     BasicBlock,
     Bottleneck,
     ResidualBlock,
+    Shortcut,
+    conv,
     drop_path_rates,
     global_average,
     initialise,
     zero_last_norms,
 )
+from models.non_local import NonLocal
 from models.weights import load_state
 
 SE_RD_RATIO = 1 / 16
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+NON_LOCAL_STAGES = (1, 2)  # the second and third: res3 and res4 of arXiv 1711.07971, table 2c
+
+Block = type[ResidualBlock] | tuple[type[ResidualBlock], ...]
 
 
 class ResNet(nn.Module):
-    """`(N, C, *spatial)` float to `(N, num_outputs)`.
+    """`(N, C, *spatial)` float to `(N, num_outputs)`; any spatial size.
 
     In 2-D without extras it has torchvision's state-dict keys and shapes, and the same outputs with the same
     weights. Initialised here: He's normal for convolutions, ones and zeros for norms, torch's default for
     the head.
 
     Args:
-        block: residual block.
-        layers: blocks in each of the four stages.
+        block: residual block, or one for each stage.
+        layers: blocks in each stage; each stage after the first halves the resolution.
         num_outputs: size of the head.
         input_dim: spatial dimensions, 1 to 3.
         input_channels: channels of the input.
-        cifar_size: small input: a 3x3 stem of stride 1 without max-pooling, 1/8 of the input at the end
-            instead of 1/32.
+        width: channels of the stem and inside the first stage's blocks; they double with each stage.
+        cifar_size: small input: a stem of stride 1 without max-pooling, 1/8 of the input at the end
+            instead of 1/32; 3x3 instead of 7x7.
+        stem: C: three 3x3 convolutions in place of the 7x7; D: also average pools before the shortcuts' 1x1
+            convolutions (He et al., arXiv 1812.01187, ResNet-C and -D); the layout is that of timm's resnet50d.
         resnet_dropout: dropout rate before the head, in [0, 1).
         stochastic_depth: drop rate of the last block, in [0, 1); see `models.layers.drop_path_rates`.
+        shakedrop: ShakeDrop in each block; see `models.layers.ShakeDrop`.
         se_rd_ratio: squeeze-and-excitation in each block with this width ratio; None: without.
+        non_local: self-attention after every other block of the second and third stage; see
+            `models.non_local`.
         zero_init_residual: each block starts as its shortcut.
         activation: makes an activation module.
+        shortcut: where a block changes the shape; see `models.layers.ResidualBlock`.
     """
 
     def __init__(
         self,
-        block: type[ResidualBlock],
-        layers: tuple[int, int, int, int],
+        block: Block,
+        layers: tuple[int, ...],
         num_outputs: int = 1000,
         *,
         input_dim: int = 2,
         input_channels: int = 3,
+        width: int = 64,
         cifar_size: bool = False,
+        stem: Literal["C", "D"] | None = None,
         resnet_dropout: float = 0.0,
         stochastic_depth: float = 0.0,
+        shakedrop: bool = False,
         se_rd_ratio: float | None = None,
+        non_local: bool = False,
         zero_init_residual: bool = False,
         activation: Activation = nn.ReLU,
+        shortcut: Shortcut = "conv",
     ) -> None:
         super().__init__()
-        kernel, stride = (3, 1) if cifar_size else (7, 2)
-        self.conv1 = CONV[input_dim](
-            input_channels, 64, kernel, stride=stride, padding=kernel // 2, bias=False
-        )
-        self.bn1 = BATCH_NORM[input_dim](64)
+        stride = 1 if cifar_size else 2
+        if stem is None:
+            self.conv1 = conv(input_dim, input_channels, width, 3 if cifar_size else 7, stride)
+        else:
+            half = width // 2
+            self.conv1 = nn.Sequential(
+                conv(input_dim, input_channels, half, 3, stride),
+                BATCH_NORM[input_dim](half),
+                activation(),
+                conv(input_dim, half, half, 3),
+                BATCH_NORM[input_dim](half),
+                activation(),
+                conv(input_dim, half, width, 3),
+            )
+        self.bn1 = BATCH_NORM[input_dim](width)
         self.act = activation()
         self.maxpool = nn.Identity() if cifar_size else MAX_POOL[input_dim](3, stride=2, padding=1)
-        rates = iter(drop_path_rates(stochastic_depth, sum(layers)))
-        channels = 64
 
-        def stage(width: int, blocks: int, stride: int) -> nn.Sequential:
-            nonlocal channels
-            built: list[ResidualBlock] = []
-            for i in range(blocks):
-                built.append(
-                    block(
-                        channels,
-                        width,
-                        stride if i == 0 else 1,
-                        input_dim=input_dim,
-                        se_rd_ratio=se_rd_ratio,
-                        drop_path_rate=next(rates),
-                        activation=activation,
-                    )
+        kinds = block if isinstance(block, tuple) else (block,) * len(layers)
+        rates = iter(drop_path_rates(stochastic_depth, sum(layers), shakedrop))
+        channels = width
+        self.stages = tuple(f"layer{i + 1}" for i in range(len(layers)))
+        for i, name in enumerate(self.stages):
+            stage = nn.Sequential()
+            for n in range(layers[i]):
+                built = self._block(
+                    (i, n),
+                    kinds[i],
+                    channels,
+                    width * 2**i,
+                    2 if i > 0 and n == 0 else 1,
+                    input_dim=input_dim,
+                    se_rd_ratio=se_rd_ratio,
+                    drop_path_rate=next(rates),
+                    shakedrop=shakedrop,
+                    activation=activation,
+                    shortcut="pool_conv" if stem == "D" else shortcut,
                 )
-                channels = width * block.expansion
-            return nn.Sequential(*built)
-
-        self.layer1 = stage(64, layers[0], 1)
-        self.layer2 = stage(128, layers[1], 2)
-        self.layer3 = stage(256, layers[2], 2)
-        self.layer4 = stage(512, layers[3], 2)
-        self.dropout = nn.Dropout(resnet_dropout) if resnet_dropout > 0 else nn.Identity()
+                stage.add_module(str(n), built)
+                channels = width * 2**i * kinds[i].expansion
+                if non_local and i in NON_LOCAL_STAGES and n % 2 == 1:
+                    stage.add_module(f"{n}_non_local", NonLocal(channels, input_dim))
+            self.add_module(name, stage)
+        self.dropout: nn.Module = nn.Dropout(resnet_dropout) if resnet_dropout > 0 else nn.Identity()
         self.fc = nn.Linear(channels, num_outputs)
         initialise(self)
         if zero_init_residual:
             zero_last_norms(self)
 
+    def _block(self, position: tuple[int, int], kind: Any, *args: Any, **options: Any) -> nn.Module:
+        """The block at `position` (stage, number in the stage); a variant may build others."""
+        return kind(*args, **options)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.act(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for name in self.stages:
+            x = getattr(self, name)(x)
         return self.fc(self.dropout(global_average(x)))
 
 
@@ -131,20 +164,27 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-class _ResNetModel(BaseModel):
-    """The options of every ResNet; a variant names its block, its stages and torchvision's weights."""
+class ResNetModel(BaseModel):
+    """The options of every ResNet; a variant names its block, its stages and, where they fit, torchvision's weights."""
 
-    block: ClassVar[type[ResidualBlock]]
-    layers: ClassVar[tuple[int, int, int, int]]
+    block: ClassVar[Block]
+    layers: ClassVar[tuple[int, ...]]
+    width: ClassVar[int] = 64
+    weights: ClassVar[str | None] = None
 
     def __init__(
         self,
         cifar_size: Annotated[bool, "3x3 stem without max-pooling, for images below 96 pixels"] = False,
+        stem: Annotated[
+            Literal["C", "D"] | None, "ResNet-C or -D (arXiv 1812.01187); null: one convolution"
+        ] = None,
         zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
         resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
         stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
+        shakedrop: Annotated[bool, "ShakeDrop in each block (arXiv 1802.02375)"] = False,
         squeeze_excitation: Annotated[bool, "channel gates in each block (arXiv 1709.01507)"] = False,
         se_rd_ratio: Annotated[float, "(0, 1]", "width of the gates' bottleneck / channels"] = SE_RD_RATIO,
+        non_local: Annotated[bool, "self-attention in the middle stages (arXiv 1711.07971)"] = False,
         pretrained: Annotated[bool, "start from torchvision's ImageNet weights"] = False,
         **kwargs: Any,
     ) -> None:
@@ -159,18 +199,30 @@ class _ResNetModel(BaseModel):
             self.num_outputs,
             input_dim=self.input_dim,
             input_channels=self.input_channels,
+            width=self.width,
             cifar_size=cifar_size,
+            stem=stem,
             resnet_dropout=resnet_dropout,
             stochastic_depth=stochastic_depth,
+            shakedrop=shakedrop,
             se_rd_ratio=se_rd_ratio if squeeze_excitation else None,
+            non_local=non_local,
             zero_init_residual=zero_init_residual,
         )
         if pretrained:
+            if self.weights is None:
+                raise ConfigError(
+                    f"model.pretrained=true: torchvision has no weights of {type(self).__name__}; "
+                    "name a file as model.init_from"
+                )
             unlike = {
                 f"data.input_dim={self.input_dim}": self.input_dim != 2,
                 f"data.input_channels={self.input_channels}": self.input_channels != 3,
                 "model.cifar_size=true": cifar_size,
+                f"model.stem={stem}": stem is not None,
                 "model.squeeze_excitation=true": squeeze_excitation,
+                "model.non_local=true": non_local,
+                "model.shakedrop=true": shakedrop,
                 "model.zero_init_residual=true": zero_init_residual,
             }
             for option, given in unlike.items():
@@ -179,37 +231,35 @@ class _ResNetModel(BaseModel):
                         f"model.pretrained=true does not go with {option}: the weights are those "
                         "of the plain network for 2-D images of 3 channels"
                     )
-            name = type(self).__name__.lower()
-            self.weights_report = load_state(
-                self.model, _imagenet_weights(name), f"model.pretrained=true (torchvision's {name})"
-            )
+            source = f"model.pretrained=true (torchvision's {self.weights})"
+            self.weights_report = load_state(self.model, _imagenet_weights(self.weights), source)
 
 
-class ResNet18(_ResNetModel):
+class ResNet18(ResNetModel):
     """18 layers, 11.7 M parameters."""
 
-    block, layers = BasicBlock, (2, 2, 2, 2)
+    block, layers, weights = BasicBlock, (2, 2, 2, 2), "resnet18"
 
 
-class ResNet34(_ResNetModel):
+class ResNet34(ResNetModel):
     """34 layers, 21.8 M parameters."""
 
-    block, layers = BasicBlock, (3, 4, 6, 3)
+    block, layers, weights = BasicBlock, (3, 4, 6, 3), "resnet34"
 
 
-class ResNet50(_ResNetModel):
+class ResNet50(ResNetModel):
     """50 layers, 25.6 M parameters."""
 
-    block, layers = Bottleneck, (3, 4, 6, 3)
+    block, layers, weights = Bottleneck, (3, 4, 6, 3), "resnet50"
 
 
-class ResNet101(_ResNetModel):
+class ResNet101(ResNetModel):
     """101 layers, 44.5 M parameters."""
 
-    block, layers = Bottleneck, (3, 4, 23, 3)
+    block, layers, weights = Bottleneck, (3, 4, 23, 3), "resnet101"
 
 
-class ResNet152(_ResNetModel):
+class ResNet152(ResNetModel):
     """152 layers, 60.2 M parameters."""
 
-    block, layers = Bottleneck, (3, 8, 36, 3)
+    block, layers, weights = Bottleneck, (3, 8, 36, 3), "resnet152"

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from models.base_model import BaseModel
-from models.timm import build_timm
+from models.timm import TimmFamily
 
-DROPOUT = {"S": 0.2, "M": 0.3, "L": 0.4}
+DROPOUT = {"M": 0.3, "L": 0.4}
 
 
-class EfficientNetV2(BaseModel):
-    """EfficientNetV2-S, -M or -L (21, 54 or 119 M parameters at 1000 classes); needs 2-D data.
+class EfficientNetV2(TimmFamily):
+    """EfficientNetV2-S, -M or -L (21, 54 or 119 M parameters at 1000 classes) or the small B0 to B3; 2-D data.
 
-    `tf_efficientnetv2_s|m|l` in timm. The drop rates' defaults are those of the authors' code.
+    `tf_efficientnetv2_s` and so on in timm. The drop rates' defaults are those of the authors' code.
     """
+
+    variants = {size: f"tf_efficientnetv2_{size.lower()}" for size in ("B0", "B1", "B2", "B3", "S", "M", "L")}
 
     def __init__(
         self,
-        type: Annotated[Literal["S", "M", "L"], "size"] = "S",
+        type: Annotated[Literal["B0", "B1", "B2", "B3", "S", "M", "L"], "size"] = "S",
         stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.2,
         resnet_dropout: Annotated[
-            float | None, "[0, 1)", "dropout rate before the head; null: S 0.2, M 0.3, L 0.4"
+            float | None, "[0, 1)", "dropout rate before the head; null: M 0.3, L 0.4, others 0.2"
         ] = None,
-        pretrained: Annotated[bool, "start from the ImageNet-21k weights tuned on ImageNet-1k"] = False,
+        pretrained: Annotated[bool, "start from timm's ImageNet weights of the authors"] = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.model = build_timm(
-            f"tf_efficientnetv2_{type.lower()}",
-            self,
+        super().__init__(
+            type,
             stochastic_depth=stochastic_depth,
-            resnet_dropout=DROPOUT[type] if resnet_dropout is None else resnet_dropout,
+            resnet_dropout=DROPOUT.get(type, 0.2) if resnet_dropout is None else resnet_dropout,
             pretrained=pretrained,
+            **kwargs,
         )

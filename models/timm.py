@@ -1,9 +1,9 @@
-"""Any image classification network of timm (pytorch-image-models) by name."""
+"""The networks of timm (pytorch-image-models): families under names of their own, and any other by timm's name."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -90,8 +90,17 @@ def _option(argument: str) -> str:
 
 def _drops_paths(network: nn.Module) -> bool:
     from timm.layers import DropPath
+    from timm.models.resnest import ResNestBottleneck
 
-    return any(isinstance(module, DropPath) and module.drop_prob > 0 for module in network.modules())
+    def acts(block: nn.Module) -> bool:
+        # without a shortcut nothing calls a block's DropPath; ResNeSt's drops some shortcuts, not the branches
+        return getattr(block, "has_skip", True) and not isinstance(block, ResNestBottleneck)
+
+    return any(
+        isinstance(child, DropPath) and child.drop_prob > 0 and acts(block)
+        for block in network.modules()
+        for child in block.children()
+    )
 
 
 def _drops_features(network: nn.Module) -> bool:
@@ -102,12 +111,22 @@ def _drops_features(network: nn.Module) -> bool:
     )
 
 
-class TimmModel(BaseModel):
-    """Any network of timm, by its name there; needs 2-D data."""
+class TimmFamily(BaseModel):
+    """A network of timm for 2-D data; a family says which, and how its variants are called.
+
+    Args:
+        type: the variant; one of `variants`, where there are any, else timm's own name.
+        stochastic_depth: timm's `drop_path_rate`.
+        resnet_dropout: timm's `drop_rate`.
+        pretrained: start from timm's weights.
+        timm_kwargs: further arguments of the network.
+    """
+
+    variants: ClassVar[dict[Any, str]] = {}  # this family's names to timm's
 
     def __init__(
         self,
-        type: Annotated[str, "timm's name, such as resnet18 or convnext_tiny.fb_in1k"] = "resnet18",
+        type: Any,
         stochastic_depth: Annotated[
             float | None, "[0, 1)", "drop rate of the last block (arXiv 1603.09382); null: the network's own"
         ] = None,
@@ -120,10 +139,84 @@ class TimmModel(BaseModel):
     ) -> None:
         super().__init__(**kwargs)
         self.model = build_timm(
-            type,
+            self.variants.get(type, type),
             self,
             stochastic_depth=stochastic_depth,
             resnet_dropout=resnet_dropout,
             pretrained=pretrained,
             timm_kwargs=timm_kwargs,
         )
+
+
+class TimmModel(TimmFamily):
+    """Any network of timm, by its name there."""
+
+    def __init__(
+        self,
+        type: Annotated[str, "timm's name, such as resnet18 or convnext_tiny.fb_in1k"] = "resnet18",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(type, **kwargs)
+
+
+class RegNet(TimmFamily):
+    """RegNetX and RegNetY (Radosavovic et al., arXiv 2003.13678); Y is X with squeeze-and-excitation."""
+
+    variants = {
+        f"{kind}-{size}GF": f"regnet{kind.lower()}_{size.replace('.', ''):0>3}"
+        for kind in "XY"
+        for size in ("0.2", "0.4", "0.8", "1.6", "3.2", "4.0", "6.4", "8.0")
+    }
+
+    def __init__(
+        self,
+        type: Annotated[
+            Literal[
+                "X-0.2GF", "X-0.4GF", "X-0.8GF", "X-1.6GF", "X-3.2GF", "X-4.0GF", "X-6.4GF", "X-8.0GF",
+                "Y-0.2GF", "Y-0.4GF", "Y-0.8GF", "Y-1.6GF", "Y-3.2GF", "Y-4.0GF", "Y-6.4GF", "Y-8.0GF",
+            ],
+            "kind, and billions of multiply-adds at 224 pixels",
+        ] = "X-4.0GF",
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(type, **kwargs)
+
+
+class ResNeSt(TimmFamily):
+    """ResNets with split attention (Zhang et al., arXiv 2004.08955)."""
+
+    variants = {14: "resnest14d", 26: "resnest26d", 50: "resnest50d", 101: "resnest101e", 200: "resnest200e"}
+
+    def __init__(self, type: Annotated[Literal[14, 26, 50, 101, 200], "layers"] = 50, **kwargs: Any) -> None:
+        super().__init__(type, **kwargs)
+
+
+class MobileNet(TimmFamily):
+    """MobileNet v1 (Howard et al., arXiv 1704.04861), v2 (arXiv 1801.04381) and v3 (arXiv 1905.02244)."""
+
+    variants = {
+        "v1": "mobilenetv1_100",
+        "v2": "mobilenetv2_100",
+        "v3-large": "mobilenetv3_large_100",
+        "v3-small": "mobilenetv3_small_100",
+    }
+
+    def __init__(
+        self,
+        type: Annotated[Literal["v1", "v2", "v3-large", "v3-small"], "version"] = "v3-large",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(type, **kwargs)
+
+
+class GhostNet(TimmFamily):
+    """GhostNet (Han et al., arXiv 1911.11907): half of each layer's channels by cheap depthwise filters."""
+
+    variants = {0.5: "ghostnet_050", 1.0: "ghostnet_100", 1.3: "ghostnet_130"}
+
+    def __init__(
+        self,
+        type: Annotated[Literal[0.5, 1.0, 1.3], "width relative to the paper's"] = 1.3,  # type: ignore[valid-type]
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(type, **kwargs)

@@ -172,7 +172,7 @@ def test_the_schedule_reaches_its_end_per_epoch_of_optimizer_steps() -> None:
 @pytest.mark.parametrize("norm", ["online", "ghost", "layer", "instance", "switchable", "none"])
 def test_any_norm_trains_in_place_of_batch_norm(norm: str) -> None:
     model = make(norm=norm, lr=0.02)
-    model.convert_norms()
+    model.convert()
     assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
     seen = Batches()
     fit(model, data(num_samples=400), seen, max_epochs=4)
@@ -185,13 +185,13 @@ def test_norm_options_are_checked_with_the_others() -> None:
     with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.num_groups=4 needs model\.norm"):
         make(norm_kwargs={"num_groups": 4})
     with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.num_groups must divide 8"):
-        make(norm="group", norm_kwargs={"num_groups": 3}).convert_norms()
+        make(norm="group", norm_kwargs={"num_groups": 3}).convert()
 
 
 def test_online_norm_under_sam_advances_its_streams_once_a_step() -> None:
     def streams(**options: Any) -> dict[str, Tensor]:
         model = make(norm="online", **options)
-        model.convert_norms()
+        model.convert()
         fit(model, data(), limit_train_batches=3, limit_val_batches=0)
         return {k: v for k, v in model.state_dict().items() if k.startswith("model.norm.")}
 
@@ -231,7 +231,7 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any]) -> None:
             after.append(reads.count)
 
     model = make(**options)
-    model.convert_norms()
+    model.convert()
     with reads:
         fit(model, data(), Counts(), limit_val_batches=0)
     assert len(after) > 5

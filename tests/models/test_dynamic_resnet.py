@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 import torchvision
-import yaml
+from network_checks import assert_config_names_the_options, randomised
 from torch import Tensor, nn
 
-from crucible.options import ConfigError, check_arguments, signature_options
-from models import dynamic_resnet
+from crucible.options import ConfigError
 from models.dynamic_resnet import ResNet, ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
-from models.layers import BasicBlock, Bottleneck, SqueezeExcitation, drop_path
+from models.layers import BasicBlock, Bottleneck, ShakeDrop, SqueezeExcitation, drop_path
+from models.non_local import NonLocal
 
 SHALLOW = (1, 1, 1, 1)
 SHAPES = {1: (64,), 2: (32, 32), 3: (16, 16, 16)}
@@ -64,6 +64,23 @@ def test_seresnet_is_timms_with_timms_weights() -> None:
     ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(ours(images()), theirs(images()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("stem", "reference"), [("C", "resnet50c"), ("D", "resnet50d")])
+def test_stems_c_and_d_are_timms_with_timms_weights(stem: Any, reference: str) -> None:
+    theirs = randomised(timm.create_model(reference, num_classes=10))
+    ours = ResNet(Bottleneck, (3, 4, 6, 3), 10, stem=stem)
+    ours.load_state_dict(theirs.state_dict())
+    x = images(size=65)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stem", ["C", "D"])
+def test_a_small_inputs_stem_c_keeps_the_resolution(stem: Any) -> None:
+    network = shallow(stem=stem, cifar_size=True)
+    assert network.conv1(images(size=32)).shape == (2, 64, 32, 32)
+    assert [m.kernel_size for m in network.conv1 if isinstance(m, nn.Conv2d)] == [(3, 3)] * 3
 
 
 @pytest.mark.parametrize(
@@ -203,6 +220,43 @@ def test_the_activation_is_a_module_of_its_own_at_each_place() -> None:
     assert not any(isinstance(m, nn.ReLU) for m in network.modules())
 
 
+def test_shakedrop_gates_each_block_up_to_one_half() -> None:
+    network = ResNet(BasicBlock, (2, 1, 1), shakedrop=True, width=16)
+    gates = [m for m in network.modules() if isinstance(m, ShakeDrop)]
+    assert [gate.rate for gate in gates] == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
+    with pytest.raises(ConfigError, match=r"model\.shakedrop=true and model\.stochastic_depth=0\.1"):
+        ResNet18(shakedrop=True, stochastic_depth=0.1)
+
+
+@pytest.mark.parametrize("input_dim", [1, 2, 3])
+def test_the_non_local_block_is_the_papers_embedded_gaussian(input_dim: int) -> None:
+    torch.manual_seed(0)
+    block = NonLocal(6, input_dim).double()
+    x = torch.randn(2, 6, *(3,) * input_dim, dtype=torch.float64)
+    assert torch.equal(block(x), x)  # it starts as the identity
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    flat = x.flatten(2)
+    theta, phi, g = (
+        torch.einsum("oc,ncp->nop", m.weight, flat) + m.bias[:, None]
+        for m in (block.theta, block.phi, block.g)
+    )
+    weights = torch.einsum("ncp,ncq->npq", theta, phi).softmax(dim=2)
+    y = torch.einsum("npq,ncq->ncp", weights, g)
+    z = torch.einsum("oc,ncp->nop", block.z.weight, y) + block.z.bias[:, None]
+    torch.testing.assert_close(block(x), x + block.norm(z.reshape_as(x)))
+
+
+def test_non_local_blocks_follow_every_other_block_of_res3_and_res4() -> None:
+    plain, network = ResNet50().model, ResNet50(non_local=True).model
+    names = [name for name, m in network.named_modules() if isinstance(m, NonLocal)]
+    expected = ["layer2.1", "layer2.3", "layer3.1", "layer3.3", "layer3.5"]  # the paper's five
+    assert names == [f"{name}_non_local" for name in expected]
+    network.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images()), plain.eval()(images()))
+
+
 # Initialisation
 
 
@@ -222,7 +276,7 @@ def test_convolutions_start_normal_with_the_fan_outs_variance() -> None:
 
 # Execution
 
-EXTRAS = {"se_rd_ratio": 0.25, "stochastic_depth": 0.3, "resnet_dropout": 0.1}
+EXTRAS = {"se_rd_ratio": 0.25, "stochastic_depth": 0.3, "resnet_dropout": 0.1, "stem": "D", "non_local": True}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -299,6 +353,8 @@ def test_each_option_reaches_the_network() -> None:
         stochastic_depth=0.2,
         squeeze_excitation=True,
         se_rd_ratio=0.125,
+        stem="C",
+        non_local=True,
     )
     last = model.model.layer4[-1]
     assert isinstance(last, Bottleneck)
@@ -306,7 +362,8 @@ def test_each_option_reaches_the_network() -> None:
     assert last.drop_path.p == pytest.approx(0.2)
     assert last.se.fc1.out_channels == 256
     assert model.model.dropout.p == 0.1
-    assert model.model.conv1.kernel_size == (3, 3)
+    assert model.model.conv1[0].stride == (1, 1)
+    assert isinstance(model.model.layer2[2], NonLocal)
 
 
 def test_a_gate_width_without_gates_is_refused() -> None:
@@ -321,6 +378,9 @@ def test_a_gate_width_without_gates_is_refused() -> None:
         ({"input_channels": 1}, "data.input_channels=1"),
         ({"cifar_size": True}, "model.cifar_size"),
         ({"squeeze_excitation": True}, "model.squeeze_excitation"),
+        ({"stem": "D"}, "model.stem=D"),
+        ({"non_local": True}, "model.non_local"),
+        ({"shakedrop": True}, "model.shakedrop"),
         ({"zero_init_residual": True}, "model.zero_init_residual"),
     ],
 )
@@ -356,12 +416,4 @@ def test_pretrained_without_a_network_says_where_to_put_the_file(
 
 
 def test_the_config_names_exactly_the_models_own_options() -> None:
-    file = Path(dynamic_resnet.__file__).parents[1] / "cli_configs" / "model" / "resnet.yaml"
-    config = yaml.safe_load(file.read_text())
-    assert config.pop("_target_") == "models.dynamic_resnet.ResNet18"
-    assert config.pop("cifar_size") is None  # resolved from the data before construction
-    check_arguments(ResNet18, config, "model")
-    known = signature_options(ResNet18)
-    assert all(config[name] == known[name][1] for name in config)
-    own = dynamic_resnet._ResNetModel.__init__.__annotations__.keys() - {"return", "kwargs", "cifar_size"}
-    assert config.keys() == own
+    assert_config_names_the_options("resnet", ResNet18)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -14,8 +14,10 @@ from torch import nn
 
 import models.timm
 from crucible.options import ConfigError, check_arguments, signature_options
+from models.base_model import BaseModel
+from models.convnext import ConvNext
 from models.efficientnetv2 import EfficientNetV2
-from models.timm import TimmModel
+from models.timm import GhostNet, MobileNet, RegNet, ResNeSt, TimmModel
 
 CONFIGS = Path(models.timm.__file__).parents[1] / "cli_configs" / "model"
 
@@ -121,9 +123,7 @@ def test_options_of_other_families_are_unknown(option: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_without_a_graph_break(training: bool) -> None:
     torch._dynamo.reset()
-    network = TimmModel(type="test_efficientnet", stochastic_depth=0.2, resnet_dropout=0.1).model.train(
-        training
-    )
+    network = TimmModel(type="test_resnet", stochastic_depth=0.2, resnet_dropout=0.1).model.train(training)
     network.compile(fullgraph=True, backend="eager")
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
@@ -157,11 +157,72 @@ def test_efficientnetv2_maps_images_to_logits() -> None:
         assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4)
 
 
-@pytest.mark.parametrize(("name", "target"), [("timm", TimmModel), ("efficientnetv2", EfficientNetV2)])
+# the families
+
+
+FAMILIES = {
+    "timm": TimmModel,
+    "regnet": RegNet,
+    "resnest": ResNeSt,
+    "mobilenet": MobileNet,
+    "ghostnet": GhostNet,
+    "efficientnetv2": EfficientNetV2,
+    "convnext": ConvNext,
+}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.variants])
+def test_each_variant_is_a_network_of_timm(family: Any) -> None:
+    assert all(timm.is_model(name) for name in family.variants.values())
+    check_arguments(family, {"type": next(iter(family.variants))}, "model")
+    offered = get_args(get_args(signature_options(family)["type"][0])[0])
+    assert list(offered) == list(family.variants)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "parameters"),
+    [
+        (RegNet, "X-4.0GF", 22_118_248),
+        (RegNet, "Y-4.0GF", 20_646_656),
+        (RegNet, "Y-6.4GF", 30_583_252),
+        (ResNeSt, 50, 27_483_240),
+        (MobileNet, "v1", 4_231_976),
+        (MobileNet, "v2", 3_504_872),
+        (MobileNet, "v3-large", 5_483_032),
+        (MobileNet, "v3-small", 2_542_856),
+        (GhostNet, 1.3, 7_358_820),
+        (ConvNext, "tiny", 28_589_128),
+        (ConvNext, "large", 197_767_336),
+    ],
+)
+def test_sizes_of_the_families(family: Any, variant: Any, parameters: int) -> None:
+    with torch.device("meta"):
+        network = family(type=variant, num_classes=1000).model
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("variant", "rate"), [("atto", 0.0), ("tiny", 0.1), ("small", 0.4), ("base", 0.5), ("large", 0.5)]
+)
+def test_convnexts_drop_rates_are_the_papers(variant: Any, rate: float) -> None:
+    with torch.device("meta"):
+        assert max(drop_rates(ConvNext(type=variant).model), default=0) == pytest.approx(rate)
+        assert not drop_rates(ConvNext(type=variant, stochastic_depth=0.0).model)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [(MobileNet, "v1"), (GhostNet, 1.3), *((ResNeSt, n) for n in (14, 50))]
+)
+def test_a_family_that_cannot_drop_paths_says_so(family: Any, variant: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.stochastic_depth=0\.1"), torch.device("meta"):
+        family(type=variant, stochastic_depth=0.1)
+
+
+@pytest.mark.parametrize(("name", "target"), FAMILIES.items())
 def test_the_configs_name_exactly_the_models_own_options(name: str, target: Any) -> None:
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     assert config.pop("_target_") == f"{target.__module__}.{target.__name__}"
     check_arguments(target, config, "model")
-    assert config.keys() == target.__init__.__annotations__.keys() - {"return", "kwargs"}
     known = signature_options(target)
+    assert config.keys() == known.keys() - signature_options(BaseModel).keys()
     assert all((config[key] or None) == (known[key][1] or None) for key in config)

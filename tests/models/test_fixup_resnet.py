@@ -1,0 +1,87 @@
+"""ResNets without normalization: Fixup's initialisation, and that they train."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from network_checks import NetworkChecks, assert_config_names_the_options, parameters
+from torch import nn
+
+from crucible.options import ConfigError
+from models.dynamic_resnet import ResNet18
+from models.fixup_resnet import FixupBasicBlock, FixupResNet, ResNet18WithoutNorm, ResNet34WithoutNorm, Scalar
+from norms import convert_norm
+
+
+def test_it_is_the_resnet_with_scalars_in_place_of_the_norms() -> None:
+    with torch.device("meta"):
+        ours, plain = ResNet18WithoutNorm(num_classes=1000).model, ResNet18(num_classes=1000).model
+    norms = sum(parameters(m) for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
+    scalars = 2 + 8 * 5 + 3  # stem and head, five in each block, one in each shortcut
+    assert parameters(ours) == parameters(plain) - norms + scalars == 11_679_957
+    assert not any(hasattr(m, "running_mean") for m in ours.modules())
+
+
+@pytest.mark.parametrize(("model", "blocks"), [(ResNet18WithoutNorm, 8), (ResNet34WithoutNorm, 16)])
+def test_initialisation_is_fixups(model: Any, blocks: int) -> None:
+    torch.manual_seed(0)
+    network = model().model
+    built = [m for m in network.modules() if isinstance(m, FixupBasicBlock)]
+    assert len(built) == blocks
+    assert not network.fc.weight.any() and not network.fc.bias.any()
+    for block in built:
+        he = math.sqrt(2 / (block.conv1.out_channels * 9))
+        assert block.conv1.weight.std().item() == pytest.approx(he * blocks**-0.5, rel=0.05)
+        assert not block.conv2.weight.any()
+    for module in network.modules():
+        if isinstance(module, Scalar):
+            assert module.value.tolist() == [1.0 if module.multiplies else 0.0]
+
+
+def test_a_block_is_the_papers_formula() -> None:
+    torch.manual_seed(0)
+    block = FixupBasicBlock(4, 4).double()
+    for module in block.modules():
+        if isinstance(module, Scalar):
+            nn.init.normal_(module.value)
+    b1, b2, b3, b4 = (getattr(block, f"bias{i}").value for i in range(1, 5))
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    y = block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4
+    torch.testing.assert_close(block(x), (y + x).relu())
+
+
+def test_it_trains_at_a_rate_for_networks_with_norms() -> None:
+    torch.manual_seed(0)
+    network = FixupResNet((2, 2, 2, 2), 4, input_channels=1, cifar_size=True, width=16)
+    target = torch.arange(32) % 4
+    x = torch.randn(4, 1, 8, 8)[target] + 0.5 * torch.randn(32, 1, 8, 8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(network(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(4))  # the head starts at zero
+    assert max(losses) < 2 * losses[0]
+    assert losses[-1] < 0.1
+
+
+def test_the_config_names_exactly_the_models_own_options() -> None:
+    assert_config_names_the_options("resnet18_wobn", ResNet18WithoutNorm)
+
+
+class TestFixupResNet(NetworkChecks):
+    def build(self, **options: Any) -> nn.Module:
+        options = {"num_outputs": 10, "stochastic_depth": 0.2, **options}
+        network = FixupResNet((1, 1), width=32, **options)
+        nn.init.normal_(network.fc.weight, std=0.05)
+        return network
+
+    def test_every_norm_converts(self) -> None:
+        with pytest.raises(ConfigError, match=r"^model\.norm=group: FixupResNet has no norm to convert$"):
+            convert_norm(self.build(), "group")
