@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 @hydra.main(config_path=str(ROOT / "cli_configs"), config_name="train", version_base="1.3")
-def compose(config: DictConfig) -> float | None:
-    """One composed job: recorded, then run (a sweep's jobs in processes of their own)."""
+def compose(config: DictConfig) -> None:
+    """One composed job: recorded, then run. The jobs of `-m` are those of hydra_plugins/crucible_sweepers."""
     from crucible.jobs import run_composed
 
-    return run_composed(config)
+    run_composed(config)
 
 
 def main() -> int:
@@ -37,6 +37,8 @@ def main() -> int:
         from crucible.jobs import exit_status
 
         return exit_status()
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
         if full_error:
             raise

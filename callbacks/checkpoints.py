@@ -46,7 +46,7 @@ class Checkpoints(Checkpoint):
         every: epochs between writes of last.ckpt; the last epoch is always written.
         every_steps: also every so many optimizer steps.
         keep: `best`: both files; `last`: no best.ckpt; `none`: last.ckpt while the run lasts.
-        monitor: the logged value that says which is best; null: `val/acc`, for regression `val/loss`.
+        monitor: the logged value that says which is best; `crucible.config.resolve` settles null.
     """
 
     def __init__(
@@ -74,10 +74,6 @@ class Checkpoints(Checkpoint):
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.monitor is None:
-            self.monitor = "val/acc" if getattr(pl_module, "task", "") == "classification" else "val/loss"
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
             trainer.state.fn != "fit"
@@ -87,7 +83,9 @@ class Checkpoints(Checkpoint):
             return
         value = float(trainer.callback_metrics[self.monitor])
         sign = -1.0 if self.monitor.endswith(LOWER_IS_BETTER) else 1.0
-        if value == value and (not self.best or sign * value > sign * self.best[self.monitor]):
+        if value == value and (
+            self.monitor not in self.best or sign * value > sign * self.best[self.monitor]
+        ):
             self.best = {self.monitor: value, "epoch": trainer.current_epoch}
             self._improved = True
         if self._improved and not trainer.is_last_batch:

@@ -18,7 +18,7 @@ from crucible.run import RunDirectory
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM); its state is in last.ckpt."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1); its state is in last.ckpt."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -40,7 +40,7 @@ def peak_memory_mb(device: torch.device) -> float:
 def _column_order(item: tuple[str, float]) -> tuple[int, int, str]:
     """train before val, loss before accuracy before the rest."""
     split, _, name = item[0].partition("/")
-    return ("train", "logits", "val").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
+    return ("train", "logits", "val", "val_raw").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
 
 
 class Recorder(Callback):
@@ -93,7 +93,7 @@ class Recorder(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning keeps the values of an earlier epoch's validation
-        fresh = ("train/", "logits/", "val/") if self._validated else ("train/", "logits/")
+        fresh = ("train/", "logits/", *(("val/", "val_raw/") if self._validated else ()))
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
         seconds = time.monotonic() - self._epoch_started - self._paused
         images = self._batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
@@ -123,7 +123,7 @@ class Recorder(Callback):
             raise Diverged(f"diverged: train/loss is {loss} in epoch {trainer.current_epoch}")
 
     def totals(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the summary says of the run so far."""
+        """What the summary says of the run so far; `wall_time_s` is training time, without validation."""
         checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
         return {
             "epochs": trainer.current_epoch + 1,
@@ -136,7 +136,9 @@ class Recorder(Callback):
 
 
 class GracefulStop(Callback):
-    """Ctrl-C or SIGTERM ends the run between two steps, with its state in last.ckpt; twice: at once.
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the run between two steps, with its state in last.ckpt; Ctrl-C twice: at once.
+
+    SLURM's warning (`--signal=USR1@90`) and its preemption arrive as the latter two.
 
     Lightning's own handler hangs under DDP, where the ranks must agree on the step at which they stop.
 
@@ -152,7 +154,7 @@ class GracefulStop(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         # Lightning's own vote, a collective and a wait for the device in every step, has nothing left to decide
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,6 +34,8 @@ class _RecordFills(TorchFunctionMode):
 
     def __init__(self) -> None:
         self.fills: dict[int, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
+        self._kept: list[Tensor] = []  # a freed tensor would leave its address, and its fills, to another
+        self.alive: list[Tensor] = []  # a freed tensor's address would come again, with its fills
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -44,7 +47,9 @@ class _RecordFills(TorchFunctionMode):
                 args = args[1:]
             else:
                 kwargs.pop("tensor")
+            self._kept.append(target)
             self.fills.setdefault(target.data_ptr(), []).append((func, tuple(args), kwargs))
+            self.alive.append(target)
         return result
 
 
@@ -82,7 +87,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         raise ConfigError(
             f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md"
         )
-    model.convert_norms()
+    model.convert()
     if not options.get("pretrained"):
         keyed_initialization(model, record, config["seed"])
     if init_from and load:
@@ -118,7 +123,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
             use_distributed_sampler=False,
             enable_model_summary=False,
         )
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     _skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     return trainer

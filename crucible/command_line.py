@@ -12,7 +12,6 @@ from pathlib import Path
 from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
-SWEPT = "CRUCIBLE_SWEPT_OPTIONS"
 TRACEBACKS = "CRUCIBLE_TRACEBACKS"
 
 
@@ -59,23 +58,9 @@ def prepare(arguments: Sequence[str], root: Path) -> list[str]:
             arguments.append(f"hydra.searchpath=[file://{configs}]")
     inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in paths]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths + inherited)  # for the processes of jobs and ranks
-    if {"-m", "--multirun"} & set(arguments):
-        if names_a_run(arguments):
-            raise ConfigError("run=RUN works on one recorded run; it cannot be combined with -m")
-        os.environ[SWEPT] = ",".join(_swept(arguments))
+    if {"-m", "--multirun"} & set(arguments) and names_a_run(arguments):
+        raise ConfigError("run=RUN works on one recorded run; it cannot be combined with -m")
     return arguments
-
-
-def _swept(arguments: Sequence[str]) -> list[str]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    overrides = OverridesParser.create().parse_overrides([a for a in arguments if "=" in a and a[0] != "-"])
-    return [str(o.key_or_group) for o in overrides if o.is_sweep_override()]
-
-
-def swept_options() -> list[str]:
-    """The options that the multirun in progress sweeps, as typed."""
-    return [name for name in os.environ.get(SWEPT, "").split(",") if name]
 
 
 def explain(error: Exception) -> int:
@@ -151,18 +136,24 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def _siblings(key: str) -> list[str]:
-    """The options that stand where `key` was looked for, in the configuration composed without it."""
+    """The options that stand where `key` was looked for, in the configuration composed without it.
+
+    Empty where it cannot be composed either.
+    """
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir
     from omegaconf import OmegaConf
 
-    groups = [a for a in sys.argv[1:] if re.match(r"^(env|model|data|recipe|debug)=[^,]+$", a)]
+    groups = r"^(env|model|data|recipe|technique|sweep|debug|hydra\.searchpath)=(\[.*\]|[^,]+)$"
+    arguments = [a for a in sys.argv[1:] if re.match(groups, a) and not a.startswith(f"{key}=")]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(
-        str(Path(__file__).resolve().parent.parent / "cli_configs"), version_base="1.3"
-    ):
-        config = compose("train", [g for g in groups if not g.startswith(f"{key}=")])
+    folder = Path(__file__).resolve().parent.parent / "cli_configs"
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            config = compose("train", arguments)
+    except Exception:  # whatever is wrong there, the one line is about `key`
+        return []
     parent = key.rsplit(".", 1)[0] if "." in key else None
     node = OmegaConf.select(config, parent) if parent else config
     return [str(k) for k in node] if OmegaConf.is_dict(node) else [str(k) for k in config]

@@ -7,17 +7,18 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from crucible.command_line import swept_options
 from crucible.options import (
     ConfigError,
     check_arguments,
     check_value,
+    read_options,
     signature_options,
     suggest,
 )
@@ -27,13 +28,19 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
+    "summary_depth",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.persistent_workers",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
-    "model.init_from", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
+    "model.init_from", "model.teacher", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
     "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
 }  # fmt: skip
+# what `python main.py -m` does with its jobs (`crucible.sweep`); no fact of a run
+SWEEP_OPTIONS = (
+    "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
+    "cluster", "search",
+)  # fmt: skip
 LONG_RUN_STEPS = 5000
 
 _TRAINER_TYPES: dict[str, Any] = {
@@ -99,9 +106,11 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
+    from augmentation.distortions import DistortionOptions, check_distortions
     from models.base_model import check_options
 
-    check_value("task", config["task"], Literal["train", "test", "predict"])
+    check_value("task", config["task"], Literal["train", "test", "predict", "summary"])
+    check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
     for name in ("fresh", "test_after_training", "reproducible"):
         check_value(name, config[name], bool)
@@ -111,6 +120,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     _check_data(config["data"])
     _check_model(config["model"])
     check_options(config["model"], config["data"]["task"], config["trainer"]["accumulate_grad_batches"])
+    check_distortions(read_options(DistortionOptions, config["model"]), config["data"])
     from crucible.metrics import check_metrics
 
     check_value("metrics", config["metrics"], list[str])
@@ -156,7 +166,8 @@ def _check_model(model: Mapping[str, Any]) -> None:
             f"model._target_={model['_target_']}: must be a subclass of models.base_model.BaseModel"
         )
     later = [n for n in (*AUTOMATIC_FROM_DATA, "num_classes") if n in model and model[n] is None]
-    check_arguments(target, model, "model", known=model_options(target), given=later)
+    own = signature_options(target).keys() - signature_options(BaseModel).keys()
+    check_arguments(target, model, "model", known=model_options(target), given=later, listed=own)
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
@@ -171,11 +182,24 @@ def _check_data(data: Mapping[str, Any]) -> None:
     _check_node(data["module"], "data.module")
 
 
+_OURS_NOT_THE_TRAINERS = {
+    "callbacks": "callbacks.NAME={_target_: ...}",
+    "logger": "logger.NAME",
+    "plugins": "nothing, it is Crucible's own",
+    "default_root_dir": "exp_dir",
+    "use_distributed_sampler": "nothing, the data module shards the samples",
+    "enable_model_summary": "nothing, the banner counts the parameters",
+    "enable_checkpointing": "checkpoint.keep=none",
+}
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     from lightning.pytorch import Trainer
 
     known = signature_options(Trainer)
     for name, value in trainer.items():
+        if name in _OURS_NOT_THE_TRAINERS:
+            raise ConfigError(f"trainer.{name}={value!r}: set {_OURS_NOT_THE_TRAINERS[name]} instead")
         if name not in known:
             raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
@@ -189,7 +213,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"trainer.{name} must be a fraction in [0, 1] or a number of batches, got {value!r}"
             )
-
     if any(word in str(trainer["strategy"]) for word in ("spawn", "fork", "notebook")):
         raise ConfigError(
             f"trainer.strategy={trainer['strategy']}: the ranks of a run are processes of their own; use auto or ddp"
@@ -248,17 +271,47 @@ def resolve(config: Config, data_module: Any) -> list[str]:
         settled.append(f"{data['num_classes']} classes found")
     if data["num_classes"] is None:
         data["num_classes"] = model["num_classes"] = 1
-    if "cifar_size" in model and model["cifar_size"] is None:
-        model["cifar_size"] = data["input_size"] < SMALL_IMAGE
+    resolve_network(config)
+    resolve_monitor(config)
     _resolve_machine(config, data_module, settled)
     config["logger"] = {n: _LOGGERS.get(n, v) if v is True else v for n, v in config["logger"].items()}
     return settled
+
+
+def resolve_network(config: Config) -> None:
+    """Settle what the network takes from the size of its input, in place."""
+    if "cifar_size" in config["model"] and config["model"]["cifar_size"] is None:
+        config["model"]["cifar_size"] = config["data"]["input_size"] < SMALL_IMAGE
 
 
 _LOGGERS = {
     "tensorboard": {"_target_": "crucible.loggers.TensorBoard"},
     "wandb": {"_target_": "crucible.loggers.Wandb"},
 }
+
+
+def resolve_monitor(config: Config) -> None:
+    """Settle which value says what the best epoch is, in place.
+
+    Raises:
+        ConfigError: for one that is never logged, which would keep no best.ckpt.
+    """
+    from crucible.metrics import build_metrics
+    from optimizers.averaging import AveragingOptions
+
+    checkpoint, task = config["checkpoint"], config["data"]["task"]
+    names = ["loss", *build_metrics(config["metrics"], task, config["data"]["num_classes"])]
+    if checkpoint["monitor"] is None:
+        checkpoint["monitor"] = "val/acc" if task == "classification" and "acc" in names else "val/loss"
+    monitor = checkpoint["monitor"]
+    splits = ["val", "val_raw"] if read_options(AveragingOptions, config["model"]).on else ["val"]
+    known = [f"{split}/{name}" for split in splits for name in names]
+    others = [
+        name for name, node in config["callbacks"].items() if node and name not in ("progress", "plots")
+    ]
+    of_a_class = monitor.rpartition("/")[0] in known
+    if not (monitor in known or of_a_class or (others and monitor.startswith("val"))):
+        raise ConfigError(f"checkpoint.monitor={monitor}: this run never logs it{suggest(monitor, known)}")
 
 
 def device_kind(accelerator: str) -> str:
@@ -316,12 +369,23 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
         raise ConfigError(f"model.norm=sync needs GPUs, this run uses the {kind}; use batch or ghost")
     _fit_batch_size(config, data_module, world, settled)
     if model["compile"] is None:
-        epochs = trainer["max_epochs"] or 1
-        steps = epochs * len(data_module.samples("train")) // (data_module.batch_size * world)
-        model["compile"] = kind == "cuda" and steps >= LONG_RUN_STEPS
+        model["compile"] = kind == "cuda" and total_steps(config, data_module) >= LONG_RUN_STEPS
         settled.append(f"compile {'on' if model['compile'] else 'off'}")
     trainer.setdefault("deterministic", config["reproducible"])
     trainer.setdefault("benchmark", kind == "cuda" and not config["reproducible"])
+
+
+def total_steps(config: Config, data_module: Any) -> float:
+    """The optimizer steps of the whole run, which epochs or steps bound; infinite where neither does."""
+    trainer = config["trainer"]
+    world = device_count(trainer) * trainer["num_nodes"]
+    batches: float = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
+    if (limit := trainer.get("limit_train_batches")) is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else batches * limit
+    a_epoch = math.ceil(batches / trainer["accumulate_grad_batches"])
+    epochs, steps = trainer["max_epochs"], trainer["max_steps"]
+    bounds = [float(epochs * a_epoch)] if epochs and epochs > 0 else []
+    return min([*bounds, float(steps)] if steps > 0 else bounds, default=math.inf)
 
 
 def _fit_batch_size(config: Config, data_module: Any, world: int, settled: list[str]) -> None:
@@ -338,19 +402,22 @@ def _fit_batch_size(config: Config, data_module: Any, world: int, settled: list[
     settled.append(f"batch size {samples // world} instead of {wanted}: there are {samples} training samples")
 
 
-def arm_name(config: Config, overrides: Sequence[str]) -> str:
+def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | None = None) -> str:
     """What this run is called in a comparison: its techniques, and the options that make it differ.
 
-    In a multirun those are the swept options other than the seed, in a single run the `model.*` options typed.
+    Args:
+        config: plain.
+        overrides: what was typed for this run.
+        swept: the options that differ between the jobs of a sweep; None: this is no sweep, and the `model.*`
+            options typed make the difference.
     """
     if config["arm"]:
         return str(config["arm"])
     techniques = sorted(t for t in config.get("techniques") or {} if t != "baseline")
-    swept = swept_options()
     parts = ["+".join(techniques)] if techniques else []
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        ours = name in swept if swept else name.startswith("model.")
+        ours = name.startswith("model.") if swept is None else name in swept
         if ours and name not in ("seed", "technique", "data.module.fold"):
             parts.append(f"{name.removeprefix('model.')}={value}")
     return " ".join(parts) or "baseline"
@@ -372,6 +439,27 @@ def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     semantic["devices"] = device_count(config["trainer"])
     semantic.pop("trainer.devices", None)
     text = json.dumps(semantic, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def kind(config: Config) -> str:
+    """Eight hex digits that runs share which cost about the same a step: network, data, batch and precision."""
+    from models.base_model import BaseModel
+
+    target = find_target(config["model"]["_target_"], "")
+    own = set(signature_options(target)) - set(signature_options(BaseModel))
+    of_the_cost = {
+        n: v
+        for n, v in _flatten(config)
+        if is_semantic(n)
+        and (
+            n.startswith("data.")
+            or n in ("trainer.precision", "trainer.devices")
+            or n.removeprefix("model.") in own
+        )
+        and not n.startswith("data.module.fold")
+    }
+    text = json.dumps({"model": config["model"]["_target_"], **of_the_cost}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -407,5 +495,5 @@ def _is_default(config: Config, name: str, value: Any) -> bool:
 
 def is_child_rank() -> bool:
     """Whether another process of the same run writes its records."""
-    ranks = ("LOCAL_RANK", "RANK", "SLURM_PROCID", "GROUP_RANK")
+    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID", "GROUP_RANK")
     return any(os.environ.get(r, "0") not in ("", "0") for r in ranks)

@@ -15,6 +15,7 @@ from crucible.options import ConfigError
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 CONNECT_TIMEOUT_S = 3.0
+TAG_LENGTH = 64  # W&B refuses longer ones
 
 
 def has_wandb_key() -> bool:
@@ -55,7 +56,7 @@ def wandb_mode(mode: WandbMode) -> str:
 
 
 class Wandb(WandbLogger):
-    """A W&B run for a Crucible run: grouped by data and arm, tagged with the techniques, the config flat.
+    """A W&B run for a Crucible run: grouped by data and arm, tagged with techniques and design, the config flat.
 
     Args:
         mode: `auto` (online with a key and a server that answers, else offline), `online`, `offline`, `disabled`.
@@ -64,7 +65,8 @@ class Wandb(WandbLogger):
         group: null: data name and arm.
         tags: added to the techniques.
         folder: the run directory; files go to `folder/wandb`.
-        facts: `{"id", "name", "group", "tags", "config"}` of the run.
+        facts: `{"id", "name", "group", "job_type", "tags", "config"}` of the run; the type of job is the design of
+            its sweep.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Wandb(WandbLogger):
             project=project,
             entity=entity,
             group=group or facts.get("group"),
-            tags=sorted({*facts.get("tags", []), *(tags or [])}),
+            job_type=facts.get("job_type"),
+            tags=sorted({tag[:TAG_LENGTH] for tag in (*facts.get("tags", []), *(tags or []))}),
             save_dir=str(folder or "."),
             config=facts.get("config"),
             mode=wandb_mode(mode),
@@ -102,11 +105,26 @@ class TensorBoard(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError(
-                "logger.tensorboard needs the extra: pip install -e '.[tensorboard]'", see="README.md"
-            )
+        _check_tensorboard()
         super().__init__(save_dir=str(folder or "."), name="tensorboard", version="", sub_dir=None)
+
+
+def check_loggers(nodes: dict[str, Any]) -> None:
+    """Refuse, before anything is written, a tracker that could not start.
+
+    Raises:
+        ConfigError: for W&B online without a key, or TensorBoard without its package.
+    """
+    for node in filter(None, nodes.values()):
+        if node["_target_"] == "crucible.loggers.Wandb" and node.get("mode") == "online":
+            wandb_mode("online")
+        if node["_target_"] == "crucible.loggers.TensorBoard":
+            _check_tensorboard()
+
+
+def _check_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("logger.tensorboard needs the extra: pip install -e '.[tensorboard]'", "README.md")
 
 
 def build_loggers(nodes: dict[str, Any], folder: Path, facts: dict[str, Any]) -> list[Logger]:

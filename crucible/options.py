@@ -17,6 +17,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -38,13 +39,14 @@ class ConfigError(Exception):
         self.see = see
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """The nearest of `known` as `; did you mean X?`, or the whole list where nothing is near."""
+def suggest(name: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """The nearest of `known` as `; did you mean X?`; where nothing is near, all of `listed` (else of `known`)."""
     known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(known)}" if known else ""
+    shown = known if listed is None else sorted(set(listed))
+    return f"; known: {', '.join(shown)}" if shown else ""
 
 
 def in_interval(value: float, interval: str) -> bool:
@@ -190,9 +192,15 @@ def read_options(cls: type[Options], values: Mapping[str, Any], prefix: str = "m
 
     Keys that are not fields of `cls` are left to the other rooms.
     """
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)  # type: ignore[arg-type]
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    return cls(**{n: check_value(f"{prefix}.{n}", values[n], hints[n]) for n in names if n in values})
+    typed = {n: f"{prefix}.{n}" if prefix else n for n in names if n in values}
+    return cls(**{n: check_value(name, values[n], hints[n]) for n, name in typed.items()})
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
 
 
 def option_names(cls: type) -> list[str]:
@@ -233,6 +241,7 @@ def check_arguments(
     prefix: str,
     known: Mapping[str, tuple[Any, Any]] | None = None,
     given: Collection[str] = (),
+    listed: Collection[str] | None = None,
 ) -> None:
     """Refuse keys of `values` that `target` does not take, values of the wrong type or range, and gaps.
 
@@ -242,12 +251,14 @@ def check_arguments(
         prefix: of the options' names in the message.
         known: `{name: (annotation, default)}` of what it takes; None: its signature's.
         given: names whose values are not judged here.
+        listed: names shown where none is near the wrong one; None: all.
 
     Raises:
         ConfigError: naming the option.
     """
     known = signature_options(target) if known is None else known
     name_of_target = getattr(target, "__name__", str(target))
+    listed = known if listed is None else listed
     judged = {
         n: v for n, v in values.items() if n not in given and not (n.startswith("_") and n.endswith("_"))
     }
@@ -255,7 +266,7 @@ def check_arguments(
         if name not in known:
             value = f"={judged[name]!r}" if name in judged else ""
             raise ConfigError(
-                f"{prefix}.{name}{value}: {name_of_target} has no such option{suggest(name, known)}"
+                f"{prefix}.{name}{value}: {name_of_target} has no such option{suggest(name, known, listed)}"
             )
     for name, value in judged.items():
         check_value(f"{prefix}.{name}", value, known[name][0])

@@ -5,13 +5,15 @@ config.yaml  overrides.yaml  metrics.csv  summary.json  checkpoints/  plots/  ma
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,27 @@ from crucible.options import ConfigError
 SCHEMA = 1
 HEARTBEAT_S = 15.0
 LOST_AFTER_S = 120.0
+LOCK_S = 10.0  # a change of hands takes milliseconds
+log = logging.getLogger("crucible")
+_claims: dict[Path, dict[str, Any]] = {}  # those of this process, by their file
+
+
+class Held(ConfigError):
+    """Another live process holds the run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, see="")
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other process, here or on another machine, uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the target, then rename: a reader or a killed process never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary_name(path).write_text(text, encoding="utf-8")
+    temporary_name(path).replace(path)
 
 
 class RunDirectory:
@@ -108,12 +124,12 @@ class RunDirectory:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv whole: a row an epoch, the columns of all rows."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        temporary = self.path / f".metrics.csv.{os.getpid()}.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
+        target = self.path / "metrics.csv"
+        with temporary_name(target).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary.replace(self.path / "metrics.csv")
+        temporary_name(target).replace(target)
 
     # who may write: the claim
 
@@ -125,15 +141,68 @@ class RunDirectory:
             return "running"
         return "finished" if self.summary().get("status") == "finished" else "unfinished"
 
-    def _claim_is_live(self) -> bool:
+    def _read_claim(self) -> dict[str, Any]:
+        """The claim as it stands; empty where there is none."""
         try:
-            claim = json.loads(self.claim_file.read_text(encoding="utf-8"))
-            age = time.time() - self.claim_file.stat().st_mtime
+            return json.loads(self.claim_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            return {}
+
+    def _claim_is_live(self) -> bool:
+        """A claim is lost when its heart has stopped, and on its own machine when its process is gone.
+
+        A claim in this process's own number is one of a process before it: the container was restarted.
+        """
+        claim = self._read_claim()
+        try:
+            age = self._file_clock() - self.claim_file.stat().st_mtime
+        except OSError:
             return False
-        if claim["host"] == socket.gethostname():
-            return _process_lives(claim["pid"])
-        return age < LOST_AFTER_S
+        if not claim or age >= LOST_AFTER_S:
+            return False
+        if claim["host"] != socket.gethostname():
+            return True
+        return claim == _claims.get(self.claim_file) or (
+            claim["pid"] != os.getpid() and _process_lives(claim["pid"])
+        )
+
+    def _file_clock(self) -> float:
+        """Now, by the clock that stamps the files here (a file server's may differ from ours)."""
+        probe = temporary_name(self.path.with_name("now"))
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+        except OSError:
+            return time.time()
+        return now
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for the moment in which it changes hands.
+
+        Raises:
+            Held: where another process holds it for longer than that.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # beside the folder, which may be put aside meanwhile
+        lock, deadline = self.path.with_name(f".{self.path.name}.lock"), time.monotonic() + LOCK_S
+        while True:
+            try:
+                lock.open("x").close()
+                break
+            except FileExistsError:
+                if time.monotonic() > deadline:
+                    with contextlib.suppress(OSError):
+                        if self._file_clock() - lock.stat().st_mtime > LOCK_S:  # its process died within it
+                            lock.unlink(missing_ok=True)
+                            continue
+                    raise Held(f"{self.path}: another process has just started this run") from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
     def claim(self, **facts: Any) -> None:
         """Become the run's only writer, and say so every 15 seconds until `release`.
@@ -142,34 +211,39 @@ class RunDirectory:
             facts: what the run's other ranks need to know.
 
         Raises:
-            ConfigError: where a live process holds the run.
+            Held: where a live process holds the run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._claim_is_live():
-            raise ConfigError(
-                f"{self.path}: this run is in progress (claim of {self.claim_file.read_text().strip()})"
-            )
-        self.claim_file.unlink(missing_ok=True)
-        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), **facts})
-        try:
-            with self.claim_file.open("x", encoding="utf-8") as stream:
-                stream.write(text)
-        except FileExistsError:
-            raise ConfigError(f"{self.path}: another process has just started this run") from None
+        with self.locked():
+            self.path.mkdir(exist_ok=True)
+            if self._claim_is_live():
+                raise Held(f"{self.path}: this run is in progress ({self.holder()})")
+            claim = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), **facts}
+            write_atomically(self.claim_file, json.dumps(claim))
+            _claims[self.claim_file] = claim
         self._stop.clear()
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._beat, args=(claim,), daemon=True).start()
 
-    def _beat(self) -> None:
+    def holder(self) -> str:
+        """Who holds the claim, in words."""
+        claim = self._read_claim()
+        return f"on {claim.get('host')}, process {claim.get('pid')}" if claim else "by nobody"
+
+    def _beat(self, claim: dict[str, Any]) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            try:
+            there = self._read_claim()
+            if there and there != claim:  # this machine slept, and another one took over
+                log.error("%s: taken over (%s); this process ends", self.path, self.holder())
+                os._exit(1)
+            with contextlib.suppress(OSError):
                 os.utime(self.claim_file)
-            except OSError:
-                return
 
-    def release(self) -> None:
-        """Give the claim back."""
+    def release(self, pid: int | None = None) -> None:
+        """Give the claim back: this process's own, or that of a process of this machine that has ended."""
         self._stop.set()
-        self.claim_file.unlink(missing_ok=True)
+        claim = self._read_claim()
+        ended = (claim.get("host"), claim.get("pid")) == (socket.gethostname(), pid)
+        if claim and (claim == _claims.pop(self.claim_file, None) or ended):
+            self.claim_file.unlink(missing_ok=True)
 
 
 def _process_lives(pid: int) -> bool:

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.checkpoints import Checkpoints
+from callbacks.correctness import CorrectnessRecord
 from callbacks.recorder import GracefulStop, Recorder
 from crucible.build import build_data, build_model, build_trainer
 from crucible.config import Config, device_count, device_kind, is_child_rank
@@ -28,29 +30,29 @@ from crucible.loggers import build_loggers
 from crucible.metrics import build_metrics, flatten
 from crucible.options import ConfigError
 from crucible.run import RunDirectory, write_atomically
+from crucible.search import pruning_of_this_process
 from datasets.base_datamodule import BaseDataModule
 from models.base_model import BaseModel
 
 log = logging.getLogger("crucible")
 
 
-def train(
-    run: RunDirectory, config: Config, resume: Path | None, settled: Sequence[str] = ()
-) -> dict[str, float]:
+def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, float]:
     """Train, then score the test split with the last weights; the final metrics.
 
     Args:
         run: where everything is written.
         config: the run's configuration.
         resume: a training state to go on from.
-        settled: what resolved itself, for the banner.
     """
     torch.default_generator.manual_seed(config["seed"])
     data = build_data(config)
     model = build_model(config, load=resume is None)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
     extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
-    callbacks: list[Callback] = [Recorder(run), *extra, checkpoints, GracefulStop(checkpoints)]
+    correctness = CorrectnessRecord(run.path / "test_correct.npz")
+    after = [correctness, checkpoints, *pruning_of_this_process(), GracefulStop(checkpoints)]
+    callbacks: list[Callback] = [Recorder(run), *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         from lightning.pytorch.callbacks import ProgressBar
 
@@ -62,9 +64,10 @@ def train(
     if trainer.is_global_zero and not is_child_rank():
         facts = static_facts(config, model)
         run.update_summary(**facts)
-        banner(run, config, model, data, settled, resume)
+        banner(run, config, model, data, resume)
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
-    final = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    # a run that was stopped after its last step trains no more: its values are the recorded ones
+    final = {**run.summary().get("final", {}), **{k: float(v) for k, v in trainer.callback_metrics.items()}}
     if config["test_after_training"]:
         trainer.test(model, datamodule=data, verbose=False)
         final.update({k: float(v) for k, v in trainer.callback_metrics.items()})
@@ -72,6 +75,9 @@ def train(
             logger.log_metrics({k: v for k, v in final.items() if k.startswith("test/")}, trainer.global_step)
     if trainer.is_global_zero:
         run.update_summary(final=final)
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary.update({f"best/{k}": v for k, v in checkpoints.best.items()})
     return final
 
 
@@ -84,6 +90,7 @@ def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float
         for n, node in config["callbacks"].items()
         if node and n != "progress"
     ]
+    plots.append(CorrectnessRecord(run.path / f"test_correct_{checkpoint.stem}.npz"))
     trainer = build_trainer(
         {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, run.path, plots, []
     )
@@ -176,15 +183,16 @@ def test_ensemble(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Pat
 
 
 def with_weights(config: Config, checkpoint: Path) -> BaseModel:
-    """The configuration's network with a checkpoint's weights, in eval mode.
+    """The configuration's network with a checkpoint's weights (the averaged ones, if any), in eval mode.
 
     Raises:
         ConfigError: where the file cannot be read or does not fit.
     """
     model = build_model(config, load=False, compile=False)
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict(state)
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(content["state_dict"])
+        model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
@@ -274,7 +282,7 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
 def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
-    arm = summary.get("arm", "baseline")
+    arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -289,7 +297,8 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
         "name": run.path.name,
         "id": f"{run.path.name}-{summary.get('started', 0):.0f}",  # the same after a resume, another when run afresh
         "group": f"{config['data']['module']['name']}/{arm}",
-        "tags": [arm, *(config.get("techniques") or {})],
+        "job_type": sweep.get("design") or "run",
+        "tags": [arm, *(config.get("techniques") or {}), *([sweep["design"]] if sweep else [])],
         "config": {**flat, "arm": arm},
     }
 
@@ -299,7 +308,6 @@ def banner(
     config: Config,
     model: BaseModel,
     data: BaseDataModule,
-    settled: Sequence[str],
     resume: Path | None,
 ) -> None:
     """What is about to be trained, on what, and where it is written."""
@@ -319,8 +327,8 @@ def banner(
         + (f" = {data.batch_size} x {batch // data.batch_size}" if batch != data.batch_size else ""),
         "run": str(run.path),
     }
-    if settled:
-        rows["resolved"] = ", ".join(settled)
+    if resolved := run.summary().get("resolved"):
+        rows["resolved"] = ", ".join(resolved)
     if resume:
         rows["resumes"] = str(resume)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

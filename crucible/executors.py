@@ -1,0 +1,195 @@
+"""Where the jobs of a sweep run: processes of this machine, as many at once as it has room for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from omegaconf import DictConfig
+
+from crucible import jobs
+from crucible.config import device_count, device_kind
+from crucible.jobs import HELD, Process
+from crucible.options import ConfigError
+from crucible.run import Held, RunDirectory
+
+if TYPE_CHECKING:
+    from crucible.sweep import Planned
+
+SEE = "docs/sweeps.md"
+POLL_S = 0.05
+
+
+class Handle(Protocol):
+    """A job that has been started."""
+
+    def ended(self, timeout: float) -> bool:
+        """Whether it has ended, after waiting at most `timeout` seconds."""
+
+    def outcome(self) -> tuple[str, str]:
+        """State and reason, after its end."""
+
+    def signal(self, number: int) -> None:
+        """Ask it to stop."""
+
+
+class Executor(Protocol):
+    """Where jobs run, and how many at once."""
+
+    slots: int
+
+    def as_checked_here(self, composed: DictConfig) -> DictConfig:
+        """The configuration as the planning machine can check it."""
+
+    def describe(self) -> str:
+        """In a few words."""
+
+    def start(
+        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> Handle:
+        """Start a job.
+
+        Raises:
+            Held: where its run is held by a live process.
+        """
+
+
+def outcome_of(run: RunDirectory, status: int) -> tuple[str, str]:
+    """State and reason of a run whose process has ended."""
+    if status == HELD:
+        return "held", f"in progress {run.holder()}"
+    summary = run.summary()
+    return str(summary.get("status", "failed")), str(summary.get("reason", ""))
+
+
+class LocalHandle:
+    """A run in a process of its own on this machine."""
+
+    def __init__(self, run: RunDirectory, process: Process) -> None:
+        self._run, self._process = run, process
+
+    def ended(self, timeout: float) -> bool:
+        return self._process.ended(timeout)
+
+    def outcome(self) -> tuple[str, str]:
+        return outcome_of(self._run, self._process.outcome())
+
+    def signal(self, number: int) -> None:
+        self._process.signal(number)
+
+
+class LocalExecutor:
+    """Runs on this machine, `n_jobs` at once, each with GPUs of its own where there are enough.
+
+    Args:
+        n_jobs: runs at once; `auto`: as many as the GPUs make room for, 1 without a GPU.
+        trainer: options of the runs' trainer.
+
+    Raises:
+        ConfigError: where the runs name their devices.
+    """
+
+    def __init__(self, n_jobs: int | Literal["auto"], trainer: Mapping[str, Any]) -> None:
+        self._each = device_count(trainer)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
+        self._gpus = [gpu for gpu in gpus if gpu] if device_kind(trainer["accelerator"]) == "cuda" else []
+        self.slots = max(1, len(self._gpus) // self._each) if n_jobs == "auto" else n_jobs
+        if self.slots > 1 and self._gpus and not isinstance(trainer["devices"], int):
+            raise ConfigError(
+                f"trainer.devices={trainer['devices']}: with n_jobs={n_jobs} each run gets GPUs of its own; "
+                "give their number", SEE,
+            )  # fmt: skip
+
+    def as_checked_here(self, composed: DictConfig) -> DictConfig:
+        return composed
+
+    def describe(self) -> str:
+        if self.slots == 1:
+            return "one after the other"
+        shared = len(self._gpus) < self.slots * self._each
+        where = f" sharing {len(self._gpus)} GPUs (their times are no measure of cost)" if shared else ""
+        return f"{self.slots} at once{where if self._gpus else ''}"
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        if self.slots == 1:
+            return {}
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self.slots)))
+        mine = [
+            self._gpus[(slot * self._each + i) % len(self._gpus)] for i in range(self._each) if self._gpus
+        ]
+        return {"OMP_NUM_THREADS": threads} | (
+            {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))} if mine else {}
+        )
+
+    def start(
+        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> LocalHandle:
+        assert planned.job is not None
+        run = replace(planned.job, facts={**planned.job.facts, "sweep": facts}).record()
+        output = run.path / "console.log" if self.slots > 1 else None
+        return LocalHandle(run, Process(run, {**self._environment(slot), **environment}, output))
+
+
+@dataclass
+class Work:
+    """Runs jobs, as many at once as the executor has room for, until there are no more or a signal comes.
+
+    Args:
+        executor: where they run.
+        facts: what the summaries say of the sweep.
+        ended: told of each job that has ended.
+    """
+
+    executor: Executor
+    facts: Mapping[str, Any]
+    ended: Callable[[Planned], None]
+    received: list[int] = field(default_factory=list)
+    _running: dict[int, tuple[Planned, Handle]] = field(default_factory=dict)
+
+    def run(
+        self, following: Iterator[Planned], environment: Callable[[Planned], dict[str, str]] | None = None
+    ) -> None:
+        """Run what `following` gives; it is asked when there is room.
+
+        Args:
+            following: the jobs.
+            environment: further variables of a job's process.
+        """
+        exhausted = False
+        with jobs.on_signals(self._stop):
+            while self._running or not (exhausted or self.received):
+                free = [slot for slot in range(self.executor.slots) if slot not in self._running]
+                if free and not exhausted and not self.received:
+                    planned = next(following, None)
+                    exhausted = planned is None
+                    if planned is not None:
+                        self._begin(planned, free[0], environment(planned) if environment else {})
+                    continue
+                for slot, (planned, handle) in list(self._running.items()):
+                    if handle.ended(POLL_S):
+                        planned.state, planned.reason = handle.outcome()
+                        del self._running[slot]
+                        self.ended(planned)
+
+    def _begin(self, planned: Planned, slot: int, environment: dict[str, str]) -> None:
+        try:
+            handle = self.executor.start(planned, slot, self.facts, environment)
+        except Held as error:
+            planned.state, planned.reason = "held", str(error)
+            self.ended(planned)
+            return
+        self._running[slot] = planned, handle
+        for number in self.received[-1:]:  # it came while the process was being started
+            handle.signal(number)
+
+    def _stop(self, number: int) -> None:
+        """The first signal is handed on, and each run saves its state; the second one ends them at once."""
+        self.received.append(number)
+        for _, handle in self._running.values():
+            handle.signal(number if len(self.received) == 1 else signal.SIGKILL)

@@ -1,0 +1,372 @@
+"""A search by Optuna over what a command line sweeps: ask for values, run, tell; many processes may share a study."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from callbacks.checkpoints import LOWER_IS_BETTER
+from crucible import jobs
+from crucible.options import ConfigError, read_options
+from crucible.run import LOST_AFTER_S, RunDirectory, write_atomically
+
+if TYPE_CHECKING:
+    import optuna
+
+    from callbacks.pruning import Pruning
+    from crucible.executors import Executor
+    from crucible.sweep import Compose, Planned, SweepOptions
+
+TRIAL = "CRUCIBLE_TRIAL"  # the trial that a run is, as JSON
+SEE = "cli_configs/sweep/optuna.yaml"
+Value = str | int | float
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched, and how."""
+
+    n_trials: Annotated[int, "[1, inf)", "of the study, over all processes and earlier calls"] = 20
+    metric: Annotated[str | None, "of the last epoch; null: checkpoint.monitor"] = None
+    direction: Literal["maximize", "minimize"] | None = None
+    sampler: Literal["tpe", "random"] = "tpe"
+    pruner: Literal["median", "hyperband"] | None = "median"
+    study: str | None = None
+    storage: Annotated[str | None, "any URL of Optuna; null: SQLite in exp_dir/searches"] = None
+    seed: Annotated[int | None, "[0, inf)"] = None
+
+
+def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseDistribution]:
+    """What the overrides sweep, as Optuna's distributions by option.
+
+    Raises:
+        ConfigError: where nothing is swept, or the seed is.
+    """
+    from optuna import distributions
+
+    found: dict[str, distributions.BaseDistribution] = {}
+    for override in overrides:
+        if not override.is_sweep_override():
+            continue
+        name, value = override.get_key_element(), override.value()
+        if name in ("seed", "data.module.fold"):
+            raise ConfigError(
+                f"{name}: a search has no use for it; search first, then compare over seeds", see=SEE
+            )
+        kind: Any
+        if isinstance(value, IntervalSweep):
+            whole = isinstance(value.start, int) and isinstance(value.end, int)
+            kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+            found[name] = kind(value.start, value.end, log="log" in value.tags)
+        elif isinstance(value, RangeSweep) and not value.shuffle:
+            steps = [float(v) if "." in str(v) else int(v) for v in value.range()]  # type: ignore[arg-type]
+            kind = (
+                distributions.IntDistribution
+                if isinstance(steps[0], int)
+                else distributions.FloatDistribution
+            )
+            found[name] = kind(steps[0], steps[-1], step=value.step)
+        else:
+            found[name] = distributions.CategoricalDistribution(
+                [str(v) for v in override.sweep_string_iterator()]
+            )
+    if not found:
+        raise ConfigError(
+            "sweep=optuna: nothing is swept; give a space such as 'model.lr=interval(0.01, 0.1)'", SEE
+        )
+    return found
+
+
+def typed(values: Mapping[str, Value]) -> list[str]:
+    """A trial's values as overrides; floats to six digits, so that arms have readable names."""
+    return [f"{name}={format(v, '.6g') if isinstance(v, float) else v}" for name, v in values.items()]
+
+
+def open_study(spec: Mapping[str, Any], create: bool = False) -> optuna.study.Study:
+    """The study that a `spec` (name, storage, direction, sampler, seed, pruner, epochs) describes."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    local = spec["storage"].startswith("sqlite:")
+    storage = optuna.storages.RDBStorage(
+        spec["storage"], engine_kwargs={"connect_args": {"timeout": 120}} if local else {}
+    )
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=spec["seed"], constant_liar=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=spec["seed"]),
+    }
+    pruners = {
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=max(1, spec["epochs"])),
+        None: optuna.pruners.NopPruner,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Optuna calls experimental
+        parts: dict[str, Any] = {"sampler": samplers[spec["sampler"]](), "pruner": pruners[spec["pruner"]]()}
+        if not create:
+            return optuna.load_study(study_name=spec["study"], storage=storage, **parts)
+        return optuna.create_study(
+            study_name=spec["study"],
+            storage=storage,
+            direction=spec["direction"],
+            load_if_exists=True,
+            **parts,
+        )
+
+
+def create_study(spec: Mapping[str, Any]) -> optuna.study.Study:
+    """The study, made where it is not there; another process may be making it at the same time."""
+    for attempt in range(10):
+        try:
+            return open_study(spec, create=True)
+        except Exception as error:
+            if attempt == 9:
+                text = " ".join(str(error).split())
+                raise ConfigError(f"search.storage={spec['storage']}: {text[:200]}", see=SEE) from error
+            time.sleep(0.5)
+    raise AssertionError
+
+
+def pruning_of_this_process() -> list[Pruning]:
+    """The callback of a run that is a trial; none for any other run."""
+    if TRIAL not in os.environ:
+        return []
+    from callbacks.pruning import Pruning
+
+    spec = json.loads(os.environ[TRIAL])
+
+    def open_trial() -> optuna.trial.Trial:
+        import optuna
+
+        return optuna.trial.Trial(open_study(spec), spec["trial"])
+
+    return [Pruning(open_trial, spec["metric"])] if spec["pruner"] else []
+
+
+def search(
+    compose: Compose,
+    overrides: Sequence[Override],
+    sweep_options: SweepOptions,
+    node: Mapping[str, Any],
+    executor: Executor,
+) -> None:
+    """Search until the study has its number of trials, and say which was best.
+
+    Raises:
+        ConfigError: for what cannot be searched.
+        SystemExit: with 128 + the signal's number, where one ended it.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep=optuna needs the extra: pip install -e '.[sweeps]'", see="README.md")
+    for name in node:
+        if name not in SearchOptions.__dataclass_fields__:
+            raise ConfigError(f"search.{name}: no such option", see=SEE)
+    for name in ("design", "equal_time"):
+        if getattr(sweep_options, name):
+            raise ConfigError(f"{name} compares arms of a grid; sweep=optuna searches instead", see=SEE)
+    Search(
+        compose, overrides, sweep_options, read_options(SearchOptions, node, prefix="search"), executor
+    ).run()
+
+
+class Search:
+    """A study and the runs that are its trials."""
+
+    def __init__(
+        self,
+        compose: Compose,
+        overrides: Sequence[Override],
+        sweep_options: SweepOptions,
+        options: SearchOptions,
+        executor: Executor,
+    ) -> None:
+        from crucible.config import SWEEP_OPTIONS
+
+        self.compose, self.sweep_options, self.options, self.executor = (
+            compose,
+            sweep_options,
+            options,
+            executor,
+        )
+        self.space = space(overrides)
+        fixed = [o for o in overrides if not o.is_sweep_override()]
+        own = [o.get_key_element().lstrip("+").split(".")[0] in SWEEP_OPTIONS for o in fixed]
+        self.fixed = [str(o.input_line) for o, is_own in zip(fixed, own, strict=True) if not is_own]
+        probe = self._examine(typed({name: _first(d) for name, d in self.space.items()}))
+        if probe.job is None:
+            raise ConfigError(probe.reason)
+        config = probe.job.config
+        self.metric = options.metric or config["checkpoint"]["monitor"]
+        if self.metric.startswith("test/"):
+            raise ConfigError(
+                f"search.metric={self.metric}: what is chosen on the test set is not tested by it", SEE
+            )
+        lower = self.metric.endswith(LOWER_IS_BETTER)
+        self.direction = options.direction or ("minimize" if lower else "maximize")
+        text = json.dumps([self.fixed, {n: repr(d) for n, d in self.space.items()}, self.metric])
+        name = (
+            options.study
+            or f"{config['data']['module']['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        )
+        self.folder = probe.job.run.path.parent.parent / "searches" / name
+        self.spec = {
+            "study": name, "storage": options.storage or f"sqlite:///{self.folder / 'study.db'}", "seed": options.seed,
+            "direction": self.direction, "sampler": options.sampler, "pruner": options.pruner, "metric": self.metric,
+            "epochs": config["trainer"]["max_epochs"] or 1,
+        }  # fmt: skip
+        self._trials: dict[
+            int, optuna.trial.FrozenTrial | optuna.trial.Trial
+        ] = {}  # by id of the planned job
+        self._failures: list[str] = []
+
+    def _checked_here(self, overrides: Sequence[str]) -> DictConfig:
+        return self.executor.as_checked_here(self.compose(overrides))
+
+    def _examine(self, values: list[str]) -> Planned:
+        from crucible.sweep import examine
+
+        swept = [name.lstrip("+") for name in self.space]
+        return examine(self._checked_here, [*self.fixed, *values], swept, self.sweep_options)
+
+    def run(self) -> None:
+        """Run trials until there are enough of them."""
+        from crucible.executors import Work
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        for name, distribution in self.space.items():
+            table.add_row(name, str(distribution))
+        Console(highlight=False, markup=False, width=max(100, Console().width)).print(table)
+        print(
+            f"search {self.spec['study']}: {self.direction} {self.metric}, {self.options.n_trials} trials, "
+            f"{self.executor.describe()}, pruner {self.options.pruner or 'none'}", flush=True,
+        )  # fmt: skip
+        if self.sweep_options.dry_run:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.study = create_study(self.spec)
+        facts = {"folder": str(self.folder), "design": "search", "created": time.time()}
+        work = Work(self.executor, facts, self._ended)
+        work.run(self._following(), self._environment)
+        self._report()
+        if work.received:
+            raise SystemExit(128 + work.received[0])
+
+    def _following(self) -> Iterator[Planned]:
+        """Trials that died with their process first, then new ones."""
+        from crucible.sweep import TO_RUN
+
+        for orphan in self._orphans():
+            planned = self._examine(orphan.user_attrs["values"])
+            if planned.state in TO_RUN:
+                print(f"\n[trial {orphan.number + 1}, again] {' '.join(planned.differing)}", flush=True)
+                yield self._of_trial(planned, orphan)
+            else:
+                self._tell(planned, orphan)
+        while len(self.study.get_trials(deepcopy=False)) < self.options.n_trials:
+            trial = self.study.ask(self.space)
+            values = typed(trial.params)
+            trial.set_user_attr("values", values)
+            planned = self._examine(values)
+            if planned.job is not None:
+                trial.set_user_attr("run", str(planned.job.run.path))
+            if planned.state in TO_RUN:
+                print(f"\n[trial {trial.number + 1}/{self.options.n_trials}] {' '.join(values)}", flush=True)
+                yield self._of_trial(planned, trial)
+            else:  # finished before, impossible, or at work elsewhere
+                self._tell(planned, trial)
+
+    def _of_trial(self, planned: Planned, trial: Any) -> Planned:
+        self._trials[id(planned)] = trial
+        return planned
+
+    def _orphans(self) -> list[optuna.trial.FrozenTrial]:
+        """Trials in progress whose run nobody holds."""
+        from optuna.trial import TrialState
+
+        found = []
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            starting = time.time() - began < LOST_AFTER_S  # another process may be about to run it
+            run = RunDirectory(trial.user_attrs["run"]) if "run" in trial.user_attrs else None
+            if run is None:
+                if not starting:
+                    self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            elif run.state() != "running" and not (
+                starting and run.summary().get("status", "created") == "created"
+            ):
+                found.append(trial)
+        return found
+
+    def _environment(self, planned: Planned) -> dict[str, str]:
+        return {TRIAL: json.dumps({**self.spec, "trial": self._trials[id(planned)]._trial_id})}
+
+    def _ended(self, planned: Planned) -> None:
+        self._tell(planned, self._trials.pop(id(planned)))
+
+    def _tell(self, planned: Planned, trial: Any) -> None:
+        from optuna.trial import TrialState
+
+        summary = planned.job.run.summary() if planned.job else {}
+        value = (summary.get("final") or {}).get(self.metric)
+        number = trial.number
+        if planned.state == "finished" and value is not None:
+            self.study.tell(number, value, skip_if_finished=True)
+            print(f"trial {number + 1}: {self.metric} {value:.4f}", flush=True)
+        elif planned.state == "pruned":
+            self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+            print(f"trial {number + 1}: {planned.reason}", flush=True)
+        elif planned.state == "interrupted":
+            print(f"trial {number + 1}: interrupted; the same command goes on with it", flush=True)
+        else:
+            reason = planned.reason or f"it has no {self.metric}"
+            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            if planned.state != "held":  # another process is at the same values
+                values = " ".join(planned.differing)
+                self._failures.append(f"trial {number + 1} ({values}): {planned.state}: {reason}")
+            print(f"trial {number + 1}: {planned.state}: {reason}", file=sys.stderr, flush=True)
+        self._record()
+
+    def _record(self) -> None:
+        trials = [
+            {"number": t.number, "state": t.state.name.lower(), "value": t.value, "values": t.user_attrs.get("values"),
+             "run": t.user_attrs.get("run"), "epochs_reported": len(t.intermediate_values)}
+            for t in self.study.get_trials(deepcopy=False)
+        ]  # fmt: skip
+        content = {**self.spec, "n_trials": self.options.n_trials, "trials": trials}
+        write_atomically(self.folder / "search.json", json.dumps(content, indent=2) + "\n")
+
+    def _report(self) -> None:
+        from optuna.trial import TrialState
+
+        self._record()
+        states = [t.state for t in self.study.get_trials(deepcopy=False)]
+        complete, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
+        failed = states.count(TrialState.FAIL)
+        print(f"\nsearch {self.spec['study']}: {complete} complete, {pruned} pruned, {failed} failed")
+        if complete:
+            best = self.study.best_trial
+            print(f"best: {self.metric} {best.value:.4f} with {' '.join(best.user_attrs['values'])}")
+            print(f"  ->  {best.user_attrs['run']}")
+        print(f"all trials: {self.folder / 'search.json'}")
+        if self._failures:
+            print(f"\n{len(self._failures)} of the trials did not finish:", file=sys.stderr)
+            for failure in self._failures:
+                print(f"  {failure}", file=sys.stderr)
+        jobs.note_status(0 if complete and not self._failures else 1)
+
+
+def _first(distribution: Any) -> Value:
+    return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low

@@ -1,0 +1,250 @@
+"""What a network is made of and what a step of it costs: counted on the meta device, without data or memory.
+
+`python main.py task=summary model=...` prints it; docs/models.md is made from it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from crucible import config as configuration
+from crucible.config import Config
+from crucible.options import ConfigError
+from models.base_model import BaseModel
+
+UNKNOWN_CLASSES = 1000  # where the number of classes would come from the data
+
+
+@dataclass
+class Layer:
+    """What a module and those within it cost; `saved_bytes` for the whole batch, `multiply_adds` likewise."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...] = ()
+    parameters: int = 0
+    multiply_adds: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def depth(self) -> int:
+        """1 for the children of the network."""
+        return self.name.count(".") + 1
+
+
+@dataclass
+class Summary:
+    """A network's costs for one batch.
+
+    Attributes:
+        input: shape of the batch.
+        layers: the modules that ran, in the order of their registration.
+        parameters: scalars that are learned.
+        multiply_adds: of a forward pass; convolutions and matrix products, as torch's flop counter counts.
+        saved_bytes: of the tensors kept for the backward pass, in the network's dtype, parameters left out.
+        step_flops: of a forward and a backward pass; a multiply-add is two.
+    """
+
+    input: tuple[int, ...]
+    layers: list[Layer]
+    parameters: int
+    multiply_adds: int
+    saved_bytes: int
+    step_flops: int
+
+
+def build_on_meta(config: Config) -> BaseModel:
+    """The model of a plain, checked configuration without its weights' memory."""
+    options = {k: v for k, v in config["model"].items() if k not in ("init_from", "compile")}
+    if options.get("pretrained"):
+        options["pretrained"] = False
+    with torch.device("meta"):
+        model: BaseModel = instantiate(options, _convert_="all")
+        model.convert()
+    return model
+
+
+def input_shape(config: Config, batch: int) -> tuple[int, ...]:
+    """`(batch, channels, *spatial)` of what the configuration's data give the network."""
+    data = config["data"]
+    return (batch, data["input_channels"], *[data["input_size"]] * data["input_dim"])
+
+
+def check_input(model: BaseModel, config: Config) -> None:
+    """Refuse data that the network cannot take, such as images smaller than its strides need.
+
+    Args:
+        model: moved to the meta device by this.
+        config: plain and checked.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    shape = input_shape(config, batch=2)
+    try:
+        with torch.no_grad():
+            model.to("meta").train()(torch.empty(shape, device="meta"))
+    except NotImplementedError:
+        return  # an operation that nothing can be known about without data
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "meta tensor" in reason:
+            return
+        network, size = type(model).__name__, "x".join(map(str, shape[1:]))
+        if (norm := model.norm_options.norm) is not None:
+            network += f" with model.norm={norm}"
+        raise ConfigError(
+            f"data.input_size={config['data']['input_size']}: {network} cannot take input of {size} ({reason})"
+        ) from error
+
+
+def _counter() -> FlopCounterMode:
+    from torchvision.ops import deform_conv2d  # noqa: F401  registers the operators
+
+    def forward(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+    def backward(grad: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * 2 * math.prod(grad) * math.prod(weight[1:])
+
+    operators = torch.ops.torchvision
+    mapping = {operators.deform_conv2d: forward, operators._deform_conv2d_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def summarise(network: nn.Module, shape: tuple[int, ...]) -> Summary:
+    """Count a training step of `network`, which is on the meta device, on a batch of `shape`."""
+    layers = {
+        module: Layer(name, type(module).__name__, parameters=_size(module))
+        for name, module in network.named_modules(remove_duplicate=True)
+        if name
+    }
+    held = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+    running: list[tuple[Layer, int]] = []
+    saved: dict[int, Tensor] = {}  # alive, so that no address comes twice
+    counter = _counter()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in layers:
+            running.append((layers[module], counter.get_total_flops()))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in layers:
+            layer, before = running.pop()
+            layer.multiply_adds += (counter.get_total_flops() - before) // 2
+            layer.output = tuple(output.shape) if isinstance(output, Tensor) else layer.output
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in held and storage._cdata not in saved:
+            saved[storage._cdata] = tensor
+            for layer, _ in running:
+                layer.saved_bytes += storage.nbytes()
+        return tensor
+
+    hooks = [m.register_forward_pre_hook(enter) for m in layers]
+    hooks += [m.register_forward_hook(leave) for m in layers]
+    network.train()
+    try:
+        with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = network(torch.empty(shape, device="meta"))
+            multiply_adds = counter.get_total_flops() // 2
+            output.sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Summary(
+        input=shape,
+        layers=[layer for layer in layers.values() if layer.output],
+        parameters=_size(network),
+        multiply_adds=multiply_adds,
+        saved_bytes=sum(tensor.untyped_storage().nbytes() for tensor in saved.values()),
+        step_flops=counter.get_total_flops(),
+    )
+
+
+def count_multiply_adds(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Of a forward pass of `network`, which is on the meta device, in evaluation, on a batch of `shape`."""
+    counter = _counter()
+    with counter, torch.no_grad():
+        network.eval()(torch.empty(shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def show(config: Config) -> None:
+    """Print the summary of a plain, checked configuration."""
+    data, model = config["data"], config["model"]
+    if data["num_classes"] is None:
+        data["num_classes"] = model["num_classes"] = (
+            UNKNOWN_CLASSES if data["task"] == "classification" else 1
+        )
+    configuration.resolve_network(config)
+    built = build_on_meta(config)
+    check_input(built, config)
+    batch = data["module"]["batch_size"]
+    summary = summarise(built.model, input_shape(config, batch))
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(_table(summary, config["summary_depth"]))
+    passes = 2 if built.sam_options.sam else 1
+    kept = summary.saved_bytes
+    lines = {
+        "network": f"{model['_target_']}, input {_shape(summary.input[1:])} ({data['module']['name']})",
+        "parameters": f"{summary.parameters:,}, {_bytes(4 * summary.parameters)} in float32",
+        "multiply-adds": f"{_count(summary.multiply_adds / batch)} a sample, forward",
+        "activations": f"{_bytes(kept / batch)} a sample, {_bytes(kept)} a batch of {batch}: kept for the backward "
+        "pass, float32 (about half in bf16)",
+        "step": f"{_count(passes * summary.step_flops)}FLOPs a batch, forward and backward"
+        + (", twice for SAM" if passes == 2 else ""),
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<14} {text}", soft_wrap=True)
+
+
+def _table(summary: Summary, depth: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for title in ("output", "parameters", "multiply-adds", "activations"):
+        table.add_column(title, justify="right", no_wrap=True)
+    batch = summary.input[0]
+    for layer in summary.layers:
+        if layer.depth <= depth and layer.kind != "Identity":
+            table.add_row(
+                "  " * (layer.depth - 1) + layer.name.rpartition(".")[2],
+                layer.kind,
+                _shape(layer.output[1:]),
+                f"{layer.parameters:,}" if layer.parameters else "-",
+                _count(layer.multiply_adds / batch) if layer.multiply_adds else "-",
+                _bytes(layer.saved_bytes / batch) if layer.saved_bytes else "-",
+            )
+    return table
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _bytes(number: float) -> str:
+    return f"{_count(number)}B" if number >= 1e3 else f"{number:.0f} B"

@@ -1,0 +1,42 @@
+"""Makes Hydra hand `python main.py -m ...` over to `crucible.sweep`.
+
+Hydra looks for plugins in the namespace package `hydra_plugins`, which the checkout is on the path with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class CrucibleSweeper(Sweeper):
+    """Plans the jobs of a multirun and runs each in a process of its own."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Remember how to compose a job's configuration."""
+        self._loader, self._master = hydra_context.config_loader, config
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """One job's configuration."""
+        return self._loader.load_sweep_config(self._master, list(overrides))
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the jobs that the command line's overrides ask for."""
+        from crucible.sweep import sweep
+
+        parser = OverridesParser.create(config_loader=self._loader)
+        return sweep(self.compose, parser.parse_overrides(arguments))
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="crucible",
+    node={"_target_": f"{__name__}.CrucibleSweeper"},
+    provider="crucible",
+)
