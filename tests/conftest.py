@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -60,6 +61,8 @@ def cli(
         finally:
             os.environ.clear()
             os.environ.update(environment)
+            for logger in logging.Logger.manager.loggerDict.values():
+                logger.disabled = False  # type: ignore[union-attr]  # Hydra switches off those it finds
         out, err = capfd.readouterr()
         return Outcome(status, out, err)
 

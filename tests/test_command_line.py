@@ -26,7 +26,7 @@ BAD = {
     "model.mixup=maybe": ["model.mixup", "maybe", "true or false"],
     "model._target_=models.dynamic_resnet.ResNet19": ["model._target_", "ResNet19", "ResNet18"],
     "model._target_=models.resnet.ResNet18": ["model._target_", "models.resnet"],
-    "+model.shakedrop=true": ["model.shakedrop", "no such option"],
+    "+model.shake=true": ["model.shake", "no such option"],
     "trainer.precision=bf16-mixd": ["trainer.precision", "bf16-mixd", "bf16-mixed"],
     "trainer.precision=16-mixed": ["trainer.precision=16-mixed", "GPU", "bf16-mixed"],
     "trainer.max_epochs=3.5": ["trainer.max_epochs", "3.5", "whole number"],
@@ -50,6 +50,12 @@ BAD = {
     "run=nowhere": ["run=nowhere", "no run"],
     "callbacks.progress=5": ["callbacks.progress"],
     "model.adaptive_sam=true": ["model.adaptive_sam", "model.sam"],
+    "checkpoint.monitor=val/accuracy": ["checkpoint.monitor=val/accuracy", "did you mean val/acc"],
+    "+trainer.default_root_dir=here": ["trainer.default_root_dir", "exp_dir"],
+    "+trainer.callbacks=[]": ["trainer.callbacks", "callbacks.NAME"],
+    "+trainer.enable_checkpointing=false": ["trainer.enable_checkpointing", "checkpoint.keep=none"],
+    "+trainer.max_time=soon": ["trainer", "soon"],
+    "+trainer.barebones=true": ["trainer", "barebones"],
 }  # fmt: skip
 
 
@@ -124,7 +130,32 @@ def test_help_shows_groups_options_and_examples_without_heavy_imports(shell) -> 
     assert outcome.status == 0
     for part in ("model:", "technique:", "mixup", "model.lr", "Examples", "python main.py -m"):
         assert part in outcome.out, outcome.out
+    assert " hydra\n" in outcome.err, "the imports are really listed"
     assert " torch\n" not in outcome.err
+
+
+def test_a_typing_error_beside_ones_own_configs_is_one_line_too(cli, tmp_path: Path) -> None:
+    models = tmp_path / "mine" / "cli_configs" / "model"
+    models.mkdir(parents=True)
+    (models / "own.yaml").write_text("_target_: models.dynamic_resnet.ResNet18\nfavourite: 3\n")
+    outcome = cli("user_dir=mine", "model=own", "technique=[mixup]", "data=synthetic", "model.favorite=4")
+    assert outcome.status == 2
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert "model.favorite" in outcome.err and "did you mean favourite" in outcome.err
+
+
+def test_a_tracker_that_cannot_start_is_refused_before_there_is_a_run(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("crucible.loggers.has_wandb_key", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    for argument in ("logger.wandb.mode=online", "logger.tensorboard=true"):
+        outcome = cli("data=synthetic", argument)
+        assert outcome.status == 2 and argument.split("=")[0] in outcome.err, outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1
+    assert not runs_in(tmp_path)
 
 
 def test_two_techniques_that_fight_over_an_option_are_refused(cli, tmp_path: Path) -> None:

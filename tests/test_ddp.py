@@ -92,11 +92,16 @@ def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(
     final = summary_of(run)["final"]
     rows = (run / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
+    as_recorded = shell(f"run={run}", "task=test", "ckpt_path=last")
+    assert as_recorded.status == 0, as_recorded.err
+    assert as_recorded.out.count("test/acc ") == 1, "one rank speaks"
+    of_two = json.loads((run / "test.json").read_text())["metrics"]
     again = shell(f"run={run}", "task=test", "ckpt_path=last", "trainer.devices=1")
     assert again.status == 0, again.err
     alone = json.loads((run / "test.json").read_text())["metrics"]
     for name in ("test/acc", "test/f1", "test/auroc", "test/ece", "test/loss"):
         assert final[name] == pytest.approx(alone[name], abs=1e-6), name
+        assert of_two[name] == pytest.approx(alone[name], abs=1e-6), name
 
 
 def test_a_sweep_over_devices_and_learning_rates_gives_each_job_its_own_values(
@@ -118,6 +123,44 @@ def test_torchrun_makes_one_run(tmp_path: Path, mine: list[str]) -> None:
     assert outcome.status == 0, outcome.err
     (run,) = runs_in(tmp_path / "experiments")
     assert len(ranks_of(run)) == 2 and summary_of(run)["status"] == "finished"
+
+
+def test_slurm_makes_one_run_and_the_same_command_again_leaves_it(tmp_path: Path, mine: list[str]) -> None:
+    for attempt in range(2):
+        ranks = srun(tmp_path, *mine, "trainer.devices=2")
+        assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
+        (run,) = runs_in(tmp_path / "experiments")
+        assert len(ranks_of(run)) == 2 and summary_of(run)["status"] == "finished"
+        assert ("finished before" in ranks[0].out) == (attempt == 1)
+
+
+def srun(folder: Path, *arguments: str) -> list[Outcome]:
+    """Start two ranks with the variables that SLURM sets."""
+    processes = []
+    for rank in range(2):
+        variables = {
+            "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+            "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_STEP_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "main.py"), *arguments],
+                cwd=folder,
+                text=True,
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, **variables},
+            )
+        )
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            end_group(process)
+    return [Outcome(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
 
 
 def test_torchrun_with_other_devices_is_refused(tmp_path: Path, mine: list[str]) -> None:

@@ -75,7 +75,7 @@ def test_kill_minus_9_loses_nothing(tmp_path: Path, uninterrupted: Path, step: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
     tmp_path: Path, uninterrupted: Path, number: int
 ) -> None:

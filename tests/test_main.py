@@ -124,6 +124,7 @@ def test_a_batch_that_the_data_cannot_fill_is_made_of_all_of_them_and_said_so(cl
     outcome = cli(*TINY, "data.module.batch_size=100000")
     assert outcome.status == 0, outcome.err
     assert "instead of 100000" in outcome.out
+    assert any("instead of 100000" in text for text in summary_of(only_run(tmp_path))["resolved"])
     config = yaml.safe_load((only_run(tmp_path) / "config.yaml").read_text())
     assert config["data"]["module"]["batch_size"] < 100
 
@@ -190,6 +191,36 @@ def test_a_recorded_run_refuses_to_become_another(cli, tmp_path: Path) -> None:
     changed = cli(f"run={run}", "model.lr=0.5")
     assert changed.status != 0 and "model.lr" in changed.err and len(changed.err.strip().splitlines()) == 1
     assert "finished before" in cli(f"run={run}").out
+
+
+def test_a_recorded_run_is_tested_with_other_metrics_and_nothing_else_is_changed_silently(
+    cli, tmp_path: Path
+) -> None:
+    cli(*TINY)
+    run = only_run(tmp_path)
+    assert cli(f"run={run}", "task=test", "metrics=[acc,auroc]").status == 0
+    assert "test/auroc" in json.loads((run / "test.json").read_text())["metrics"]
+    for arguments in (["task=test", "model.lr=0.5"], ["task=predict", "seed=3"], ["seed=3"], ["fresh=true"]):
+        refused = cli(f"run={run}", *arguments)
+        assert refused.status == 2 and arguments[-1] in refused.err
+        assert len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_run_that_was_stopped_in_its_test_keeps_what_training_measured(cli, tmp_path: Path) -> None:
+    cli(*TINY)
+    run = only_run(tmp_path)
+    whole = summary_of(run)
+    kept = {k: v for k, v in whole["final"].items() if not k.startswith("test/")}
+    (run / "summary.json").write_text(json.dumps({**whole, "status": "running", "final": kept}))
+    assert cli(f"run={run}").status == 0
+    assert summary_of(run)["final"] == pytest.approx(whole["final"])
+
+
+def test_without_accuracy_the_best_epoch_has_the_lowest_loss(cli, tmp_path: Path) -> None:
+    assert cli(*TINY, "metrics=[f1]").status == 0
+    run = only_run(tmp_path)
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    assert set(summary_of(run)["best"]) == {"val/loss", "epoch"}
 
 
 def test_load_run_gives_the_network_the_config_and_the_table(cli, tmp_path: Path) -> None:

@@ -15,11 +15,18 @@ import yaml
 from scipy import stats
 
 import report
+from reporting import statistics
 
 ROOT = Path(report.__file__).parent
 BASE = [0.9310, 0.9284, 0.9335, 0.9302, 0.9291]
 BETTER = [0.9402, 0.9371, 0.9433, 0.9385, 0.9390]
 SAME = [0.9305, 0.9290, 0.9331, 0.9299, 0.9296]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about numbers and words; tests/reporting looks at the pages."""
+    monkeypatch.setattr("reporting.plots.draw_all", lambda table: [])
 
 
 def shifted(*differences: float) -> list[float]:
@@ -164,16 +171,16 @@ def test_from_eight_pairs_on_the_sign_flip_test_stands_beside(tmp_path):
 
 @pytest.mark.parametrize(("effect", "pairs", "of_six"), [(2, 5, 7), (1.5, 6, 9), (1, 10, 16), (0.75, 16, 26)])
 def test_needed_pairs_reach_a_power_of_four_fifths(effect, pairs, of_six):
-    assert report.needed_pairs(effect, 0.05) == pairs
-    assert report.needed_pairs(effect, 0.05 / 6) == of_six
+    assert statistics.needed_pairs(effect, 0.05) == pairs
+    assert statistics.needed_pairs(effect, 0.05 / 6) == of_six
     rng = np.random.default_rng(0)
     p = stats.ttest_1samp(rng.normal(effect, 1, size=(20000, pairs)), 0, axis=1).pvalue
-    assert (p < 0.05).mean() == pytest.approx(report.power(effect, pairs, 0.05), abs=0.01)
-    assert report.detectable_effect(pairs, 0.05) <= effect < report.detectable_effect(pairs - 1, 0.05)
+    assert (p < 0.05).mean() == pytest.approx(statistics.power(effect, pairs, 0.05), abs=0.01)
+    assert statistics.detectable_effect(pairs, 0.05) <= effect < statistics.detectable_effect(pairs - 1, 0.05)
 
 
 def test_effects_beyond_fifty_seeds_are_not_planned_for():
-    assert report.needed_pairs(0.1, 0.05) is None
+    assert statistics.needed_pairs(0.1, 0.05) is None
 
 
 # The verdicts
@@ -200,7 +207,7 @@ def test_an_open_comparison_says_between_what_and_how_many_more_seeds(tmp_path):
     differences = np.array([0.006, -0.004, 0.003, -0.001, 0.005])
     make_arm(tmp_path, "mixup", (np.array(BASE) + differences).tolist())
     low, high = 100 * np.array(stats.ttest_1samp(differences, 0).confidence_interval())
-    needed = report.needed_pairs(0.003 / float(np.std(differences, ddof=1)), 0.05)
+    needed = statistics.needed_pairs(0.003 / float(np.std(differences, ddof=1)), 0.05)
     verdict = run_report(tmp_path)[0]["mixup"]["verdict"]
     assert verdict.startswith(
         f"undecided: between {low:+.2f} and {high:+.2f} points; about {needed - 5} more seeds ("
@@ -302,11 +309,18 @@ def test_settings_that_differ_beside_the_technique_are_named(tmp_path):
         tmp_path, "mixup", BETTER, techniques=mixup, settings={"model.mixup": True, "trainer.max_epochs": 20}
     )
     make_arm(tmp_path, "lr=0.1", SAME, settings={"model.lr": 0.1})
-    text = run_report(tmp_path)[1]
+    text = run_report(tmp_path)[1].split("### Look at")[1].split("###")[0]
     assert "mixup differs from baseline also in trainer.max_epochs (20, baseline 12)" in text
     assert "model.mixup" not in text, "a technique's own option is what the arm is about"
     assert "model.lr" not in text, "so is what the arm's name spells out"
     assert "num_workers" not in text, "workers and paths do not change the result"
+
+
+def test_an_option_that_older_runs_did_not_have_counts_as_its_default(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER, settings={"model.lookahead": False, "model.lookahead_k": 7})
+    text = run_report(tmp_path)[1].split("### Look at")[1].split("###")[0]
+    assert "model.lookahead_k (7, baseline 5)" in text and "model.lookahead (" not in text
 
 
 def test_runs_of_one_arm_that_differ_are_named(tmp_path):
@@ -352,7 +366,7 @@ def test_unfinished_failed_and_unreadable_runs_are_listed_with_their_reason(tmp_
     make_run(tmp_path, "b", 0, None, status="interrupted", reason="stopped by SIGTERM")
     make_run(tmp_path, "c", 0, None, status="running", heartbeat=0)
     live = make_run(tmp_path, "d", 0, None, status="running")
-    (live / "claim").write_text(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+    (live / "claim").write_text(json.dumps({"host": os.uname().nodename, "pid": os.getppid()}))
     (make_run(tmp_path, "e", 0, 0.9) / "summary.json").write_text('{"status": "finis')
     (make_run(tmp_path, "f", 0, 0.9) / "summary.json").unlink()
     (make_run(tmp_path, "g", 0, 0.9) / "config.yaml").unlink()
@@ -434,6 +448,9 @@ def test_the_baseline_is_chosen_or_asked_for(tmp_path, capsys):
         (["runs={}", "margin_points=-1"], "margin_points must be a number in (0, 100), got '-1'"),
         (["runs={}", "metric=test/loss", "margin_points=1"], "test/loss is not a percentage"),
         (["runs="], "runs= has no value"),
+        (["runs={}", "checkpoint=first"], "checkpoint must be one of last, best, got 'first'"),
+        (["runs={}", "checkpoint=best"], "no run has tested its best weights"),
+        (["runs={}", "out={}/digits/baseline-s0/summary.json"], "there is a file of this name"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, capsys, arguments, message):
@@ -459,3 +476,224 @@ def test_help_needs_nothing_heavy():
         [sys.executable, "report.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert plain.stdout == report.HELP
+
+
+# What was fixed before the runs
+
+
+def record_sweep(root: Path, arms: list[str], seeds: int = 5, time: str = "20260101-000000", **facts) -> None:
+    folder = root / "sweeps" / time
+    folder.mkdir(parents=True)
+    runs = [str(root / "digits" / f"{arm}-s{seed}") for arm in arms for seed in range(seeds)]
+    record = {"design": "one_at_a_time", "margin_points": 0.5, "planned_seeds": 5, "arms": arms, "runs": runs}
+    (folder / "sweep.json").write_text(json.dumps({**record, "created": 1.0, **facts}))
+
+
+def test_the_margin_that_the_sweep_fixed_is_used_without_asking(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    record_sweep(tmp_path, ["baseline", "mixup"])
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["verdict"] == "helps by more than 0.50 points"
+    assert "margin 0.50 points" in text and "planned seeds: 5" in text and "Note:" not in text
+
+
+def test_another_margin_than_the_sweeps_is_said_on_the_face_of_the_report(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    record_sweep(tmp_path, ["baseline", "mixup"])
+    text = run_report(tmp_path, "margin_points=0.2")[1]
+    face = text.split("### Verdicts")[0]
+    assert "asked for a margin of 0.20 points; the sweep fixed 0.50 points before its runs" in face
+
+
+def test_a_run_may_carry_what_its_sweep_fixed(tmp_path):
+    facts = {"design": "pairs", "margin_points": 0.1, "planned_seeds": 5}
+    make_arm(tmp_path, "baseline", BASE, sweep=facts)
+    make_arm(tmp_path, "mixup", BETTER, sweep=facts)
+    assert "margin 0.10 points" in run_report(tmp_path)[1]
+
+
+def test_without_a_sweep_the_face_says_that_the_margin_is_a_default(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    assert "No sweep recorded a margin" in run_report(tmp_path)[1].split("### Verdicts")[0]
+
+
+def test_a_look_that_was_not_planned_is_said(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    record_sweep(tmp_path, ["baseline", "mixup"], planned_seeds=3)
+    assert "mixup: unplanned look: 5 pairs, planned were 3 (after the last)" in run_report(tmp_path)[1]
+
+
+def test_seeds_that_a_second_sweep_adds_are_an_unplanned_look(tmp_path):
+    for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+        make_arm(tmp_path, arm, [*values, *(v + 0.001 for v in values)])
+    record_sweep(tmp_path, ["baseline", "mixup"])
+    record_sweep(
+        tmp_path, ["baseline", "mixup"], seeds=10, time="2", planned_seeds=10, margin_points=0.1, created=2.0
+    )
+    text = run_report(tmp_path)[1]
+    assert "mixup: unplanned look: 10 pairs, planned were 5 (after the last)" in text
+    assert "sweeps with different margins (0.10, 0.50); the first sweep's counts" in text
+
+
+def test_the_sweep_may_name_the_baseline(tmp_path):
+    make_arm(tmp_path, "sgd", BASE)
+    make_arm(tmp_path, "adam", BETTER)
+    record_sweep(tmp_path, ["sgd", "adam"], baseline="sgd")
+    assert run_report(tmp_path)[0]["adam"]["verdict"].startswith("helps")
+
+
+def test_planned_looks_share_the_level(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    differences = np.array([0.007, 0.0015, 0.006, 0.001, 0.005])
+    assert 0.0191 < stats.ttest_1samp(differences, 0).pvalue < 0.05
+    make_arm(tmp_path, "mixup", (np.array(BASE) + differences).tolist())
+    record_sweep(tmp_path, ["baseline", "mixup"], planned_seeds=[3, 5, 10])
+    rows, text = run_report(tmp_path)
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.0191)
+    assert [float(rows["mixup"]["low"]), float(rows["mixup"]["high"])] == pytest.approx([low, high])
+    assert rows["mixup"]["verdict"].startswith("undecided")
+    assert "98.1% interval" in text and "unplanned look" not in text
+
+
+# The last epoch's weights, or for all arms those that were best on validation
+
+
+def score_best(run: Path, value: float) -> None:
+    (run / "test.json").write_text(json.dumps({"checkpoint": "best.ckpt", "metrics": {"test/acc": value}}))
+
+
+def test_best_on_validation_scores_the_tested_best_weights(tmp_path):
+    for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+        for run, value in zip(make_arm(tmp_path, arm, [0.5] * 5), values, strict=True):
+            score_best(run, value)
+    rows, text = run_report(tmp_path, "checkpoint=best")
+    assert float(rows["mixup"]["difference"]) == pytest.approx(np.mean(BETTER) - np.mean(BASE))
+    assert "of the weights that were best on validation" in text
+    assert rows["mixup"]["verdict"].startswith("helps")
+
+
+def test_weights_selected_on_the_test_images_get_no_verdict(tmp_path):
+    settings = {"data.module.val_split": "test"}
+    for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+        for run, value in zip(make_arm(tmp_path, arm, values, settings=settings), values, strict=True):
+            score_best(run, value)
+    assert run_report(tmp_path)[0]["mixup"]["verdict"].startswith("helps"), "the last epoch is not selected"
+    assert run_report(tmp_path, "checkpoint=best")[0]["mixup"]["verdict"] == "cannot say (selected on test)"
+
+
+# Cost beside the gain
+
+
+@pytest.mark.parametrize(
+    ("values", "ratio", "label"),
+    [
+        (BETTER, 1.01, "free"),
+        (BETTER, 2.0, "trade-off open"),
+        (SAME, 1.5, "dominated"),
+        (SAME, 1.0, "trade-off open"),
+        ([2 * b - t for b, t in zip(BASE, BETTER, strict=True)], 1.5, "dominated"),
+    ],
+)
+def test_the_cost_is_weighed_against_the_gain(tmp_path, values, ratio, label):
+    for seed in range(5):
+        seconds = 100 + seed
+        make_run(tmp_path, "baseline", seed, BASE[seed], seconds=seconds)
+        make_run(tmp_path, "sam", seed, values[seed], seconds=seconds * ratio * (1 + 0.001 * seed))
+    assert run_report(tmp_path)[0]["sam"]["cost"] == label
+
+
+def test_what_beats_the_baseline_trained_for_as_long_pays(tmp_path):
+    for seed in range(5):
+        make_run(tmp_path, "baseline", seed, BASE[seed], seconds=100 + seed)
+        make_run(tmp_path, "sam", seed, BETTER[seed], seconds=2.03 * (100 + 1.01 * seed))
+        make_run(tmp_path, "baseline_x2.03", seed, SAME[seed], seconds=2.05 * (100 + 0.98 * seed))
+    rows, _ = run_report(tmp_path)
+    assert rows["sam"]["cost"] == "pays (beats baseline_x2.03)"
+    assert rows["baseline_x2.03"]["cost"] == "", "it is the measure, not a technique"
+
+
+def test_the_cost_columns_are_means_over_the_runs(tmp_path):
+    for seed, memory in enumerate((100.0, 200.0, 300.0)):
+        make_run(tmp_path, "baseline", seed, BASE[seed], seconds=10, images_per_s=50.0, peak_memory_mb=memory)
+    row = run_report(tmp_path)[0]["baseline"]
+    assert [float(row[n]) for n in ("time_s", "images_per_s", "images", "memory_mb")] == [10, 50, 500, 200]
+
+
+# Two techniques together
+
+
+def make_two_by_two(root: Path, both: list[float]) -> None:
+    techniques = {"mixup": {"model.mixup": True}, "sam": {"model.sam": True}}
+    make_arm(root, "baseline", BASE)
+    make_arm(root, "mixup", BETTER, techniques={"mixup": techniques["mixup"]})
+    make_arm(root, "sam", shifted(0.002, 0.004, 0.003, 0.003, 0.0025), techniques={"sam": techniques["sam"]})
+    make_arm(root, "mixup+sam", both, techniques=techniques)
+
+
+def test_techniques_that_add_up_are_said_to(tmp_path):
+    sums = [m + d for m, d in zip(BETTER, (0.0021, 0.0039, 0.0032, 0.0029, 0.0024), strict=True)]
+    make_two_by_two(tmp_path, sums)
+    sam = shifted(0.002, 0.004, 0.003, 0.003, 0.0025)
+    interaction = np.array(sums) - BETTER - sam + BASE
+    low, high = 100 * np.array(stats.ttest_1samp(interaction, 0).confidence_interval())
+    text = run_report(tmp_path)[1]
+    assert f"adds up within ±{max(abs(low), abs(high)):.2f} points" in text
+    assert f"{low:+.2f} to {high:+.2f}" in text
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.02, "synergy"), (-0.02, "conflict")])
+def test_techniques_that_help_or_hinder_each_other_are_said_to(tmp_path, gain, word):
+    noise = (0.0011, -0.0008, 0.0004, 0.0007, -0.0012)
+    make_two_by_two(tmp_path, [m + 0.003 + gain + e for m, e in zip(BETTER, noise, strict=True)])
+    assert f"| {word} |" in run_report(tmp_path)[1]
+
+
+# Warnings
+
+
+def test_seeds_that_do_not_vary_are_noticed(tmp_path):
+    make_arm(tmp_path, "baseline", [0.93] * 5)
+    make_arm(tmp_path, "mixup", BETTER)
+    assert "baseline: all seeds have the same test/acc; is the seed used?" in run_report(tmp_path)[1]
+
+
+def test_a_moderated_variance_is_declared(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for k, arm in enumerate(("baseline", "a", "b", "c")):
+        make_arm(tmp_path, arm, (0.93 + 0.003 * k + 0.002 * rng.normal(size=3)).tolist())
+    own = run_report(tmp_path)[0]
+    rows, text = run_report(tmp_path, "variance=shared")
+    assert rows["a"]["difference"] == own["a"]["difference"] and rows["a"]["low"] != own["a"]["low"]
+    assert "variance shared by the arms" in text
+    make_arm(tmp_path / "two", "baseline", BASE)
+    make_arm(tmp_path / "two", "a", BETTER)
+    capsys.readouterr()
+    assert report.main([f"runs={tmp_path}/two", "variance=shared"]) == 2
+    assert "variance=shared needs 3 techniques or more" in capsys.readouterr().err
+
+
+# Settings and commands
+
+
+def test_the_page_names_the_settings_that_differ_and_those_that_do_not(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER, settings={"model.mixup": True})
+    text = run_report(tmp_path)[1].split("### Settings")[1]
+    differing, equal = text.split("<details>")
+    assert "| model.mixup | False | True |" in differing
+    assert "`trainer.max_epochs`: 12" in equal and "`model.mixup`" not in equal
+
+
+def test_the_page_ends_with_the_commands_that_made_the_runs(tmp_path):
+    for arm, values in (("baseline", BASE), ("powergrad+mixup", BETTER)):
+        for seed, run in enumerate(make_arm(tmp_path, arm, values)):
+            technique = "[powergrad,mixup]" if arm != "baseline" else "baseline"
+            overrides = [f"technique={technique}", f"seed={seed}", "data=digits"]
+            (run / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    text = run_report(tmp_path)[1]
+    assert "python main.py -m technique=baseline data=digits seed=0,1,2,3,4" in text
+    assert "python main.py -m 'technique=[powergrad,mixup]' data=digits seed=0,1,2,3,4" in text

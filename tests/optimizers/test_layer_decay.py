@@ -69,7 +69,7 @@ def test_our_resnet_has_the_layers_of_timms(norm):
         for p in group["params"]
     }
     ours = ResNet18(num_classes=10, norm=norm)
-    ours.convert_norms()
+    ours.convert()
     found = scales(ours.model, build(ours))
     assert len(set(found.values())) == 10  # stem, 8 blocks, head
     for name, scale in found.items():

@@ -1,0 +1,214 @@
+"""The report's statistics against scipy, independent formulas, and simulated tables with known truth."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.report_simulation import simulate
+from reporting import statistics as s
+
+RNG = np.random.default_rng(7)
+EXACT = {"rel": 1e-10, "abs": 1e-12}
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 40])
+@pytest.mark.parametrize("alpha", [0.05, 0.0192])
+def test_the_paired_t_is_scipys(n, alpha):
+    technique, baseline = 0.93 + 0.004 * RNG.normal(size=(2, n))
+    t = s.paired_t(technique - baseline, alpha)
+    reference = stats.ttest_rel(technique, baseline)
+    interval = reference.confidence_interval(1 - alpha)
+    assert [t.low, t.high, t.p] == pytest.approx([interval.low, interval.high, reference.pvalue], **EXACT)
+    assert t.sd == pytest.approx(stats.tstd(technique - baseline), **EXACT)
+
+
+def test_many_tables_at_once_are_as_one_after_the_other():
+    differences = RNG.normal(size=(4, 3, 6))
+    together = s.paired_t(differences)
+    for i, j in product(range(4), range(3)):
+        assert [c[i, j] for c in together] == pytest.approx(list(s.paired_t(differences[i, j])), **EXACT)
+
+
+def test_holm_steps_down():
+    p = RNG.uniform(size=(50, 7)) ** 3
+
+    def one(row):  # the definition: the k-th smallest p times (K - k), never less than a smaller one's
+        return [min(1, max((len(row) - sum(row < q)) * q for q in row if q <= value)) for value in row]
+
+    assert s.holm(p) == pytest.approx(np.array([one(row) for row in p]), **EXACT)
+
+
+def test_the_moderated_variance_is_between_its_own_and_the_shared_one():
+    d = RNG.normal(size=5)
+    shared = s.Shared(4.0, 24)
+    t = s.paired_t(d, shared=shared)
+    variance = (2 * 4.0 + 4 * d.var(ddof=1)) / 6
+    half = stats.t(6).ppf(0.975) * math.sqrt(variance / 5)
+    assert [t.low, t.high] == pytest.approx([d.mean() - half, d.mean() + half], **EXACT)
+
+
+def test_the_pooled_variance_is_the_residual_of_arms_and_seeds():
+    values = RNG.normal(size=(4, 6)) + RNG.normal(size=6)
+    arms = np.repeat(np.eye(4), 6, axis=0)
+    seeds = np.tile(np.eye(6), (4, 1))
+    _, _, rank, _ = np.linalg.lstsq(design := np.hstack([arms, seeds]), values.ravel(), rcond=None)
+    fitted = design @ np.linalg.lstsq(design, values.ravel(), rcond=None)[0]
+    pooled = s.pooled_difference(values)
+    assert pooled.freedom == values.size - rank
+    assert pooled.variance == pytest.approx(
+        2 * ((values.ravel() - fitted) ** 2).sum() / pooled.freedom, **EXACT
+    )
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(3, 0.05), (5, 0.05), (5, 0.05 / 6), (20, 0.05)])
+def test_power_is_that_of_the_noncentral_t(n, alpha):
+    critical = stats.t(n - 1).ppf(1 - alpha / 2)
+    reference = stats.nct(n - 1, 1.0 * math.sqrt(n))
+    expected = reference.sf(critical) + reference.cdf(-critical)
+    assert s.power(1.0, n, alpha) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "alone", "of_six"), [(3, 3.26, 8.02), (5, 1.68, 2.76), (10, 1.00, 1.37), (20, 0.66, 0.86)]
+)
+def test_detectable_effects_are_the_published_ones(n, alone, of_six):
+    found = [s.detectable_effect(n, 0.05), s.detectable_effect(n, 0.05 / 6)]
+    assert found == pytest.approx([alone, of_six], rel=0.01)
+
+
+def test_more_seeds_are_planned_for_the_margin_not_for_the_effect():
+    more = s.more_seeds(5, 1.0, s.Shared(1.0, 24), 0.05)  # a margin of one sd needs ten pairs
+    assert more.about == 5 and more.low <= 5 <= more.high
+    assert s.more_seeds(30, 1.0, s.Shared(1.0, 24), 0.05).about == 30, "enough, and still open: double"
+    assert s.more_seeds(5, 0.1, s.Shared(1.0, 24), 0.05).about is None
+
+
+# Findings
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "finding"),
+    [
+        (0.4, 0.9, 0.01, "helps by more"),
+        (0.1, 0.2, 0.01, "helps by less"),
+        (0.1, 0.9, 0.01, "helps"),
+        (-0.9, -0.4, 0.01, "hurts by more"),
+        (-0.2, -0.1, 0.01, "hurts by less"),
+        (-0.9, -0.1, 0.01, "hurts"),
+        (-0.2, 0.25, 0.6, "no difference"),
+        (0.1, 0.2, 0.06, "no difference"),
+        (-0.2, 0.3, 0.6, "undecided"),
+        (0.1, 0.9, 0.06, "undecided"),
+    ],
+)
+def test_the_first_rule_that_holds_is_the_finding(low, high, p, finding):
+    assert s.findings(low, high, p, 0.3, 0.05) == finding
+
+
+def test_without_a_margin_there_is_no_size():
+    assert s.findings([0.4, -0.1], [0.9, 0.1], [0.01, 0.5], None, 0.05).tolist() == ["helps", "undecided"]
+
+
+def test_unknown_ladders_share_the_level_evenly():
+    assert s.ladder_level([10, 5]) == 0.0280
+    assert s.ladder_level([4, 8]) == 0.025
+
+
+# Single examples
+
+
+def test_the_interval_for_new_images_adds_the_images_own_variance():
+    technique, baseline = RNG.random((2, 4, 300)) < [[[0.9]], [[0.8]]]
+    d = technique.astype(float) - baseline
+    within = d.var(axis=0, ddof=1).mean()
+    images = d.mean(axis=0).var(ddof=1) - within / 4
+    error = math.sqrt(d.mean(axis=1).var(ddof=1) / 4 + max(0, images) / 300)
+    half = stats.t(3).ppf(0.975) * error
+    found = s.new_images(technique, baseline)
+    assert [found.low, found.high] == pytest.approx([d.mean() - half, d.mean() + half], **EXACT)
+
+
+def test_the_interval_for_new_images_covers_the_difference_on_all_images():
+    """500 images drawn from many, 20 seeds: the interval over runs alone misses it far too often."""
+    rng, covered, covered_by_runs, tables, n = np.random.default_rng(3), 0, 0, 600, 20
+    for _ in range(tables):
+        gain = rng.choice(
+            [-0.5, 0.0, 0.6], p=[0.08, 0.82, 0.10], size=500
+        )  # each image's own mean difference
+        truth = -0.5 * 0.08 + 0.6 * 0.10
+        chance = 0.5 - gain / 2
+        technique, baseline = rng.random((n, 500)) < chance + gain, rng.random((n, 500)) < chance
+        found = s.new_images(technique, baseline)
+        runs = s.paired_t(technique.mean(axis=1) - baseline.mean(axis=1))
+        covered += found.low <= truth <= found.high
+        covered_by_runs += runs.low <= truth <= runs.high
+    assert covered / tables >= 0.92
+    assert covered_by_runs / tables < 0.8
+
+
+def test_mcnemar_is_the_sign_test_of_the_images_that_changed():
+    technique = np.array([True] * 9 + [False] * 2 + [True] * 50)
+    baseline = np.array([False] * 9 + [True] * 2 + [True] * 50)
+    assert s.mcnemar(technique, baseline) == pytest.approx(stats.binomtest(9, 11).pvalue, **EXACT)
+    assert s.mcnemar(technique, technique) == 1.0
+
+
+def test_the_noise_floor_is_that_of_two_networks_that_err_alike():
+    assert s.noise_floor(0.05, 10_000) == pytest.approx(0.0016, abs=2e-5)
+
+
+# Two techniques together
+
+
+def error(accuracy):
+    return 1 - accuracy
+
+
+def test_techniques_that_each_take_a_tenth_off_the_error_do_not_conflict():
+    """In points they do: 0.77, 0.793, 0.793, 0.8137 is 0.23 points less than the sum."""
+    noise = 1 + 0.002 * RNG.normal(size=(4, 12))
+    errors = 0.23 * np.array([0.81, 0.9, 0.9, 1.0])[:, None] * noise
+    found = s.interaction(list(1 - errors), error, 1)
+    assert found.points.high < 0, "the points alone would say conflict"
+    assert found.finding == "adds up"
+
+
+def test_together_is_compared_with_the_better_one_alone():
+    values = [
+        np.array(v) for v in ([0.95, 0.96, 0.955], [0.93, 0.94, 0.938], [0.91, 0.92, 0.92], [0.9, 0.91, 0.9])
+    ]
+    found = s.interaction(values, error, 1)
+    reference = stats.ttest_rel(values[0], values[1]).confidence_interval()
+    assert [found.best_single.low, found.best_single.high] == pytest.approx(list(reference), **EXACT)
+
+
+# Outlying runs
+
+
+def test_a_run_far_off_is_found_and_normal_runs_are_not():
+    arms = [np.array([0.90, 0.91, 0.905, 0.902, 0.70]), np.array([0.92, 0.925, 0.915, 0.921, 0.918])]
+    far = [d > s.OUTLIER_SD for d in s.outlying(arms)]
+    assert far[0].tolist() == [False, False, False, False, True] and not far[1].any()
+    alarms = [
+        any((d > s.OUTLIER_SD).any() for d in s.outlying(list(RNG.normal(size=(7, 5))))) for _ in range(2000)
+    ]
+    assert np.mean(alarms) < 0.01
+
+
+# Tables with known truth
+
+
+@pytest.mark.parametrize("effects", [(0.0,) * 6, (0.0, 0.0, 0.1, -0.1, 0.6, -0.6)])
+@pytest.mark.parametrize(("seeds", "rho"), [(3, 0.0), (5, 0.6), (10, 0.0)])
+def test_ten_thousand_tables_hold_what_the_report_promises(effects, seeds, rho):
+    o = simulate(effects, seeds, 0.2, rho, 10_000, np.random.default_rng(11))
+    assert o.coverage.value == pytest.approx(0.95, abs=4 * o.coverage.error)
+    assert o.family_wise.value <= 0.05 + 3 * o.family_wise.error
+    assert o.wrong.value <= 0.06 + 3 * o.wrong.error
+    if seeds == 10:
+        assert o.decided.value > 0.5, "a report that never decides is never wrong"

@@ -1,0 +1,96 @@
+"""Techniques in process: composed as on the command line, on a tiny network and the embedded digits."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from torch.nn import functional as F
+
+from crucible import config as configuration
+from crucible.build import build_data, build_model, build_trainer
+from crucible.docs import merged, technique_names, technique_settings
+from crucible.run import RunDirectory
+from models.base_model import BaseModel
+
+TECHNIQUES = technique_names()
+STEPS = 30
+SMALL = [
+    "model=resnet", "data=digits", "data.module.batch_size=16", "model.lr=0.01", "model.warmstart=0",
+    "trainer.max_epochs=-1", f"trainer.max_steps={STEPS}", "trainer.limit_val_batches=0",
+    "trainer.enable_progress_bar=false", "callbacks.progress=null", "callbacks.plots=null", "logger.wandb=null",
+]  # fmt: skip
+
+
+def composed(*techniques: str, teacher: Path | None = None, options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The checked configuration of these techniques on the tiny network, merged in their order.
+
+    Args:
+        techniques: by name.
+        teacher: a run's folder, for distillation.
+        options: further overrides.
+    """
+    config = copy.deepcopy(_without_techniques(options))
+    for technique in techniques:
+        config = merged(config, technique_settings(technique))
+    if "distillation" in techniques:
+        config["model"]["teacher"] = str(teacher)
+    configuration.check(config, [])
+    return config
+
+
+@cache
+def _without_techniques(options: tuple[str, ...]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        config = configuration.to_plain(compose("train", [*SMALL, *options]))
+    config["model"]["_target_"] = "tiny_networks.TinyResNet"
+    return config
+
+
+def built(config: dict[str, Any], folder: Path) -> tuple[BaseModel, Any, Trainer]:
+    """Model, data module and trainer of a configuration."""
+    data = build_data(config)
+    data.check()
+    configuration.resolve(config, data)
+    model = build_model(config)
+    callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
+    return model, data, build_trainer(config, folder, callbacks, [])
+
+
+def plain_loss(model: BaseModel, data: Any) -> float:
+    """Plain cross-entropy in eval mode on 128 training images."""
+    batch = data.samples("train")[(0, list(range(128)))]
+    batch = data.batch_transform(batch, "eval", 0)
+    frozen = copy.deepcopy(model.model).eval()
+    with torch.no_grad():
+        return float(F.cross_entropy(frozen(batch.input), batch.target))
+
+
+def train(config: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """The plain loss before and after the training."""
+    model, data, trainer = built(config, folder)
+    before = plain_loss(model, data)
+    trainer.fit(model, datamodule=data)
+    assert trainer.global_step == STEPS
+    return before, plain_loss(model, data)
+
+
+def make_teacher(folder: Path) -> Path:
+    """A recorded run of the tiny network, for distillation."""
+    config = composed()
+    model, data, trainer = built(config, folder)
+    trainer.fit(model, datamodule=data)
+    run = RunDirectory(folder / "teacher")
+    run.record(config, [])
+    run.update_summary(status="finished")
+    trainer.save_checkpoint(run.checkpoints / "last.ckpt")
+    return run.path

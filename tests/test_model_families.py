@@ -1,0 +1,176 @@
+"""What every network of cli_configs/model can do, whoever wrote it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from small_models import FAMILIES, SIZE, small
+from torch import Tensor, nn
+
+from crucible.build import build_model
+from crucible.options import ConfigError
+from crucible.summary import build_on_meta, check_input, input_shape
+from models.base_model import BaseModel
+from norms import convert_norm
+
+VARIANTS = [
+    ("mobilenet", "model.type=v1"),
+    ("regnet", "model.type=X-0.2GF"),
+    ("timm", "model.type=test_vit", "+model.timm_kwargs.img_size=32"),
+]
+CASES = [(family,) for family in FAMILIES] + VARIANTS
+
+
+def named(case: tuple[str, ...]) -> str:
+    return " ".join(case).replace("model.", "")
+
+
+@pytest.fixture(scope="module", params=CASES, ids=named)
+def case(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def built(case: tuple[str, ...]) -> BaseModel:
+    return build_model(small(*case))
+
+
+@pytest.fixture
+def model(built: BaseModel) -> BaseModel:
+    return copy.deepcopy(built)
+
+
+def images(count: int = 4, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, channels, SIZE, SIZE, generator=generator)
+
+
+def step(model: BaseModel, x: Tensor) -> Tensor:
+    """The loss of a training step, after its backward pass."""
+    model.train()
+    loss = model.criterion(model.outputs(x), torch.arange(len(x)) % model.num_classes)
+    loss.backward()
+    return loss.detach()
+
+
+def calibrated(network: nn.Module) -> nn.Module:
+    """In evaluation, with norm statistics that fit the images: else deep networks' outputs overflow or vanish."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        network(images(16))
+    return network.eval()
+
+
+def test_a_training_step_reaches_every_parameter(model: BaseModel) -> None:
+    assert torch.isfinite(step(model, images()))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_in_evaluation_each_sample_is_on_its_own(model: BaseModel) -> None:
+    network, x = calibrated(model.model), images()
+    with torch.no_grad():
+        together = network(x)
+        alone = torch.cat([network(sample[None]) for sample in x])
+    assert together.shape == (4, 10)
+    torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_channels_last_changes_the_layout_only(model: BaseModel) -> None:
+    network = calibrated(model.model)
+    with torch.no_grad():
+        plain = network(images())
+        network.to(memory_format=torch.channels_last)
+        other = network(images().contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-4)
+
+
+def test_it_trains_in_bfloat16(model: BaseModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(model, images())
+    assert torch.isfinite(loss)
+    assert all(p.dtype is torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["online", "group"])
+def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
+    try:
+        model.model = convert_norm(model.model, norm, **({"num_groups": 2} if norm == "group" else {}))
+    except ConfigError as error:
+        assert str(error).startswith("model.norm")
+        return
+    assert torch.isfinite(step(model, images()))
+    assert torch.isfinite(model.eval()(images(1))).all()
+
+
+@pytest.mark.slow
+def test_the_state_dict_is_all_there_is(case: tuple[str, ...], model: BaseModel) -> None:
+    other = build_model(small(*case))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        expected, before = model.model.eval()(images(2)), other.model.eval()(images(2))
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other.model(images(2)), expected) and not torch.equal(before, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "outputs"),
+    [
+        (("data.num_classes=7", "data.input_channels=1"), (2, 7)),
+        (("data.task=regression", "metrics=[mse]", "data.num_classes=1", "data.input_channels=5"), (2,)),
+    ],
+    ids=["7 classes, grey", "regression, 5 channels"],
+)
+def test_it_fits_the_data(case: tuple[str, ...], overrides: tuple[str, ...], outputs: Any) -> None:
+    config = small(*case, *overrides)
+    batch = torch.empty(input_shape(config, batch=2), device="meta")
+    assert build_on_meta(config).outputs(batch).shape == outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4, 8, SIZE])
+def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...], model: BaseModel) -> None:
+    config = small(*case, f"data.input_size={size}")
+    try:
+        copy.deepcopy(model).train()(torch.zeros(2, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError):
+        with pytest.raises(ConfigError, match=rf"^data\.input_size={size}: .* 3x{size}x{size} \(.+\)$"):
+            check_input(model, config)
+    else:
+        check_input(model, config)
+
+
+@pytest.mark.slow
+def test_it_compiles_whole(model: BaseModel) -> None:
+    torch._dynamo.reset()
+    network = model.model.train()
+    torch.manual_seed(0)
+    expected = copy.deepcopy(network)(images())
+    network.compile(fullgraph=True, backend="eager")
+    torch.manual_seed(0)
+    torch.testing.assert_close(network(images()), expected)
+    assert not any("_orig_mod" in key for key in network.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_file_says_what_it_is_and_how_to_run_it(family: str) -> None:
+    header = [
+        line
+        for line in (ROOT / "cli_configs" / "model" / f"{family}.yaml").read_text().splitlines()
+        if line.startswith("#")
+    ]
+    text = " ".join(header)
+    assert "arXiv" in text or "github.com" in text
+    assert "Typical" in text
+    assert any(line.startswith(f"# Command: python main.py model={family} ") for line in header)

@@ -1,0 +1,483 @@
+"""Sweeps: what is planned, what is skipped, resumed or retried, and each engine started for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, Outcome, end_group, runs_in
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from crucible import executors, sweep
+from crucible.executors import LocalExecutor, Work
+from crucible.jobs import Job
+from crucible.options import ConfigError
+from crucible.run import RunDirectory
+from crucible.sweep import Planned, SweepOptions, combine, expand, stretch
+
+EXTRA = pytest.importorskip  # a machine without the extra skips visibly
+
+
+def grid(*overrides: str, design: str | None = None) -> sweep.Grid:
+    return expand(OverridesParser.create().parse_overrides(list(overrides)), design)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+# what is planned
+
+
+def test_all_arms_of_a_seed_come_before_the_next_seed() -> None:
+    planned = grid(
+        "model=resnet", "technique=baseline,[powergrad,mixup]", "seed=range(2)", "model.lr=0.1,0.2"
+    )
+    assert planned.swept == ["technique", "seed", "model.lr"]
+    assert [" ".join(job) for job in planned.jobs] == [
+        f"seed={seed} model=resnet technique={technique} model.lr={lr}"
+        for seed in (0, 1)
+        for technique in ("baseline", "[powergrad,mixup]")
+        for lr in (0.1, 0.2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("design", "arms"),
+    [
+        ("one_at_a_time", ["baseline", "[a]", "[b]", "[c]"]),
+        ("pairs", ["baseline", "[a]", "[b]", "[c]", "[a,b]", "[a,c]", "[b,c]"]),
+        ("leave_one_out", ["baseline", "[a,b,c]", "[a,b]", "[a,c]", "[b,c]"]),
+    ],
+)
+@pytest.mark.parametrize("typed", [["baseline", "a", "b", "c"], ["[a,b,c]"], ["a", "[b, c]", "b"]])
+def test_a_design_combines_the_techniques_that_are_named(
+    design: str, arms: list[str], typed: list[str]
+) -> None:
+    assert combine(typed, design) == arms
+
+
+def test_a_longer_run_has_its_schedule_stretched_with_it() -> None:
+    config = {
+        "trainer": {"max_epochs": 10, "max_steps": -1},
+        "model": {
+            "warmstart": 2,
+            "cooldown": 0,
+            "lr_milestones": [5, 8],
+            "lr_step_size": None,
+            "lr_restarts": None,
+        },
+    }
+    assert stretch(config, 2.03) == [
+        "trainer.max_epochs=20", "model.warmstart=4.06", "model.lr_milestones=[10.15, 16.24]",
+    ]  # fmt: skip
+
+
+def test_step_times_are_compared_by_seed_on_one_device(tmp_path: Path) -> None:
+    def run(name: str, seconds: float, steps: int, device: str = "gpu") -> RunDirectory:
+        directory = RunDirectory(tmp_path / name)
+        directory.record({}, [])
+        directory.update_summary(wall_time_s=seconds, steps=steps, device=device)
+        return directory
+
+    pairs = [
+        (run("a", 10, 100), run("b", 40, 200)),  # 2
+        (run("c", 10, 100), run("d", 80, 100)),  # 8
+        (run("e", 10, 100), run("f", 900, 100, "another")),
+    ]
+    assert sweep.step_time_ratio(pairs) == pytest.approx(4.0)
+    assert sweep.step_time_ratio(pairs[2:]) is None
+
+
+def planned_run(folder: Path, **config: Any) -> Planned:
+    options = {"seed": 0, "fresh": False, "data": {"module": {}}, **config}
+    job = Job(RunDirectory(folder), options, [], {"arm": "baseline", "kind": "k", "identity": "i"}, 100.0)
+    return Planned([], [], job, "new")
+
+
+def test_the_state_of_a_run_says_what_is_to_be_done(tmp_path: Path) -> None:
+    planned = planned_run(tmp_path / "run")
+    run = planned.job.run  # type: ignore[union-attr]
+
+    def state(**options: Any) -> str:
+        sweep.look(planned, SweepOptions(**options))
+        return planned.state
+
+    assert state() == "new"
+    run.record({}, [])
+    for status in ("created", "running", "interrupted", "pruned"):
+        run.update_summary(status=status)
+        assert state() == "resume", status
+    run.update_summary(status="failed", reason="the roof")
+    assert state() == "failed" and planned.reason == "the roof"
+    assert state(retry_failed=True) == "retry"
+    run.update_summary(status="finished")
+    assert state(retry_failed=True) == "finished"
+    run.claim_file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    assert state() == "held" and "elsewhere" in planned.reason
+
+
+def test_time_left_is_that_of_the_arms_own_runs_else_of_its_kind(tmp_path: Path) -> None:
+    for name, identity, seconds in (("a", "other", 50.0), ("b", "other", 70.0)):
+        run = RunDirectory(tmp_path / name)
+        run.record({}, [])
+        run.update_summary(status="finished", kind="k", identity=identity, steps=100, elapsed_s=seconds)
+    measured = sweep.Measured()
+    planned = planned_run(tmp_path / "new")
+    assert measured.seconds(planned) == pytest.approx(60)
+    run = RunDirectory(tmp_path / "c")
+    run.record({}, [])
+    run.update_summary(status="finished", kind="k", identity="i", steps=50, elapsed_s=10.0)
+    measured.forget()
+    assert measured.seconds(planned) == pytest.approx(20)
+    assert measured.bytes(planned) > 0  # type: ignore[operator]
+    planned.job.facts["kind"] = "unheard of"  # type: ignore[union-attr, index]
+    assert measured.seconds(planned) is None
+
+
+# running
+
+
+class FakeHandle:
+    def __init__(self, steps: int, outcome: tuple[str, str]) -> None:
+        self.steps, self.result, self.signals = steps, outcome, list[int]()
+
+    def ended(self, timeout: float) -> bool:
+        self.steps -= 1
+        return self.steps <= 0 or bool(self.signals)
+
+    def outcome(self) -> tuple[str, str]:
+        return ("interrupted", "") if self.signals else self.result
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+class FakeExecutor:
+    slots = 2
+
+    def __init__(self, outcomes: list[tuple[str, str]]) -> None:
+        self.outcomes, self.handles, self.at_once = outcomes, list[FakeHandle](), 0
+
+    def describe(self) -> str:
+        return "nowhere"
+
+    def start(
+        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> FakeHandle:
+        running = sum(handle.steps > 0 and not handle.signals for handle in self.handles)
+        self.at_once = max(self.at_once, running + 1)
+        self.handles.append(FakeHandle(3 + slot, self.outcomes[len(self.handles)]))
+        return self.handles[-1]
+
+
+def test_as_many_at_once_as_there_is_room_for_and_a_failure_ends_nothing(tmp_path: Path) -> None:
+    todo = [planned_run(tmp_path / str(i)) for i in range(5)]
+    executor = FakeExecutor(
+        [("finished", ""), ("failed", "fire"), ("held", ""), ("finished", ""), ("finished", "")]
+    )
+    ended: list[str] = []
+    Work(executor, {}, lambda planned: ended.append(planned.state)).run(iter(todo))
+    assert executor.at_once == 2
+    assert sorted(ended) == ["failed", "finished", "finished", "finished", "held"]
+    assert [planned.state for planned in todo] == ["finished", "failed", "held", "finished", "finished"]
+
+
+def test_a_signal_is_handed_on_and_nothing_more_is_started(tmp_path: Path) -> None:
+    todo = [planned_run(tmp_path / str(i)) for i in range(5)]
+    executor = FakeExecutor([("finished", "")] * 5)
+    executor.slots = 3
+
+    def following() -> Iterator[Planned]:
+        yield from todo[:2]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from todo[2:]
+
+    before = signal.getsignal(signal.SIGINT)
+    work = Work(executor, {}, lambda planned: None)
+    work.run(following())
+    assert work.received == [signal.SIGINT]
+    assert all(handle.signals == [signal.SIGINT] for handle in executor.handles)
+    assert len(executor.handles) <= 3 and signal.getsignal(signal.SIGINT) is before
+
+
+def test_each_run_at_once_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "device_kind", lambda accelerator: "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    trainer = {"devices": 2, "accelerator": "auto"}
+    executor = LocalExecutor("auto", trainer)
+    assert executor.slots == 2
+    assert [executor._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["4,5", "6,7"]
+    assert "sharing 4 GPUs" in LocalExecutor(3, trainer).describe()
+    with pytest.raises(ConfigError, match=r"trainer\.devices"):
+        LocalExecutor(2, {"devices": [0], "accelerator": "auto"})
+
+
+BAD = {
+    "-m technique=baseline,mixup design=pair": ["design", "did you mean pairs"],
+    "-m technique=mixup,sam design=pairs,leave_one_out": ["design", "one value"],
+    "-m technique=baseline,mixup design=pairs": ["design=pairs", "2 techniques"],
+    "-m seed=0,1 design=one_at_a_time": ["design=one_at_a_time", "technique="],
+    "-m model.lr=interval(0.1,0.2)": ["model.lr", "sweep=optuna"],
+    "-m technique=mixup,sam sweep=ablation": ["baseline=baseline", "mixup", "sam"],
+    "-m technique=mixup,sam equal_time=true": ["baseline=baseline", "mixup"],
+    "-m seed=0,1 n_jobs=0": ["n_jobs", "0"],
+    "-m seed=0,1 margin_points=-1": ["margin_points", "(0, 100)"],
+    "-m model.lr=-1,-1": ["model.lr", "-1"],
+    "-m technique=mixupp,mixupp": ["technique=mixupp", "did you mean mixup"],
+    "-m seed=0,1 sweep=submitit cluster.partitoin=x": ["cluster.partitoin"],
+    "-m seed=0,1 sweep=submitit trainer.num_nodes=2": ["trainer.num_nodes=2"],
+    "-m sweep=optuna": ["nothing is swept"],
+    "-m sweep=optuna seed=0,1": ["seed"],
+    "-m sweep=optuna model.lr=0.1,0.2 search.metric=test/acc": ["search.metric=test/acc"],
+    "-m sweep=optuna model.lr=0.1,0.2 search.pruner=mean": ["search.pruner", "median"],
+    "-m sweep=optuna model.lr=0.1,0.2 equal_time=true": ["equal_time"],
+    "design=pairs": ["design", "-m"],
+    "dry_run=true": ["dry_run", "-m"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_a_sweep_that_cannot_be_is_refused_in_one_line(
+    cli: Callable[..., Outcome], tmp_path: Path, arguments: str
+) -> None:
+    outcome = cli(*arguments.split(), *TINY)
+    assert outcome.status == 2, outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    for part in BAD[arguments]:
+        assert part in outcome.err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    arguments = [
+        "-m",
+        "technique=powergrad,mixup,group_norm,layer_norm",
+        "design=pairs",
+        "seed=range(3)",
+        *TINY,
+    ]
+    outcome = cli(*arguments, "dry_run=true", "sweep=ablation")
+    assert outcome.status == 0, outcome.err
+    lines = {line.split("  ")[0].strip(): line for line in outcome.out.splitlines()}
+    assert {"baseline", "powergrad", "mixup+powergrad", "group_norm+mixup"} <= set(lines)
+    assert "0-2" in lines["mixup+powergrad"]
+    assert "30 of 33 runs to do" in outcome.out, outcome.out
+    assert "impossible" in outcome.out and "model.norm" in outcome.out, "two norms"
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_yaml_files_state_the_defaults() -> None:
+    from crucible.cluster import ClusterOptions
+    from crucible.search import SearchOptions
+
+    def stated(name: str) -> dict[str, Any]:
+        return yaml.safe_load((ROOT / "cli_configs" / name).read_text())
+
+    train = stated("train.yaml")
+    assert {name: train[name] for name in asdict(SweepOptions())} == asdict(SweepOptions())
+    assert stated("sweep/submitit.yaml")["cluster"] == asdict(ClusterOptions())
+    assert stated("sweep/optuna.yaml")["search"] == asdict(SearchOptions())
+
+
+# for real
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), "-m", *TINY, *arguments], cwd=folder, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def starts_of(run: Path) -> int:
+    """How often the run was begun, by its log."""
+    return (run / "main.log").read_text().count(" run: ")
+
+
+def sweeps_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(folder.rglob("sweeps/*/sweep.json"))]
+
+
+@pytest.mark.slow
+def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(tmp_path: Path) -> None:
+    command = [
+        "sweep=[ablation,joblib]",
+        "n_jobs=2",
+        "technique=baseline,sam",
+        "seed=range(2)",
+        "equal_time=true",
+    ]
+    command += ["trainer.max_epochs=4", "planned_seeds=5", "margin_points=0.5", "data.module.num_samples=400"]
+    both = [start(tmp_path, *command) for _ in range(2)]
+    said = [process.communicate(timeout=580)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0] + said[1]
+    runs = runs_in(tmp_path / "experiments" / "synthetic")
+    assert [starts_of(run) for run in runs] == [1] * len(runs), "nothing runs twice"
+    summaries = [summary_of(run) for run in runs]
+    assert all(s["status"] == "finished" for s in summaries)
+    arms = {s["arm"] for s in summaries}
+    (rival,) = (arm for arm in arms if arm.startswith("baseline_x"))
+    assert arms == {"baseline", "sam", rival}
+    config = RunDirectory(next(run for run in runs if summary_of(run)["arm"] == rival)).config()
+    ratio = float(rival.removeprefix("baseline_x"))
+    assert ratio > 1.2 and config["trainer"]["max_epochs"] == round(4 * ratio)
+    assert config["model"]["warmstart"] == pytest.approx(ratio, abs=1e-3)
+    assert not list(tmp_path.rglob("best.ckpt")), "an ablation scores the last epoch"
+    record = sweeps_in(tmp_path)[0]
+    assert (record["margin_points"], record["planned_seeds"], record["baseline"]) == (0.5, 5, "baseline")
+    assert record["rivals"] == {"sam": rival}
+    assert {Path(run["run"]).name for run in record["runs"]} == {run.name for run in runs}
+    assert summaries[0]["sweep"]["margin_points"] == 0.5
+    again = start(tmp_path, *command)
+    out = again.communicate(timeout=200)[0]
+    assert again.returncode == 0 and "nothing is left to run" in out
+    assert [starts_of(run) for run in runs] == [1] * len(runs)
+
+
+@pytest.mark.slow
+def test_failures_are_listed_and_retried_when_asked_and_ctrl_c_loses_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "bomb.py").write_text(
+        "from pathlib import Path\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Bomb(Callback):\n"
+        "    def on_train_epoch_start(self, trainer, pl_module):\n"
+        "        if pl_module.seed == 1 and trainer.current_epoch == 1 and Path('bomb').exists():\n"
+        "            raise RuntimeError('the roof is on fire')\n"
+    )
+    (tmp_path / "bomb").touch()
+    bomb = ["user_dir=mine", "+callbacks.bomb._target_=bomb.Bomb", "seed=0,1,2", "trainer.max_epochs=3"]
+    first = start(tmp_path, *bomb, "n_jobs=2")
+    out = first.communicate(timeout=300)[0]
+    assert first.returncode == 1
+    assert "1 of the sweep's jobs did not finish" in out and "the roof is on fire" in out
+    statuses = {
+        s["seed"]: s["status"] for s in map(summary_of, runs_in(tmp_path / "experiments" / "synthetic"))
+    }
+    assert statuses == {0: "finished", 1: "failed", 2: "finished"}
+    again = start(tmp_path, *bomb)
+    out = again.communicate(timeout=200)[0]
+    assert again.returncode == 1 and "0 of 3 runs to do" in out and "retry_failed=true" in out
+    (tmp_path / "bomb").unlink()
+    retried = start(tmp_path, *bomb, "retry_failed=true")
+    out = retried.communicate(timeout=300)[0]
+    assert retried.returncode == 0, out
+    runs = runs_in(tmp_path / "experiments" / "synthetic")
+    assert all(summary_of(run)["status"] == "finished" for run in runs)
+    assert "resumes: " in (next(r for r in runs if r.name.endswith("s1")) / "main.log").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = ["seed=range(3)", "n_jobs=2", "trainer.max_epochs=40", "checkpoint.every_steps=2"]
+    process = start(tmp_path, *command)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and len(list(tmp_path.rglob("last.ckpt"))) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out = process.communicate(timeout=100)[0]
+    finally:
+        end_group(process)
+    assert process.returncode == 130 and "0 of 3 runs are finished" in out, out
+    runs = runs_in(tmp_path / "experiments" / "synthetic")
+    assert [summary_of(run)["status"] for run in runs] == ["interrupted"] * 2
+    assert not list(tmp_path.rglob("claim"))
+    planned = start(tmp_path, *command, "dry_run=true").communicate(timeout=200)[0]
+    assert "to resume" in planned and "3 of 3 runs to do" in planned
+
+
+@pytest.mark.slow
+def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = EXTRA("submitit")
+    from crucible.cluster import ClusterJob
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        *TINY,
+        "trainer.max_epochs=30",
+        "checkpoint.every_steps=2",
+    ]
+    executor = submitit.AutoExecutor(tmp_path / "submitit", cluster="local")
+    executor.update_parameters(timeout_min=10)
+    job = executor.submit(ClusterJob(command, {}))
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
+        time.sleep(0.05)
+    os.kill(child_of(job), signal.SIGUSR2)
+    assert job.result() == 0
+    (run,) = runs_in(tmp_path / "experiments")
+    log = (run / "main.log").read_text()
+    assert summary_of(run)["status"] == "finished"
+    assert log.count(" run: ") == 2 and "resumes: " in log
+
+
+def child_of(job: Any) -> int:
+    """The process in which submitit's local controller runs the job."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", job.job_id], capture_output=True, text=True, check=True
+    )
+    return int(listed.stdout.split()[0])
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_are_recorded_as_those_of_a_sweep(tmp_path: Path) -> None:
+    EXTRA("submitit")
+    process = start(
+        tmp_path, "sweep=submitit", "cluster.executor=local", "model.lr=0.01,-1", "technique=baseline,mixup"
+    )
+    out = process.communicate(timeout=400)[0]
+    assert process.returncode == 1 and out.count("model.lr must be in") >= 2, out
+    summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")]
+    assert {s["arm"] for s in summaries} == {"lr=0.01", "mixup lr=0.01"}
+    assert all(s["status"] == "finished" and s["sweep"]["folder"] for s in summaries)
+    (record,) = sweeps_in(tmp_path)
+    assert sorted(run["state"] for run in record["runs"]) == ["finished", "finished", "refused", "refused"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(tmp_path: Path) -> None:
+    optuna = EXTRA("optuna")
+    command = [
+        "sweep=optuna", "model.lr=1e-7,1e-6,0.02,0.03", "model.label_smoothing=interval(0, 0.1)", "search.n_trials=10",
+        "search.study=shared", "search.sampler=random", "trainer.max_epochs=3", "data.module.num_samples=200",
+    ]  # fmt: skip
+    both = [start(tmp_path, *command) for _ in range(2)]
+    said = [process.communicate(timeout=580)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said[0] + said[1]
+    folder = tmp_path / "experiments" / "searches" / "shared"
+    study = optuna.load_study(study_name="shared", storage=f"sqlite:///{folder / 'study.db'}")
+    states = [trial.state.name for trial in study.trials]
+    assert 10 <= len(states) <= 11, "one more at most, by the process that asked at the same moment"
+    assert set(states) <= {"COMPLETE", "PRUNED"}
+    for trial in study.trials:
+        summary = summary_of(Path(trial.user_attrs["run"]))
+        assert summary["status"] == ("finished" if trial.state.name == "COMPLETE" else "pruned")
+        if trial.state.name == "COMPLETE":
+            assert trial.value == pytest.approx(summary["final"]["val/acc"])
+        assert len(trial.intermediate_values) == summary["epochs"]
+    assert study.best_trial.user_attrs["run"] in said[0] + said[1]
+    runs = [trial.user_attrs["run"] for trial in study.trials]
+    assert len(set(runs)) == len(runs), "no two trials are one run"
+    again = start(tmp_path, *command)
+    again.communicate(timeout=200)
+    assert len(optuna.load_study(study_name="shared", storage=study._storage).trials) == len(states)
+    shutil.rmtree(folder)
