@@ -1,0 +1,367 @@
+"""Run directories and sweeps as the report reads them: everything of a run but its curves, read once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from crucible.options import ConfigError, suggest
+from crucible.run import RunDirectory
+from reporting.request import SEE, Metric, Request
+
+Unit = tuple[int, int]  # (seed, fold): what a technique and the baseline are paired by
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep fixed before its runs. `margin_points` in percentage points, `planned` seeds (or looks)."""
+
+    folder: str
+    design: str
+    margin_points: float | None
+    planned: tuple[int, ...]
+    created: float
+    runs: frozenset[str]
+    baseline: str | None
+    rivals: Mapping[str, str]  # arm -> the baseline trained for as long as that arm takes
+
+
+class Correctness(NamedTuple):
+    """Which test examples a run got right: packed bits in the order of the samples' numbers."""
+
+    bits: bytes
+    examples: int
+    samples: str  # digest of the samples' numbers
+    calibration: NDArray[np.float64]  # (3, bins): examples, summed confidence, summed hits; by confidence
+
+    def unpack(self) -> NDArray[np.bool_]:
+        """(examples,)"""
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.examples).view(np.bool_)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or diverged run: where it belongs and what came out."""
+
+    path: Path
+    data: str
+    arm: str
+    techniques: frozenset[str]
+    unit: Unit
+    final: Mapping[str, float]
+    value: float | None
+    diverged: str
+    seconds: float | None
+    images_per_s: float | None
+    memory_mb: float | None
+    parameters: int | None
+    settings: Mapping[str, Any]
+    owned: frozenset[str]
+    overrides: tuple[str, ...]
+    commit: str
+    dirty: bool
+    device: str
+    versions: Mapping[str, str]
+    started: float
+    sweep: Sweep | None
+    correctness: Correctness | None
+    remark: str  # what is wrong with its records
+
+    def curves(self) -> dict[str, NDArray[np.float64]]:
+        """The columns of metrics.csv, (epochs,) each; NaN where an epoch has no value."""
+        try:
+            with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+                head, *rows = csv.reader(stream)
+            values = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float64)
+            return dict(zip(head, values.reshape(-1, len(head)).T, strict=True))
+        except (OSError, ValueError):
+            return {}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run directory that cannot be counted, and why."""
+
+    path: Path
+    status: str
+    reason: str
+
+
+def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
+    """All runs under the folders: those that count (finished or diverged), and the others.
+
+    Raises:
+        ConfigError: where there is no run, or no run has the metric.
+    """
+    paths = {p.resolve(): p for folder in request.folders for p in _find(folder)}
+    if not paths:
+        names = ",".join(map(str, request.folders))
+        raise ConfigError(f"runs={names}: no run directory there (one has a summary.json)", see=SEE)
+    sweeps = _read_sweeps(paths)
+    read = [_read_run(path, request, sweeps) for path in paths.values()]
+    runs = [r for r in read if isinstance(r, Run)]
+    if runs and all(r.value is None and not r.diverged for r in runs):
+        if request.best and (not request.metric.name.startswith("val/")):
+            raise ConfigError(
+                f"checkpoint=best: no run has tested its best weights; python main.py run={runs[0].path} "
+                "task=test does, for one run",
+                see=SEE,
+            )
+        known = sorted({name for run in runs for name in run.final})
+        hint = suggest(request.metric.name, known) or "; they have none"
+        raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
+    return runs, [r for r in read if isinstance(r, LeftOut)]
+
+
+def _find(folder: Path) -> Iterable[Path]:
+    for place, folders, files in os.walk(folder):
+        if "summary.json" in files or {"config.yaml", "overrides.yaml"} <= set(files):
+            folders.clear()
+            yield Path(place)
+        else:  # `.old-1`: a run that was run again afresh
+            folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
+
+
+def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | LeftOut:
+    try:
+        summary = RunDirectory(path).summary()
+        config = parse_config((path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not isinstance(summary, dict):
+            raise ValueError("config.yaml or summary.json is not a mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return LeftOut(path, "unreadable", " ".join(str(error).split()))
+    status, reason = str(summary.get("status", "unfinished")), str(summary.get("reason") or "")
+    diverged = ""
+    if status == "failed" and reason.startswith("diverged"):
+        diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
+    if status != "finished" and not diverged:
+        return _left_out(path, status, reason)
+    settings = {**_defaults(), **dict(_flatten(config))}
+    module = (config.get("data") or {}).get("module") or {}
+    techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
+    arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
+    final = _numbers(summary.get("final"))
+    value = _scored(path, summary, final, request)
+    if value is not None and not diverged:
+        diverged = _looks_diverged(value, request.metric, settings.get("data.num_classes"))
+    correctness, remark = (None, "")
+    if value is not None and not diverged and request.metric.name == "test/acc":
+        correctness, remark = _read_correctness(path, value, request.best)
+    git = summary.get("git") or {}
+    return Run(
+        path=path,
+        data=str(module.get("name") or path.resolve().parent.name),
+        arm=arm,
+        techniques=techniques,
+        unit=(int(summary.get("seed", config.get("seed", 0)) or 0), int(module.get("fold") or 0)),
+        final=final,
+        value=value,
+        diverged=diverged,
+        seconds=_positive(summary.get("wall_time_s")),
+        images_per_s=_positive(summary.get("images_per_s")),
+        memory_mb=_positive(summary.get("peak_memory_mb")),
+        parameters=summary.get("parameters"),
+        settings=settings,
+        owned=_owned(arm, config),
+        overrides=_read_overrides(path),
+        commit=str(git.get("commit") or "")[:10],
+        dirty=bool(git.get("dirty")),
+        device=str(summary.get("device") or ""),
+        versions=summary.get("versions") or {},
+        started=float(summary.get("started") or 0.0),
+        sweep=_sweep_of(path, summary, sweeps),
+        correctness=correctness,
+        remark=remark,
+    )
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    """What an option had that the code of a run did not know yet: a new option's default changes nothing."""
+    file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
+    options = _flatten(_parse(file.read_text(encoding="utf-8")))
+    rooms = ("model.", "data.", "trainer.")
+    return {k: v for k, v in options if k.startswith(rooms) and not (isinstance(v, str) and "${" in v)}
+
+
+def _left_out(path: Path, status: str, reason: str) -> LeftOut:
+    resume = f"go on with: python main.py run={path}"
+    if status == "running":
+        lives = RunDirectory(path).state() == "running"
+        status, reason = ("running", "") if lives else ("lost", f"stopped without a word; {resume}")
+    elif status in ("interrupted", "unfinished"):
+        reason = f"{reason}; {resume}" if reason else resume
+    return LeftOut(path, status, reason)
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in (values or {}).items() if isinstance(v, (int, float))}
+
+
+def _positive(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and value > 0 else None
+
+
+def _scored(
+    path: Path, summary: Mapping[str, Any], final: Mapping[str, float], request: Request
+) -> float | None:
+    """The metric of the last weights, or of those that were best on validation."""
+    name = request.metric.name
+    if not request.best:
+        return final.get(name)
+    if name.startswith("val/"):
+        return _numbers(summary.get("best")).get(name)
+    try:
+        tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return _numbers(tested.get("metrics")).get(name) if tested.get("checkpoint") == "best.ckpt" else None
+
+
+def _looks_diverged(value: float, metric: Metric, classes: Any) -> str:
+    """Why the final value says that training failed: not a number, or no better than guessing."""
+    if not math.isfinite(value):
+        return f"{metric.name} is {value}"
+    if metric.base == "acc" and isinstance(classes, int) and classes > 1:
+        chance = 1 / classes
+        if value < chance + 0.02 * (1 - chance):
+            return f"{metric.name} is {metric.show(value)}%, which is guessing among {classes} classes"
+    return ""
+
+
+def _owned(arm: str, config: Mapping[str, Any]) -> frozenset[str]:
+    """The options that make the arm: those its techniques set, and those its name spells out."""
+    techniques = config.get("techniques") or {}
+    names = {name for options in techniques.values() for name in options or {}}
+    for option in re.findall(r"([\w.]+)=", arm):
+        names |= {option, f"model.{option}"}
+    return frozenset(names)
+
+
+def _read_overrides(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, _parse((path / "overrides.yaml").read_text(encoding="utf-8")) or ()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return ()
+
+
+def _read_correctness(path: Path, accuracy: float, best: bool) -> tuple[Correctness | None, str]:
+    file = path / ("test_correct_best.npz" if best else "test_correct.npz")
+    if not file.is_file():
+        return None, ""
+    try:
+        with np.load(file) as content:
+            found = Correctness(
+                content["correct"].tobytes(),
+                int(content["count"]),
+                str(content["samples"]),
+                content["calibration"].astype(np.float64),
+            )
+        hits = found.unpack().mean()
+    except (OSError, ValueError, KeyError) as error:
+        return None, f"{file.name} cannot be read ({error})"
+    if abs(hits - accuracy) > 1e-6:
+        return (
+            None,
+            f"{file.name} is of other weights: it has {hits:.4f} right, the summary says {accuracy:.4f}",
+        )
+    return found, ""
+
+
+# Sweeps: exp_dir/sweeps/<time>/sweep.json
+
+
+def _read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
+    """The sweeps recorded beside these runs, newest last."""
+    found = []
+    for folder in sorted({path.parent.parent for path in paths}):
+        for file in sorted(folder.glob("sweeps/*/sweep.json")):
+            try:
+                record = json.loads(file.read_text(encoding="utf-8"))
+                found.append(_sweep(record, str(file.parent)))
+            except (OSError, ValueError, TypeError, AttributeError):
+                continue  # a sweep that is being written; its runs carry its facts themselves
+    return sorted(found, key=lambda s: (s.created, s.folder))
+
+
+def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
+    planned = record.get("planned_seeds")
+    margin = record.get("margin_points")
+    runs = [
+        r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in record.get("runs") or ()
+    ]
+    created = record.get("created")
+    return Sweep(
+        folder=folder,
+        design=str(record.get("design") or ""),
+        margin_points=None if margin is None else float(margin),
+        planned=tuple(int(p) for p in (planned if isinstance(planned, list) else [planned]) if p),
+        created=float(created) if isinstance(created, (int, float)) else 0.0,
+        runs=frozenset(Path(r).name for r in runs),
+        baseline=record.get("baseline"),
+        rivals=record.get("rivals") or {},
+    )
+
+
+def _sweep_of(path: Path, summary: Mapping[str, Any], sweeps: Sequence[Sweep]) -> Sweep | None:
+    listed = [s for s in sweeps if path.resolve().name in s.runs]
+    if listed:
+        return listed[0]  # the first that planned this run; what came later found it finished
+    own = summary.get("sweep")
+    return _sweep(own, str(own.get("folder") or "")) if isinstance(own, dict) else None
+
+
+# Configurations: thousands of them, nearly all of whose lines are the same
+
+
+def parse_config(text: str) -> Any:
+    """The YAML of a recorded configuration; lines that other configurations had too are parsed once."""
+    if re.search(r"(^|\s)[&*]\w", text):  # anchors lead out of their lines
+        return yaml.load(text, _LOADER)
+    return _parse_mapping(text.splitlines())
+
+
+def _parse_mapping(lines: list[str]) -> Any:
+    """A block mapping, entry by entry: an entry goes to the next line that starts with a key."""
+    starts = [i for i, line in enumerate(lines) if line and (line[0].isalnum() or line[0] in "_'\"")]
+    if not starts or starts[0] != 0:
+        return _parse("\n".join(lines))
+    whole: dict[str, Any] = {}
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        head, rest = lines[start], lines[start + 1 : end]
+        is_mapping = head.endswith(":") and rest and all(r.startswith("  ") for r in rest)
+        if is_mapping and not rest[0].lstrip().startswith(("-", "'", '"')):
+            key = _parse(head[:-1])
+            whole[key] = _parse_mapping([r[2:] for r in rest])
+        else:
+            entry = _parse("\n".join([head, *rest]))
+            if not isinstance(entry, dict):
+                return _parse("\n".join(lines))
+            whole.update(entry)
+    return whole
+
+
+@lru_cache(maxsize=65536)
+def _parse(text: str) -> Any:
+    return yaml.load(text, _LOADER)
+
+
+def _flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node

@@ -1,0 +1,166 @@
+"""What `report.py` is asked for: its options, read and checked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from crucible.options import ConfigError, in_interval, suggest
+
+SEE = "python report.py --help"
+OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "checkpoint", "variance")
+CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
+DEFAULT_METRIC = "test/acc"
+DEFAULT_MARGIN = 0.3  # points
+FRACTIONS = ("acc", "acc_top5", "f1", "precision", "recall", "auroc", "ece")
+HIGHER_IS_BETTER = ("acc", "acc_top5", "f1", "f1_per_class", "precision", "recall", "auroc", "r2")
+LOWER_IS_BETTER = ("loss", "mse", "mae", "ece")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as the report shows it: fractions in percent, their differences in percentage points."""
+
+    name: str
+
+    @property
+    def base(self) -> str:
+        """Its name without the split: `acc` of `test/acc`."""
+        return self.name.split("/")[1] if "/" in self.name else self.name
+
+    @property
+    def split(self) -> str:
+        """`test` of `test/acc`."""
+        return self.name.split("/")[0]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.base in HIGHER_IS_BETTER
+
+    @property
+    def sign(self) -> int:
+        """+1 where higher is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def is_fraction(self) -> bool:
+        return self.base in FRACTIONS
+
+    @property
+    def scale(self) -> float:
+        """From the logged value to the shown one."""
+        return 100.0 if self.is_fraction else 1.0
+
+    @property
+    def unit(self) -> str:
+        """Of shown differences."""
+        return " points" if self.is_fraction else ""
+
+    @property
+    def default_margin(self) -> float | None:
+        """As logged; only accuracies and their kind have one."""
+        return DEFAULT_MARGIN / self.scale if self.is_fraction and self.higher_is_better else None
+
+    def show(self, value: float, signed: bool = False) -> str:
+        """A logged value or difference as text; `-` for NaN."""
+        if math.isnan(value):
+            return "-"
+        sign = "+" if signed else ""
+        return format(value * self.scale, f"{sign}.2f" if self.is_fraction else f"{sign}.4g")
+
+    def show_interval(self, low: float, high: float) -> str:
+        """Two differences as `+0.10 to +0.52`; `-` for NaN."""
+        return "-" if math.isnan(low) else f"{self.show(low, signed=True)} to {self.show(high, signed=True)}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for. `margin` is in the unit of the logged metric; None: not asked."""
+
+    folders: tuple[Path, ...]
+    baseline: str
+    baseline_given: bool
+    metric: Metric
+    margin: float | None
+    best: bool
+    shared_variance: bool
+    out: Path
+    arguments: tuple[str, ...]
+
+
+def read_arguments(arguments: Sequence[str]) -> Request:
+    """The request that `key=value` arguments make.
+
+    Raises:
+        ConfigError: one line that says which argument is wrong and what is allowed.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.lstrip("-")
+        if not equals:
+            guess = f"runs={argument}" if Path(argument).exists() else f"{argument}=VALUE"
+            raise ConfigError(f"{argument}: options are written key=value, such as {guess}", see=SEE)
+        if key not in OPTIONS:
+            raise ConfigError(f"{argument}: there is no option {key}{suggest(key, OPTIONS)}", see=SEE)
+        if not value:
+            raise ConfigError(f"{key}= has no value", see=SEE)
+        if value not in CHOICES.get(key, (value,)):
+            raise ConfigError(f"{key} must be one of {', '.join(CHOICES[key])}, got {value!r}", see=SEE)
+        given[key] = value
+    if "runs" not in given:
+        raise ConfigError("runs is missing: python report.py runs=experiments/digits", see=SEE)
+    metric = Metric(given.get("metric", DEFAULT_METRIC))
+    if metric.base not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
+        hint = suggest(metric.base, HIGHER_IS_BETTER + LOWER_IS_BETTER)
+        raise ConfigError(f"metric={metric.name}: not a metric with a better direction{hint}", see=SEE)
+    folders = _folders(given["runs"])
+    out = Path(given["out"]).expanduser() if "out" in given else _common(folders) / "report"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out}: there is a file of this name; the report is a folder", see=SEE)
+    return Request(
+        folders=folders,
+        baseline=given.get("baseline", "baseline"),
+        baseline_given="baseline" in given,
+        metric=metric,
+        margin=_margin(given.get("margin_points"), metric),
+        best=given.get("checkpoint") == "best",
+        shared_variance=given.get("variance") == "shared",
+        out=out,
+        arguments=tuple(arguments),
+    )
+
+
+def _margin(text: str | None, metric: Metric) -> float | None:
+    if text is None:
+        return None
+    if not metric.is_fraction:
+        raise ConfigError(
+            f"margin_points={text}: {metric.name} is not a percentage; it has no margin", see=SEE
+        )
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not in_interval(value, "(0, 100)"):
+        raise ConfigError(f"margin_points must be a number in (0, 100), got {text!r}", see=SEE)
+    return value / metric.scale
+
+
+def _folders(text: str) -> tuple[Path, ...]:
+    found: list[Path] = []
+    for part in filter(None, text.split(",")):
+        pattern = Path(part).expanduser()
+        root = Path(pattern.anchor)
+        matches = [p for p in sorted(root.glob(str(pattern.relative_to(root)))) if p.is_dir()]
+        if not matches:
+            raise ConfigError(f"runs={part}: no such folder", see=SEE)
+        found += matches
+    return tuple(dict.fromkeys(found))
+
+
+def _common(folders: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([f.resolve() for f in folders])) if len(folders) > 1 else folders[0]
