@@ -110,16 +110,28 @@ def check_input(model: BaseModel, config: Config) -> None:
 
 
 def _counter() -> FlopCounterMode:
-    from torchvision.ops import deform_conv2d  # noqa: F401  registers the operators
+    """torch's counter, with what it lacks: it takes the backward pass of a grouped convolution for a full one
+    (torch 2.15), and knows no deformable convolution."""
+    import torchvision.ops  # noqa: F401  registers the operators
 
-    def forward(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    def deformable(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
-    def backward(grad: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    def deformable_backward(grad: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
         return 2 * 2 * math.prod(grad) * math.prod(weight[1:])
 
-    operators = torch.ops.torchvision
-    mapping = {operators.deform_conv2d: forward, operators._deform_conv2d_backward: backward}
+    def convolution_backward(grad: Any, input: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+        # arguments after the weight: bias, stride, padding, dilation, transposed, output padding, groups, mask
+        transposed, (for_input, for_weight, _) = args[4], args[7]
+        forward = 2 * math.prod(input if transposed else grad) * math.prod(weight[1:])
+        return forward * (bool(for_input) + bool(for_weight))
+
+    ours = torch.ops.torchvision
+    mapping = {
+        torch.ops.aten.convolution_backward: convolution_backward,
+        ours.deform_conv2d: deformable,
+        ours._deform_conv2d_backward: deformable_backward,
+    }
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

@@ -40,6 +40,17 @@ def test_the_counts_are_those_of_the_layers() -> None:
     assert summary.saved_bytes == 4 * 2 * (108 + 288)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 12, 3, padding=1, groups=4), nn.ConvTranspose2d(8, 6, 2, 2)],
+    ids=["depthwise", "grouped", "transposed"],
+)  # fmt: skip
+def test_the_backward_pass_of_a_convolution_is_twice_the_forward(layer: nn.Module) -> None:
+    summary = summarise(on_meta(nn.Sequential(nn.Conv2d(3, 8, 1), layer)), (2, 3, 6, 6))
+    first, second = (layer.multiply_adds for layer in summary.layers)
+    assert summary.step_flops == 2 * (2 * first + 3 * second)  # no gradient for the images
+
+
 def test_a_module_has_the_costs_of_those_within() -> None:
     summary = summarise(on_meta(ResNet18(cifar_size=True).model), (1, 3, 32, 32))
     of = {layer.name: layer for layer in summary.layers}

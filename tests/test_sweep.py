@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -146,6 +147,18 @@ def test_time_left_is_that_of_the_arms_own_runs_else_of_its_kind(tmp_path: Path)
     assert measured.seconds(planned) is None
 
 
+def test_trackers_group_a_sweeps_runs_by_arm_and_design(tmp_path: Path) -> None:
+    from crucible.tasks import logger_facts
+
+    run = RunDirectory(tmp_path / "run")
+    run.record({}, [])
+    run.update_summary(arm="mixup+sam", sweep={"design": "pairs"})
+    config = {"data": {"module": {"name": "digits"}}, "techniques": {"mixup": {}, "sam": {}}}
+    facts = logger_facts(run, config)
+    assert (facts["group"], facts["job_type"]) == ("digits/mixup+sam", "pairs")
+    assert facts["tags"] == ["mixup+sam", "mixup", "sam", "pairs"]
+
+
 # running
 
 
@@ -258,6 +271,19 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
     for part in BAD[arguments]:
         assert part in outcome.err
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("engine", ["submitit", "optuna"])
+def test_a_missing_extra_is_named(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: found(name, *rest) if name != engine else None
+    )
+    outcome = cli("-m", f"sweep={engine}", "model.lr=0.1,0.2", *TINY)
+    assert outcome.status == 2 and ".[sweeps]" in outcome.err and f"sweep={engine}" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
