@@ -131,7 +131,8 @@ class Planned:
         overrides: what makes it, as one command.
         differing: those of them that the sweep sweeps.
         job: what can be run; None where it was refused.
-        state: `new`, `resume`, `retry`, `finished`, `held`, `failed`, `interrupted`, `refused`, `impossible`.
+        state: `new`, `resume`, `retry`, `finished`, `held`, `failed`, `interrupted`, `refused`, `impossible`,
+            `same`.
         reason: why it is not finished.
     """
 
@@ -160,6 +161,7 @@ class Planned:
 
 
 TO_RUN = ("new", "resume", "retry")
+NO_RUN = ("impossible", "same")
 
 
 def examine(compose: Compose, overrides: list[str], swept: Sequence[str], options: SweepOptions) -> Planned:
@@ -198,23 +200,22 @@ def look(planned: Planned, options: SweepOptions) -> None:
 
 
 def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
-    """All jobs examined; one that is the same run as an earlier one is left out.
+    """All jobs examined. What is the same run as an earlier job is said to be, and pairs that cannot be are.
 
     Raises:
         ConfigError: where none can run, for one and the same reason.
     """
     planned: list[Planned] = []
-    runs: set[Path] = set()
+    runs: dict[Path, Planned] = {}
     for overrides in grid.jobs:
         one = examine(compose, overrides, grid.swept, options)
-        if one.job is not None and one.job.run.path in runs:
-            continue
-        if one.job is not None:
-            runs.add(one.job.run.path)
-        elif grid.generated:
-            one.state = "impossible"
+        if one.job is None:
+            together = any(o.startswith("technique=[") and "," in o for o in overrides)
+            one.state = "impossible" if grid.generated and together else "refused"
+        elif (first := runs.setdefault(one.job.run.path, one)) is not one:
+            one.job, one.state, one.reason = None, "same", f"the run of {first.name()}"
         planned.append(one)
-    reasons = {one.reason for one in planned if one.job is None}
+    reasons = {one.reason for one in planned}
     if not runs and len(reasons) == 1:
         raise ConfigError(reasons.pop())
     if options.baseline is not None and options.baseline not in (
@@ -284,7 +285,7 @@ def clock(seconds: float) -> str:
 
 _COLUMNS = {
     "new": "new", "resume": "to resume", "retry": "to retry", "finished": "finished", "held": "elsewhere",
-    "failed": "failed", "refused": "refused", "impossible": "impossible",
+    "failed": "failed", "refused": "refused", "impossible": "impossible", "same": "same run",
 }  # fmt: skip
 
 
@@ -320,7 +321,7 @@ def show(planned: Sequence[Planned], options: SweepOptions, measured: Measured, 
         duration = "how long is unknown until one of its kind has finished"
     else:
         duration = f"about {clock(sum(known) / at_once)} as runs of their kind took"
-    print(f"{len(todo)} of {len(planned)} runs to do, {executor.describe()}: {duration}")
+    print(f"{len(todo)} of {count(planned)} runs to do, {executor.describe()}: {duration}")
     sizes = [measured.bytes(one) for one in todo if one.state == "new"]
     if options.dry_run and sizes:
         known = [s for s in sizes if s is not None]
@@ -333,6 +334,11 @@ def show(planned: Sequence[Planned], options: SweepOptions, measured: Measured, 
         if one.reason:
             print(f"{_COLUMNS[one.state]}: {one.name()}: {one.reason}")
     sys.stdout.flush()
+
+
+def count(planned: Sequence[Planned]) -> int:
+    """How many runs they are."""
+    return sum(one.state not in NO_RUN for one in planned)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -477,12 +483,14 @@ class Sweep:
         self._others(wait=self.options.equal_time)
         if self.options.equal_time:
             found = rivals(self.compose, planned, self.options)
-            for arm, (ratio, group) in found.items():
-                name = group[0].arm if group[0].job else f"the baseline x {ratio:.2f}"
-                self.record.rivals[arm] = name
-                planned.extend(group)
+            added: list[Planned] = []
+            for arm, group in found.items():
+                self.record.rivals[arm] = group[0].arm
+                paths = {one.job.run.path for one in added if one.job}  # arms of one ratio share a rival
+                added += [one for one in group if one.job is None or one.job.run.path not in paths]
+            planned.extend(added)
             self.record.write()
-            if added := [one for _, group in found.values() for one in group]:
+            if added:
                 print("\nthe baseline, trained for as long as the slower arms take")
                 show(added, replace(self.options, equal_time=False), self.measured, self.executor)
                 self._work([one for one in added if one.state in TO_RUN])
@@ -515,7 +523,7 @@ class Sweep:
         if work.received:
             finished = sum(one.state == "finished" for one in self._all)
             print(
-                f"\nstopped: {finished} of {len(self._all)} runs are finished; the same command goes on from here"
+                f"\nstopped: {finished} of {count(self._all)} runs are finished; the same command goes on from here"
             )
             raise SystemExit(128 + work.received[0])
 
@@ -545,14 +553,14 @@ class Sweep:
     def _report(self) -> int:
         counts = Counter(one.state for one in self._all)
         print(
-            f"\nsweep: {counts['finished']} of {len(self._all)} runs are finished  ->  {self.record.folder}"
+            f"\nsweep: {counts['finished']} of {count(self._all)} runs are finished  ->  {self.record.folder}"
         )
         if counts["held"]:
             print(f"{counts['held']} are in progress elsewhere and were left alone:")
             for one in self._all:
                 if one.state == "held":
                     print(f"  {one.name()}: {one.reason}")
-        failures = [one for one in self._all if one.state not in ("finished", "held", "impossible")]
+        failures = [one for one in self._all if one.state not in ("finished", "held", *NO_RUN)]
         if failures:
             print(f"\n{len(failures)} of the sweep's jobs did not finish:", file=sys.stderr)
             for one in failures:
@@ -568,10 +576,8 @@ class Sweep:
 # The honest rival of a slower arm
 
 
-def rivals(
-    compose: Compose, planned: Sequence[Planned], options: SweepOptions
-) -> dict[str, tuple[float, list[Planned]]]:
-    """For each arm whose steps take longer than the baseline's: the ratio, and the baseline trained for as long.
+def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) -> dict[str, list[Planned]]:
+    """For each arm whose steps take longer than the baseline's: the baseline trained for as long.
 
     The ratio is the geometric mean over the pairs of runs on the same device; one that an earlier sweep of the
     same arms used is kept, so that later seeds join its runs.
@@ -581,7 +587,7 @@ def rivals(
         if one.job is not None and one.state == "finished":
             finished[one.arm][one.unit] = one
     base = finished.pop(str(options.baseline), {})
-    found: dict[str, tuple[float, list[Planned]]] = {}
+    found: dict[str, list[Planned]] = {}
     for arm, runs in finished.items():
         ratio = step_time_ratio([(base[u].job.run, one.job.run) for u, one in runs.items() if u in base])  # type: ignore[union-attr]
         if ratio is None or ratio <= SAME_STEP_TIME:
@@ -602,7 +608,7 @@ def rivals(
                 of = {"rival_of": arm, "rival_base": sample.facts["identity"], "ratio": ratio}
                 rival = replace(rival, job=replace(rival.job, facts={**rival.job.facts, **of}))
             group.append(rival)
-        found[arm] = ratio, group
+        found[arm] = group
     return found
 
 

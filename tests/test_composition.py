@@ -27,10 +27,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("first", TECHNIQUES)
 def test_a_technique_composes_with_every_other(first: str, precision: str, tmp_path, teacher) -> None:
     pairs = [p for p in combinations(TECHNIQUES, 2) if p[0] == first and p not in REFUSED]
+    failed = []
     for techniques in [(first,), *pairs]:
         config = composed(*techniques, teacher=teacher, options=(f"trainer.precision={precision}",))
         before, after = train(config, tmp_path)
-        assert after == after and after < before, f"{techniques}: {before:.3f} -> {after:.3f}"
+        if not after < before:  # nor for NaN
+            failed.append(f"{'+'.join(techniques)}: {before:.3f} -> {after:.3f}")
+    assert not failed
 
 
 @pytest.mark.parametrize("pair", REFUSED, ids="+".join)

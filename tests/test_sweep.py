@@ -301,8 +301,12 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     lines = {line.split("  ")[0].strip(): line for line in outcome.out.splitlines()}
     assert {"baseline", "powergrad", "mixup+powergrad", "group_norm+mixup"} <= set(lines)
     assert "0-2" in lines["mixup+powergrad"]
-    assert "30 of 33 runs to do" in outcome.out, outcome.out
+    assert "30 of 30 runs to do" in outcome.out, outcome.out
     assert "impossible" in outcome.out and "model.norm" in outcome.out, "two norms"
+    same = cli(
+        "-m", "technique=baseline,powergrad", "model.powergrad_alpha=1.0,0.3", *TINY, "dry_run=true"
+    ).out
+    assert "2 of 2 runs to do" in same and "same run: technique=powergrad model.powergrad_alpha=1.0" in same
     assert not list(tmp_path.rglob("*.json"))
 
 
