@@ -26,6 +26,7 @@ Options
   variance=own              own: each arm's; shared: moderated over 3 techniques or more, for few seeds
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
+  wandb=PROJECT             also log the report to W&B as an artifact; offline where there is no key or server
 
 Examples
   python report.py runs=experiments/digits
@@ -73,6 +74,10 @@ def _report(arguments: Sequence[str]) -> None:
     page.write(composed, tables, drawn, request.out)
     page.to_console(composed)
     print(f"\nwritten: {request.out / 'report.md'}, report.html, results.csv, plots/")
+    if request.wandb:
+        from crucible.loggers import log_report
+
+        print(f"logged: {log_report(request.out, request.wandb, list(request.arguments))}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import re
+import shlex
 import socket
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +141,44 @@ def build_loggers(nodes: dict[str, Any], folder: Path, facts: dict[str, Any]) ->
         extra = {"folder": folder, "facts": facts} if own else {}
         loggers.append(instantiate(node, **extra, _convert_="all"))
     return loggers
+
+
+def log_report(folder: Path, project: str, arguments: list[str]) -> str:
+    """Log a written report to W&B: its page, and all of its files as the artifact `report-<folder of the runs>`.
+
+    Args:
+        folder: with report.md, report.html, results.csv and plots/; the W&B run is written beside it.
+        project: W&B project.
+        arguments: those of report.py, recorded as the configuration.
+
+    Returns:
+        where it went: the page of the W&B run, or the command that uploads an offline one.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    folder = folder.resolve()
+    name = f"report-{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.parent.name) or 'runs'}"
+    mode: Any = wandb_mode("auto")
+    run = wandb.init(
+        project=project,
+        name=name,
+        job_type="report",
+        dir=folder.parent,
+        mode=mode,
+        config={"arguments": arguments},
+    )
+    artifact = wandb.Artifact(name, type="report")
+    for file in ("report.md", "report.html", "results.csv"):
+        artifact.add_file(str(folder / file))
+    artifact.add_dir(str(folder / "plots"), name="plots")
+    run.log_artifact(artifact)
+    run.log({"report": wandb.Html(str(folder / "report.html"), inject=False)})
+    page, written = run.url, run.settings.sync_dir
+    run.finish()
+    if mode == "offline":
+        return f"wandb sync {shlex.quote(str(written))}"
+    return str(page) if mode == "online" else "nowhere, W&B is disabled"
 
 
 def close_loggers(status: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
-OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "checkpoint", "variance")
+OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "checkpoint", "variance", "wandb")
 CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
@@ -89,6 +89,7 @@ class Request:
     shared_variance: bool
     out: Path
     arguments: tuple[str, ...]
+    wandb: str | None = None
 
 
 def read_arguments(arguments: Sequence[str]) -> Request:
@@ -131,6 +132,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         shared_variance=given.get("variance") == "shared",
         out=out,
         arguments=tuple(arguments),
+        wandb=given.get("wandb"),
     )
 
 

@@ -1,0 +1,165 @@
+"""Every recipe composes with its own command, keeps its settings, says what it reproduces, and trains."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, write_images
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from small_models import SMALL
+from technique_runs import built
+
+from crucible import config as configuration
+from crucible.config import select
+from crucible.reproducing import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
+
+KNOWN = recipes()
+NAMES = [recipe.name for recipe in KNOWN]
+STEPS = 2
+CLASSES = 4
+# what the small network of a recipe needs besides its family's, and one setting that needs GPUs
+SMALLER = {
+    "preact_resnet": ["model._target_=models.preact_resnet.PreActResNet18"],
+    "cifar/pyramidnet272": ["model.depth=11"],
+    "model_zoo/sync_bn": ["trainer.sync_batchnorm=false"],
+}
+
+
+def jobs(command: str) -> list[list[str]]:
+    """The overrides of the jobs of a command; of a sweep so many that each swept value appears."""
+    program, *arguments = shlex.split(command)[1:]
+    assert (program, shlex.split(command)[0]) == ("main.py", "python")
+    swept = []
+    for override in OverridesParser.create().parse_overrides([a for a in arguments if a != "-m"]):
+        if override.is_sweep_override():
+            assert arguments[0] == "-m", command
+            values = list(override.sweep_string_iterator())
+        else:
+            values = [override.get_value_element_as_str()]
+        swept.append([f"{override.key_or_group}={value}" for value in values])
+    rows = zip_longest(*swept)
+    return [[a or choices[0] for a, choices in zip(row, swept, strict=True)] for row in rows]
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        return configuration.to_plain(compose("train", list(overrides)))
+
+
+def leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """`{dotted name: value}` of nested mappings."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, n in node.items() for k, v in leaves(n, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What a recipe file and those it builds on set, by dotted name; the file's own win."""
+    content = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    bases = [d.removeprefix("/recipe/") for d in content.pop("defaults", []) if "/recipe/" in d]
+    return {**{k: v for base in bases for k, v in settings(base).items()}, **leaves(content)}
+
+
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_a_recipe_composes_by_its_commands_and_keeps_its_settings(recipe: Recipe) -> None:
+    assert recipe.commands
+    for command in recipe.commands:
+        assert f"recipe={recipe.name}" in shlex.split(command)
+        for overrides in jobs(command):
+            config = _composed(tuple(overrides))
+            configuration.check(config, overrides)
+            typed = {o.split("=")[0] for o in overrides}
+            for name, value in settings(recipe.name).items():
+                assert name in typed or select(config, name) == value, f"{command}: {name}"
+
+
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_the_header_says_what_to_reach_and_with_what(recipe: Recipe) -> None:
+    for part in (recipe.description, recipe.source, recipe.published, recipe.hardware):
+        assert part.endswith((".", ".)")) and "|" not in part
+    assert "%" in recipe.published or recipe.published.startswith(("not found", "none of its own"))
+    assert recipe.family in FAMILIES
+
+
+def test_a_technique_wins_over_the_recipe_and_what_is_typed_over_both() -> None:
+    row = "recipe=powergrad/resnet50_cosine_powergrad"
+    assert _composed((row,))["model"]["powergrad_alpha"] == 0.3
+    both = ("recipe=powergrad/resnet18_cosine_powergrad", "technique=[powergrad,mixup]")
+    assert _composed(both)["model"]["powergrad_alpha"] == 0.3  # the recipe's is 0.25
+    assert _composed(both)["model"]["mixup"]
+    assert _composed((*both, "model.powergrad_alpha=0.5"))["model"]["powergrad_alpha"] == 0.5
+    assert _composed((row, "data=cifar10"))["data"]["num_classes"] == 10
+
+
+def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> None:
+    def difference(a: str, b: str) -> dict[str, Any]:
+        before, after = (leaves(_composed((f"recipe={name}",))) for name in (a, b))
+        return {k: v for k, v in after.items() if before.get(k) != v}
+
+    assert difference("powergrad/resnet101_cosine", "powergrad/resnet101_cosine_powergrad") == {
+        "model.powergrad_alpha": 0.3
+    }
+    assert difference("model_zoo/resnet50", "model_zoo/zero_gamma") == {"model.zero_init_residual": True}
+    assert difference("bag_of_tricks/efficient_jitter", "bag_of_tricks/all_tricks") == {
+        "model.mixup": True, "model.label_smoothing": 0.1, "trainer.max_epochs": 200,
+    }  # fmt: skip
+    assert difference("online_norm/cifar10_batch", "online_norm/cifar10_online") == {
+        "model.norm": "online",
+        "model.norm_kwargs.alpha_fwd": 1023 / 1024,
+        "model.norm_kwargs.alpha_bkw": 127 / 128,
+    }
+
+
+def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> None:
+    assert PAGE.read_text() == reproducing_page(), "run python -m crucible.docs"
+    assert set(measured()) <= set(NAMES)
+    for name in NAMES:
+        assert PAGE.read_text().count(f"[`{name}`]") == 1
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few small JPEGs in the folders that the CIFAR and the ImageNet module read."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 4), ("test", 1), ("val", 1)):
+        write_images(root / split, [f"c{n}" for n in range(CLASSES)], count, size=(32, 32))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_a_recipe_trains(recipe: Recipe, images: Path, tmp_path: Path) -> None:
+    """Two steps with all of its options, on four classes of tiny images and a small network of its family."""
+    overrides = jobs(recipe.commands[0])[0]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        choices = compose("train", overrides, return_hydra_config=True).hydra.runtime.choices
+    small = [
+        *overrides, *SMALL.get(choices["model"], []), *SMALLER.get(choices["model"], []),
+        *SMALLER.get(recipe.name, []), "trainer.devices=1", "seed=0",
+        f"data.module.data_root_dir={images}", f"data.num_classes={CLASSES}", "data.input_size=32",
+        "data.module.num_workers=0", "data.module.batch_size=8", f"trainer.max_steps={STEPS}",
+        "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false", "callbacks.progress=null",
+        "callbacks.plots=null", "logger.wandb=null", "metrics=[acc]",
+    ]  # fmt: skip
+    config = _composed(tuple(small))
+    model, data, trainer = built(config, tmp_path)
+    before = [p.detach().clone() for p in model.model.parameters()]
+    trainer.fit(model, datamodule=data)
+    assert trainer.global_step == STEPS
+    after = list(model.model.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert math.isfinite(float(trainer.callback_metrics["train/loss"]))
