@@ -449,7 +449,7 @@ def execute(run: RunDirectory, config: Config) -> int:
     else:
         resume = _resume_of_rank_0(run)
     sys.argv = [str(MAIN), f"run={run.path}"]  # what Lightning starts for the other ranks
-    _log_to(run, first)
+    main_log = _log_to(run, first)
     status, outcome, reason = 1, "failed", ""
     try:
         final = tasks.train(run, config, resume)
@@ -479,6 +479,9 @@ def execute(run: RunDirectory, config: Config) -> int:
         if wants_tracebacks():
             traceback.print_exc()
     finally:
+        for name in _LOGGED:  # what comes after this run in this process is not of this run
+            logging.getLogger(name).removeHandler(main_log)
+        main_log.close()
         close_loggers(status)
         if first:
             now = time.time()
@@ -545,7 +548,10 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
 )
 
 
-def _log_to(run: RunDirectory, first: bool) -> None:
+_LOGGED = ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings")
+
+
+def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -553,14 +559,15 @@ def _log_to(run: RunDirectory, first: bool) -> None:
     handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO if first else logging.ERROR)
-    for name in ("crucible", "lightning", "lightning.pytorch", "lightning.fabric", "py.warnings"):
+    for name in ("lightning", *_LOGGED):
         logger = logging.getLogger(name)
         for console in logger.handlers:
             console.setLevel(logging.WARNING)
-        if name in ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings"):
+        if name in _LOGGED:
             logger.disabled = False  # Hydra's "disabled" logging switches off the loggers it finds
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
+    return handler
 
 
 # on a recorded run

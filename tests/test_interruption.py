@@ -132,6 +132,14 @@ def test_a_crash_is_recorded_with_its_reason(cli, tmp_path: Path) -> None:
     assert not (run / "claim").exists()
 
 
+def test_the_next_run_of_a_process_writes_nothing_into_the_log_of_the_one_before(cli, tmp_path: Path) -> None:
+    assert cli(*TINY).status == 0
+    (first,) = runs_in(tmp_path)
+    said = (first / "main.log").read_text()
+    assert cli(*TINY, "model.lr=1e30", "trainer.max_epochs=3").status == 1
+    assert (first / "main.log").read_text() == said
+
+
 def test_a_diverged_run_is_a_failed_run(cli, tmp_path: Path) -> None:
     outcome = cli(*TINY, "model.lr=1e30", "trainer.max_epochs=3")
     assert outcome.status == 1 and "diverged" in outcome.err
