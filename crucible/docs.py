@@ -1,4 +1,4 @@
-"""Generates docs/techniques.md from the headers and settings of cli_configs/technique, and docs/models.md.
+"""Generates docs/techniques.md from the headers and settings of cli_configs/technique, and the other tables in docs/.
 
 python -m crucible.docs
 """
@@ -105,7 +105,13 @@ def techniques_page() -> str:
     """The whole page, rows in alphabetical order after the baseline."""
     folder = ROOT / "cli_configs" / "technique"
     rows = [technique_row(folder / f"{name}.yaml") for name in ("baseline", *technique_names())]
-    return INTRODUCTION + "\n".join(rows) + "\n\n" + _refusals()
+    return INTRODUCTION + "\n".join(rows) + "\n\n" + _refusals() + "\n" + _costs()
+
+
+def _costs() -> str:
+    """The table of benchmarks/technique_cost.py, with its date and machine."""
+    measured = (ROOT / "benchmarks" / "results" / "technique_cost.md").read_text(encoding="utf-8")
+    return "## What they cost\n" + measured.split("\n", 1)[1]
 
 
 def _refusals() -> str:
@@ -125,7 +131,8 @@ def _refusals() -> str:
 
 
 if __name__ == "__main__":
-    from crucible import models_table
+    from crucible import models_table, reproducing
 
     PAGE.write_text(techniques_page(), encoding="utf-8")
     models_table.PAGE.write_text(models_table.models_page(), encoding="utf-8")
+    reproducing.PAGE.write_text(reproducing.reproducing_page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every technique on two processes: both end with the same weights, and have learned. One pair of processes runs all."""
+"""Every technique on two processes: both end with the same weights, and have learned; one pair runs them all."""
 
 from __future__ import annotations
 
