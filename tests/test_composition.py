@@ -51,6 +51,7 @@ def test_few_pairs_are_refused() -> None:
 
 def _compile_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[bool]:
     compiled: list[bool] = []
+    torch._dynamo.reset()  # the limit of compilations is one process's, not one test's
 
     def whole(network: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         compiled.append(True)
