@@ -432,3 +432,9 @@ def test_train_yaml_states_the_defaults_of_the_rooms() -> None:
     assert set(fields) <= set(stated), set(fields) - set(stated)
     differing = {n: (stated[n], d) for n, d in fields.items() if stated[n] != d}
     assert not differing
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_the_batch_has_the_precision_of_the_weights(cli, precision: str) -> None:
+    outcome = cli(*TINY, f"trainer.precision={precision}", "trainer.limit_train_batches=2", "model.mixup=true")
+    assert outcome.status == 0, outcome.err
