@@ -38,7 +38,7 @@ from models.dynamic_resnet import ResNetModel  # noqa: E402
 from models.layers import BasicBlock  # noqa: E402
 
 WORKLOAD = [
-    "model=resnet", "model._target_=technique_cost.SmallResNet", "data=digits", "data.input_size=32",
+    "model=resnet", "model._target_=technique_cost.SmallResNet", "data=digits", "data.input_size=16",
     "data.module.batch_size=32", "data.module.num_workers=0", "model.lr=0.01", "trainer.max_epochs=-1",
     "trainer.limit_val_batches=0", "trainer.enable_progress_bar=false", "callbacks.progress=null",
     "callbacks.plots=null", "logger.wandb=null",
@@ -180,7 +180,7 @@ def main() -> None:
         "# What each technique costs, relative to training without it",
         "",
         provenance("cuda" if torch.cuda.is_available() else "cpu"),
-        "Workload: a small ResNet (32, 64, 128 channels) on digits of 32x32 pixels in batches of 32; turns of "
+        "Workload: a small ResNet (32, 64, 128 channels) on digits of 16x16 pixels in batches of 32; turns of "
         f"{arguments.steps} steps,",
         f"{arguments.pairs} pairs of turns. Peak memory is what the training adds to a process, in batches of 128.",
         "",
