@@ -326,8 +326,10 @@ def show(planned: Sequence[Planned], options: SweepOptions, measured: Measured, 
     if options.dry_run and sizes:
         known = [s for s in sizes if s is not None]
         unknown = len(sizes) - len(known)
-        disk = f"{sum(known) / 2**20:.0f} MiB" if known else "unknown until one of its kind has finished"
-        print(f"disk: about {disk}" + (f", and {unknown} runs of unknown size" if known and unknown else ""))
+        disk = (
+            f"about {sum(known) / 2**20:.0f} MiB" if known else "unknown until one of its kind has finished"
+        )
+        print(f"disk: {disk}" + (f", and {unknown} runs of unknown size" if known and unknown else ""))
     if options.equal_time:
         print("then, for each arm whose steps take longer, the baseline trained for as long")
     for one in planned:

@@ -104,7 +104,7 @@ class BaseModel(LightningModule):
         metrics: names from `crucible.metrics`, for validation and test.
         channels_last: memory format of 2-D input and weights; null: on CUDA only.
         seed: key of all randomness in the step (dropout, drop paths, mixing).
-        options: the options of the rooms (loss, mixing, optimizer, schedule, SAM).
+        options: the options of the rooms (`ROOMS`).
 
     Raises:
         ConfigError: for an option that nobody consumes, a bad value, or a pair without meaning.
@@ -215,13 +215,17 @@ class BaseModel(LightningModule):
         if training and self.mixing is not None:
             key = stream_key(self.seed, "mixing", self.current_epoch, self._batch_number())
             batch = Batch(*self.mixing(batch.input, batch.target, key), batch.index)
-        if self._use_channels_last():
-            batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
-        batch = trainer.precision_plugin.convert_input(batch)  # 64-true, bf16-true: as the weights
+        batch = self._as_the_weights(batch)
         if training and self.distillation is not None:
             with trainer.precision_plugin.forward_context():
                 self.distillation.observe(batch.input)
         return batch
+
+    def _as_the_weights(self, batch: Batch) -> Batch:
+        """The batch in the memory format and, under 64-true and bf16-true, the precision of the weights."""
+        if self._use_channels_last():
+            batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
+        return self.trainer.precision_plugin.convert_input(batch)
 
     def _batch_number(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -401,12 +405,7 @@ class BaseModel(LightningModule):
         def inputs() -> Iterator[Tensor]:
             for batch in data.training_batches(epoch, NORM_BATCHES):
                 batch = self.transfer_batch_to_device(batch, self.device, 0)
-                input = data.batch_transform(batch, "train", epoch).input
-                yield (
-                    input.contiguous(memory_format=torch.channels_last)
-                    if self._use_channels_last()
-                    else input
-                )
+                yield self._as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
         training = self.model.training
         with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd import Function
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,7 +85,7 @@ def _stream(
 
 # Opaque to the compiler, which would otherwise recompute these in the backward, from a state that the forward
 # has meanwhile advanced. It also shortens compilation.
-@torch.library.custom_op("online_norm::stream", mutates_args=())
+@library.custom_op("online_norm::stream", mutates_args=())
 def _stream_compiled(
     offset: Tensor, s2: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def _control(
     return us, vs, last_u.clone(), last_v.clone()
 
 
-@torch.library.custom_op("online_norm::control", mutates_args=())
+@library.custom_op("online_norm::control", mutates_args=())
 def _control_compiled(
     d0: Tensor, d1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, u: Tensor, v: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from reporting import statistics as s
 from reporting.records import Run, Sweep, Unit
 from reporting.request import DEFAULT_MARGIN, SEE, Metric, Request
 
-SAME_COST = (0.95, 1.05)
+SAME_COST = 1.05  # time ratios up to here cost nothing
 
 
 @dataclass
@@ -398,11 +398,11 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
             continue
         helps = c.finding.startswith("helps")
         beats = c.arm in corrected and corrected[c.arm] < table.plan.level and testable[c.arm].mean > 0
-        if helps and c.ratio.low >= SAME_COST[0] and c.ratio.high <= SAME_COST[1]:
+        if helps and c.ratio.high <= SAME_COST:
             c.cost = "free"
         elif helps and beats:
             c.cost = f"pays (beats {rivals[c.arm]})"
-        elif c.finding.startswith(("hurts", "no difference")) and c.ratio.low > SAME_COST[1]:
+        elif c.finding.startswith(("hurts", "no difference")) and c.ratio.low > SAME_COST:
             c.cost = "dominated"
         else:
             c.cost = "trade-off open"

@@ -166,7 +166,7 @@ _DETECTABLE = (
     "techniques; *alone*: if there were one technique only."
 )
 _COST_LABELS = (
-    "*free*: helps, time ratio within 0.95 to 1.05 (or below). *pays*: helps, and beats the baseline that was "
+    "*free*: helps, and the time ratio is surely below 1.05. *pays*: helps, and beats the baseline that was "
     "trained for as long. *dominated*: hurts or makes no difference larger than the margin, and takes longer. "
     "Else the *trade-off* is *open*: an arm with the baseline trained for longer settles it. Times compare only "
     "on equal and otherwise idle machines."

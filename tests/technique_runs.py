@@ -85,8 +85,8 @@ def train(config: dict[str, Any], folder: Path) -> tuple[float, float]:
 
 
 def make_teacher(folder: Path) -> Path:
-    """A recorded run of the tiny network, for distillation."""
-    config = composed()
+    """A recorded run of the tiny network, long enough to have something to teach, for distillation."""
+    config = composed(options=(f"trainer.max_steps={10 * STEPS}",))
     model, data, trainer = built(config, folder)
     trainer.fit(model, datamodule=data)
     run = RunDirectory(folder / "teacher")

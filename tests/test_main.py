@@ -436,5 +436,7 @@ def test_train_yaml_states_the_defaults_of_the_rooms() -> None:
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_the_batch_has_the_precision_of_the_weights(cli, precision: str) -> None:
-    outcome = cli(*TINY, f"trainer.precision={precision}", "trainer.limit_train_batches=2", "model.mixup=true")
+    outcome = cli(
+        *TINY, f"trainer.precision={precision}", "trainer.limit_train_batches=2", "technique=[mixup,swa]"
+    )
     assert outcome.status == 0, outcome.err

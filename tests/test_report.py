@@ -592,6 +592,7 @@ def test_weights_selected_on_the_test_images_get_no_verdict(tmp_path):
     ("values", "ratio", "label"),
     [
         (BETTER, 1.01, "free"),
+        (BETTER, 0.5, "free"),
         (BETTER, 2.0, "trade-off open"),
         (SAME, 1.5, "dominated"),
         (SAME, 1.0, "trade-off open"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -248,10 +248,10 @@ def test_compiled_whole_it_equals_eager_with_a_changing_batch_size(backend):
 
 def test_the_operators_that_are_opaque_to_the_compiler_keep_its_rules():
     rows, channels = torch.rand(5, 3, 4), torch.rand(2, 4)
-    torch.library.opcheck(torch.ops.online_norm.stream.default, (*rows[:2], *channels, 0.9, 1e-5))
+    library.opcheck(torch.ops.online_norm.stream.default, (*rows[:2], *channels, 0.9, 1e-5))
     transposed = torch.rand(4, 3).t()
     control = (transposed, *rows[1:], *channels, 0.9)
-    torch.library.opcheck(torch.ops.online_norm.control.default, control)
+    library.opcheck(torch.ops.online_norm.control.default, control)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
