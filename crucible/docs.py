@@ -5,7 +5,6 @@ python -m crucible.docs
 
 from __future__ import annotations
 
-import inspect
 import re
 from functools import cache
 from itertools import combinations
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from crucible.options import ConfigError
+from crucible.options import ConfigError, signature_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "techniques.md"
@@ -62,6 +61,7 @@ def refused_pairs() -> dict[tuple[str, str], str]:
     from hydra.core.global_hydra import GlobalHydra
 
     from crucible import config as configuration
+    from models.base_model import BaseModel
     from models.dynamic_resnet import ResNetModel
     from models.layers import BasicBlock
 
@@ -75,7 +75,7 @@ def refused_pairs() -> dict[tuple[str, str], str]:
         )
     configuration.resolve_network(base)
     settings = {name: technique_settings(name) for name in technique_names()}
-    of_the_network = inspect.signature(ResNetModel.__init__).parameters
+    of_the_network = signature_options(ResNetModel).keys() - signature_options(BaseModel).keys()
     refused: dict[tuple[str, str], str] = {}
     for pair in combinations(settings, 2):
         config = merged(merged(base, settings[pair[0]]), settings[pair[1]])

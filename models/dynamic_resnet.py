@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from crucible.options import ConfigError
-from models.base_model import BaseModel
 from models.layers import (
     BATCH_NORM,
     MAX_POOL,
@@ -26,9 +25,9 @@ from models.layers import (
     zero_last_norms,
 )
 from models.non_local import NonLocal
+from models.residual import GatedResidualModel
 from models.weights import load_state
 
-SE_RD_RATIO = 1 / 16
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 NON_LOCAL_STAGES = (1, 2)  # the second and third: res3 and res4 of arXiv 1711.07971, table 2c
 
@@ -164,7 +163,7 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-class ResNetModel(BaseModel):
+class ResNetModel(GatedResidualModel):
     """The options of every ResNet; a variant names its block, its stages and, where they fit, torchvision's weights."""
 
     block: ClassVar[Block]
@@ -178,38 +177,22 @@ class ResNetModel(BaseModel):
         stem: Annotated[
             Literal["C", "D"] | None, "ResNet-C or -D (arXiv 1812.01187); null: one convolution"
         ] = None,
-        zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
-        resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
-        stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
-        shakedrop: Annotated[bool, "ShakeDrop in each block (arXiv 1802.02375)"] = False,
-        squeeze_excitation: Annotated[bool, "channel gates in each block (arXiv 1709.01507)"] = False,
-        se_rd_ratio: Annotated[float, "(0, 1]", "width of the gates' bottleneck / channels"] = SE_RD_RATIO,
         non_local: Annotated[bool, "self-attention in the middle stages (arXiv 1711.07971)"] = False,
         pretrained: Annotated[bool, "start from torchvision's ImageNet weights"] = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if se_rd_ratio != SE_RD_RATIO and not squeeze_excitation:
-            raise ConfigError(
-                f"model.se_rd_ratio={se_rd_ratio} has no effect without model.squeeze_excitation=true"
-            )
         self.model = ResNet(
             self.block,
             self.layers,
-            self.num_outputs,
-            input_dim=self.input_dim,
-            input_channels=self.input_channels,
             width=self.width,
             cifar_size=cifar_size,
             stem=stem,
-            resnet_dropout=resnet_dropout,
-            stochastic_depth=stochastic_depth,
-            shakedrop=shakedrop,
-            se_rd_ratio=se_rd_ratio if squeeze_excitation else None,
             non_local=non_local,
-            zero_init_residual=zero_init_residual,
+            **self.network_options,
         )
         if pretrained:
+            options = self.network_options
             if self.weights is None:
                 raise ConfigError(
                     f"model.pretrained=true: torchvision has no weights of {type(self).__name__}; "
@@ -220,10 +203,10 @@ class ResNetModel(BaseModel):
                 f"data.input_channels={self.input_channels}": self.input_channels != 3,
                 "model.cifar_size=true": cifar_size,
                 f"model.stem={stem}": stem is not None,
-                "model.squeeze_excitation=true": squeeze_excitation,
+                "model.squeeze_excitation=true": options["se_rd_ratio"] is not None,
                 "model.non_local=true": non_local,
-                "model.shakedrop=true": shakedrop,
-                "model.zero_init_residual=true": zero_init_residual,
+                "model.shakedrop=true": options["shakedrop"],
+                "model.zero_init_residual=true": options["zero_init_residual"],
             }
             for option, given in unlike.items():
                 if given:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crucible.options import ConfigError
-from models.base_model import BaseModel
 from models.dynamic_resnet import ResNet
 from models.layers import AVG_POOL, BATCH_NORM, Activation, conv, drop_path
+from models.residual import ResidualModel
 
 # channels at full and at half resolution (0: none), and the maps
 Channels = tuple[int, int]
@@ -203,7 +203,7 @@ class OctaveResNet(ResNet):
         )
 
 
-class OctResNetModel(BaseModel):
+class OctResNetModel(ResidualModel):
     """The options of every ResNet with octave convolutions."""
 
     block: ClassVar[type[OctaveBasicBlock]]
@@ -213,9 +213,6 @@ class OctResNetModel(BaseModel):
         self,
         alpha: Annotated[float, "(0, 1)", "part of the channels at half the resolution"] = 0.125,
         cifar_size: Annotated[bool, "3x3 stem without max-pooling, for images below 96 pixels"] = False,
-        zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
-        resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
-        stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -226,14 +223,9 @@ class OctResNetModel(BaseModel):
         self.model = OctaveResNet(
             self.block,
             self.layers,
-            self.num_outputs,
             alpha=alpha,
-            input_dim=self.input_dim,
-            input_channels=self.input_channels,
             cifar_size=cifar_size,
-            resnet_dropout=resnet_dropout,
-            stochastic_depth=stochastic_depth,
-            zero_init_residual=zero_init_residual,
+            **self.network_options,
         )
 
 

@@ -5,15 +5,12 @@ Also what the families with the same kind of block share: `models.wide_resnet` a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from crucible.options import ConfigError
-from models.base_model import BaseModel
-from models.dynamic_resnet import SE_RD_RATIO
 from models.layers import (
     BATCH_NORM,
     MAX_POOL,
@@ -25,6 +22,7 @@ from models.layers import (
     global_average,
     initialise,
 )
+from models.residual import GatedResidualModel
 
 
 class PreActBasicBlock(nn.Module):
@@ -191,7 +189,7 @@ class PreActResNet(nn.Module):
         return self.fc(self.dropout(global_average(x)))
 
 
-class PreActModel(BaseModel):
+class PreActModel(GatedResidualModel):
     """The options that all families of pre-activation blocks share.
 
     A family sets `self.model = self.network(block, widths, ...)`.
@@ -200,31 +198,11 @@ class PreActModel(BaseModel):
     def __init__(
         self,
         cifar_size: Annotated[bool, "3x3 stem without max-pooling, for images below 96 pixels"] = False,
-        zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
-        resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
-        stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
-        shakedrop: Annotated[bool, "ShakeDrop in each block (arXiv 1802.02375)"] = False,
-        squeeze_excitation: Annotated[bool, "channel gates in each block (arXiv 1709.01507)"] = False,
-        se_rd_ratio: Annotated[float, "(0, 1]", "width of the gates' bottleneck / channels"] = SE_RD_RATIO,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if se_rd_ratio != SE_RD_RATIO and not squeeze_excitation:
-            raise ConfigError(
-                f"model.se_rd_ratio={se_rd_ratio} has no effect without model.squeeze_excitation=true"
-            )
-        self.network = partial(
-            PreActResNet,
-            num_outputs=self.num_outputs,
-            input_dim=self.input_dim,
-            input_channels=self.input_channels,
-            cifar_size=cifar_size,
-            resnet_dropout=resnet_dropout,
-            stochastic_depth=stochastic_depth,
-            shakedrop=shakedrop,
-            se_rd_ratio=se_rd_ratio if squeeze_excitation else None,
-            zero_init_residual=zero_init_residual,
-        )
+        options = self.network_options | {"cifar_size": cifar_size}
+        self.network: Callable[..., PreActResNet] = partial(PreActResNet, **options)
 
 
 class _PreActResNetModel(PreActModel):

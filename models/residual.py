@@ -1,0 +1,55 @@
+"""The options that families of residual blocks share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from crucible.options import ConfigError
+from models.base_model import BaseModel
+
+SE_RD_RATIO = 1 / 16
+
+
+class ResidualModel(BaseModel):
+    """The options of every family of residual blocks.
+
+    `network_options`: these and the shape of input and output, by the names that the family's network gives them.
+    """
+
+    def __init__(
+        self,
+        zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
+        resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
+        stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network_options: dict[str, Any] = {
+            "num_outputs": self.num_outputs,
+            "input_dim": self.input_dim,
+            "input_channels": self.input_channels,
+            "zero_init_residual": zero_init_residual,
+            "resnet_dropout": resnet_dropout,
+            "stochastic_depth": stochastic_depth,
+        }
+
+
+class GatedResidualModel(ResidualModel):
+    """And of those whose branches may end in a gate."""
+
+    def __init__(
+        self,
+        shakedrop: Annotated[bool, "ShakeDrop in each block (arXiv 1802.02375)"] = False,
+        squeeze_excitation: Annotated[bool, "channel gates in each block (arXiv 1709.01507)"] = False,
+        se_rd_ratio: Annotated[float, "(0, 1]", "width of the gates' bottleneck / channels"] = SE_RD_RATIO,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if se_rd_ratio != SE_RD_RATIO and not squeeze_excitation:
+            raise ConfigError(
+                f"model.se_rd_ratio={se_rd_ratio} has no effect without model.squeeze_excitation=true"
+            )
+        self.network_options |= {
+            "shakedrop": shakedrop,
+            "se_rd_ratio": se_rd_ratio if squeeze_excitation else None,
+        }
