@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from hydra.utils import get_class
 from small_models import FAMILIES, SIZE, small
 from torch import Tensor, nn
 
 from crucible.build import build_model
-from crucible.options import ConfigError
+from crucible.options import ConfigError, signature_options
 from crucible.summary import build_on_meta, check_input, input_shape
 from models.base_model import BaseModel
 from norms import convert_norm
@@ -174,3 +176,14 @@ def test_its_file_says_what_it_is_and_how_to_run_it(family: str) -> None:
     assert "arXiv" in text or "github.com" in text
     assert "Typical" in text
     assert any(line.startswith(f"# Command: python main.py model={family} ") for line in header)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_file_states_each_of_its_options_with_its_default(family: str) -> None:
+    stated = yaml.safe_load((ROOT / "cli_configs" / "model" / f"{family}.yaml").read_text())
+    options = signature_options(get_class(stated.pop("_target_")))
+    own = {n: default for n, (_, default) in options.items() if n not in signature_options(BaseModel)}
+    in_the_file = {"cifar_size": None, "timm_kwargs": {}}  # resolved by the input's size; mutable
+    own |= {n: value for n, value in in_the_file.items() if n in own}
+    assert set(stated) <= set(options)
+    assert {n: stated[n] for n in own} == own
