@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -600,11 +601,9 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
         group = []
         for one in base.values():
             assert one.job is not None
-            stretched = [
-                *one.overrides,
-                *stretch(one.job.config, ratio),
-                f"arm='{options.baseline}_x{ratio:.2f}'",
-            ]
+            name = f"{options.baseline}_x{ratio:.2f}"
+            name = name if re.fullmatch(r"[\w.+-]+", name) else f"'{name}'"
+            stretched = [*one.overrides, *stretch(one.job.config, ratio), f"arm={name}"]
             rival = examine(compose, stretched, (), options)
             if rival.job is not None:
                 of = {"rival_of": arm, "rival_base": sample.facts["identity"], "ratio": ratio}

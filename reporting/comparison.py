@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -112,6 +113,9 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     together: list[Together] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rivals: frozenset[str] = (
+        frozenset()
+    )  # arms that are the baseline trained for longer: the measure of a cost
     floor: float = math.nan  # sd of one run's accuracy that the test set's size alone brings
     examples: int = 0
 
@@ -133,13 +137,15 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     baseline = _choose_baseline(data, arms, runs, request)
     ordered = {baseline: arms[baseline], **arms}
     plan = _plan(runs, request)
-    table = Table(data, request.metric, baseline, ordered, plan, _settings(ordered, baseline))
+    settings = _settings(ordered, baseline)
+    rivals = _rival_arms(ordered, baseline, runs)
+    table = Table(data, request.metric, baseline, ordered, plan, settings, rivals=rivals)
     _noise_floor(table)
     shared = _pooled(table)
     base = table.arms[baseline]
     moderate = _moderating(table, request, shared)
     table.comparisons = [_pair(arm, base, plan, moderate) for arm in table.arms.values() if arm is not base]
-    testable = [c for c in table.comparisons if not math.isnan(c.t.p)]
+    testable = [c for c in table.comparisons if not math.isnan(c.t.p) and c.arm not in rivals]
     for c, p in zip(testable, s.holm([c.t.p for c in testable]), strict=True):
         c.p_holm = float(p)
     for c in table.comparisons:
@@ -320,6 +326,9 @@ def _moderating(table: Table, request: Request, shared: s.Shared | None) -> s.Sh
 
 def _judge(c: Comparison, table: Table, request: Request, shared: s.Shared | None, techniques: int) -> None:
     """Set finding, verdict and detectable effect: the first rule that holds."""
+    if c.arm in table.rivals:
+        c.finding, c.verdict = "rival", f"the measure of equal time: {c.arm} is no technique"
+        return
     if c.n >= 3 and not math.isnan(c.t.low):
         sd = math.sqrt(shared.variance) if shared else float(c.t.sd)
         alphas = (table.plan.level / max(1, techniques), table.plan.level)
@@ -394,7 +403,7 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
     testable = {arm: t for arm, t in tests.items() if not math.isnan(t.p)}
     corrected = dict(zip(testable, s.holm([t.p for t in testable.values()]), strict=True))
     for c in table.comparisons:
-        if c.finding in ("unstable", "cannot say") or math.isnan(c.ratio.low) or c.arm in rivals.values():
+        if c.finding in ("unstable", "cannot say", "rival") or math.isnan(c.ratio.low):
             continue
         helps = c.finding.startswith("helps")
         beats = c.arm in corrected and corrected[c.arm] < table.plan.level and testable[c.arm].mean > 0
@@ -408,16 +417,28 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
             c.cost = "trade-off open"
 
 
+def _rival_arms(arms: Iterable[str], baseline: str, runs: Sequence[Run]) -> frozenset[str]:
+    """The arms that a sweep recorded as such, or that have such a name."""
+    recorded = {name for r in runs if r.sweep is not None for name in r.sweep.rivals.values()}
+    return frozenset(a for a in arms if a in recorded or _times_longer(a, baseline) is not None)
+
+
+def _times_longer(arm: str, baseline: str) -> float | None:
+    """2.03 for the arm `baseline_x2.03`."""
+    longer = re.fullmatch(re.escape(baseline) + r"[ _]x(\d+(?:\.\d+)?)", arm)
+    return float(longer[1]) if longer else None
+
+
 def _rival(c: Comparison, table: Table, runs: Sequence[Run]) -> str | None:
     """The baseline that was trained for as long as this arm takes, where there is one."""
     recorded = [r.sweep.rivals[c.arm] for r in runs if r.sweep is not None and c.arm in r.sweep.rivals]
     if recorded:
         return recorded[-1] if recorded[-1] in table.arms else None
     best = None
-    for name in table.arms:
-        longer = re.fullmatch(re.escape(table.baseline) + r"[ _]x(\d+(?:\.\d+)?)", name)
-        if longer and name != c.arm:
-            off = abs(math.log(float(longer[1]) / c.ratio.mean)) if c.ratio.mean > 0 else math.inf
+    for name in table.rivals:
+        times = _times_longer(name, table.baseline)
+        if times is not None:
+            off = abs(math.log(times / c.ratio.mean)) if c.ratio.mean > 0 else math.inf
             best = min(best or (math.inf, ""), (off, name))
     return best[1] if best is not None and best[0] < math.log(1.1) else None
 
@@ -481,7 +502,8 @@ def _usual(arm: Arm) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+    """As one would write it in YAML."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _settings(arms: Mapping[str, Arm], baseline: str) -> Settings:
@@ -490,7 +512,7 @@ def _settings(arms: Mapping[str, Arm], baseline: str) -> Settings:
     for name in sorted({name for values in usual.values() for name in values}):
         known = {usual[arm][name] for arm in arms if name in usual[arm]}
         off = (
-            known.pop() if known in ({"None"}, {"False"}) else "absent"
+            known.pop() if known in ({"null"}, {"false"}) else "absent"
         )  # what an option was before there was one
         values = {arm: usual[arm].get(name, off) for arm in arms}
         if len(set(values.values())) > 1:
@@ -613,7 +635,7 @@ def _also_differing(table: Table) -> Iterable[str]:
             if values[arm.name] != values[table.baseline]
             and not any(name == own or name.startswith(f"{own}.") for own in owned)
         ]
-        if found:
+        if found and arm.name not in table.rivals:
             yield f"{arm.name} differs from {table.baseline} also in {', '.join(found)}"
 
 

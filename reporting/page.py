@@ -345,12 +345,18 @@ def _settings_blocks(table: Table) -> Iterable[Block]:
 
 
 def _commands(table: Table) -> Iterable[Block]:
-    """One command for each set of overrides that differs by more than seed and fold."""
+    """The sweeps' own commands; and one for each set of overrides that differs by more than seed and fold."""
+    sweeps = {r.sweep.command for arm in table.arms.values() for r in arm.all_runs if r.sweep is not None}
+    if sweeps - {""}:
+        yield Text("The sweep:" if len(sweeps) == 1 else "The sweeps:")
+        yield Code(sorted(sweeps))
+        yield Text("Arm by arm:")
     lines, without = [], []
     for arm in table.arms.values():
         groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
         for run in arm.all_runs:
-            kept = [o for o in run.overrides if o.split("=", 1)[0] not in ("seed", "data.module.fold")]
+            last = {o.split("=", 1)[0]: o for o in run.overrides}  # what is given twice counts once
+            kept = [o for name, o in last.items() if name not in ("seed", "data.module.fold", "exp_dir")]
             groups[tuple(kept)].append(run)
         for overrides, runs in groups.items():
             if not overrides and arm.name != table.baseline:

@@ -37,6 +37,7 @@ class Sweep:
     runs: frozenset[str]
     baseline: str | None
     rivals: Mapping[str, str]  # arm -> the baseline trained for as long as that arm takes
+    command: str
 
 
 class Correctness(NamedTuple):
@@ -313,6 +314,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         runs=frozenset(Path(r).name for r in runs),
         baseline=record.get("baseline"),
         rivals=record.get("rivals") or {},
+        command=str(record.get("command") or ""),
     )
 
 

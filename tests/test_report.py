@@ -612,9 +612,12 @@ def test_what_beats_the_baseline_trained_for_as_long_pays(tmp_path):
         make_run(tmp_path, "baseline", seed, BASE[seed], seconds=100 + seed)
         make_run(tmp_path, "sam", seed, BETTER[seed], seconds=2.03 * (100 + 1.01 * seed))
         make_run(tmp_path, "baseline_x2.03", seed, SAME[seed], seconds=2.05 * (100 + 0.98 * seed))
-    rows, _ = run_report(tmp_path)
+    rows, text = run_report(tmp_path)
     assert rows["sam"]["cost"] == "pays (beats baseline_x2.03)"
-    assert rows["baseline_x2.03"]["cost"] == "", "it is the measure, not a technique"
+    rival = rows["baseline_x2.03"]
+    assert rival["cost"] == "" and rival["verdict"].startswith("the measure of equal time"), "no technique"
+    assert rival["p_holm"] == "" and rows["sam"]["p_holm"] == rows["sam"]["p"], "nothing is corrected for it"
+    assert "baseline_x2.03 differs" not in text
 
 
 def test_the_cost_columns_are_means_over_the_runs(tmp_path):
@@ -685,7 +688,7 @@ def test_the_page_names_the_settings_that_differ_and_those_that_do_not(tmp_path)
     make_arm(tmp_path, "mixup", BETTER, settings={"model.mixup": True})
     text = run_report(tmp_path)[1].split("### Settings")[1]
     differing, equal = text.split("<details>")
-    assert "| model.mixup | False | True |" in differing
+    assert "| model.mixup | false | true |" in differing
     assert "`trainer.max_epochs`: 12" in equal and "`model.mixup`" not in equal
 
 
@@ -698,3 +701,13 @@ def test_the_page_ends_with_the_commands_that_made_the_runs(tmp_path):
     text = run_report(tmp_path)[1]
     assert "python main.py -m technique=baseline data=digits seed=0,1,2,3,4" in text
     assert "python main.py -m 'technique=[powergrad,mixup]' data=digits seed=0,1,2,3,4" in text
+
+
+def test_the_commands_begin_with_the_sweeps_own_and_give_each_option_once(tmp_path):
+    command = "python main.py -m technique=baseline 'seed=range(5)' trainer.max_epochs=8"
+    for seed, run in enumerate(make_arm(tmp_path, "baseline", BASE)):
+        overrides = ["trainer.max_epochs=8", "exp_dir=/of/mine", f"seed={seed}", "trainer.max_epochs=14"]
+        (run / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    record_sweep(tmp_path, ["baseline"], command=command)
+    text = run_report(tmp_path)[1].split("### To reproduce")[1]
+    assert text.index(command) < text.index("python main.py -m trainer.max_epochs=14 seed=0,1,2,3,4")
