@@ -327,7 +327,7 @@ def _moderating(table: Table, request: Request, shared: s.Shared | None) -> s.Sh
 def _judge(c: Comparison, table: Table, request: Request, shared: s.Shared | None, techniques: int) -> None:
     """Set finding, verdict and detectable effect: the first rule that holds."""
     if c.arm in table.rivals:
-        c.finding, c.verdict = "rival", f"the measure of equal time: {c.arm} is no technique"
+        c.finding, c.verdict = "rival", "no technique: the baseline trained for longer, to measure costs by"
         return
     if c.n >= 3 and not math.isnan(c.t.low):
         sd = math.sqrt(shared.variance) if shared else float(c.t.sd)

@@ -441,7 +441,7 @@ def _inline(text: str) -> str:
 
 
 def _verdict_class(text: str) -> str:
-    kinds = ("helps", "hurts", "no difference", "undecided", "unstable", "cannot say", "synergy", "conflict")
+    kinds = ("helps", "hurts", "no difference", "no technique", "undecided", "unstable", "cannot say", "synergy", "conflict")
     kind = next((k for k in kinds if text.startswith(k)), "")
     return f' class="verdict {kind.split()[0]}"' if kind else ""
 
@@ -537,8 +537,8 @@ figcaption{color:var(--soft);font-size:.9rem;max-width:48rem;margin-top:.3rem}
 details{margin:.6rem 0}
 summary{cursor:pointer;color:var(--link)}
 @media (max-width:40rem){body{font-size:15px}main{padding:.5rem .75rem 3rem}th,td{padding:.3rem .5rem}
-thead button{padding:.35rem .5rem}td .verdict{min-width:10rem}
-tbody th{min-width:6rem}}
+thead button{padding:.35rem .5rem}td .verdict{min-width:0;width:9.5rem}
+tbody th{min-width:6rem}td:last-child:not(.number){min-width:6rem}}
 @media print{thead button::after{content:""}figure{break-inside:avoid}}
 """
 

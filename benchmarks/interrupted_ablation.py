@@ -1,0 +1,172 @@
+"""An ablation whose machine dies twice: is any run lost, is any done twice, does any number change?
+
+Every process of the sweep is killed (SIGKILL) after so many seconds, twice; the same command then finishes it.
+Each run that was cut off is repeated in one piece elsewhere, and its numbers are compared bit for bit.
+
+    python benchmarks/interrupted_ablation.py --folder runs --out benchmarks/results/interrupted_ablation.md
+    python report.py runs=runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from paired import provenance, report
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS = 5
+ABLATION = [
+    "sweep=ablation", "technique=baseline,powergrad,label_smoothing,mixup,sam,online_norm,ema,[powergrad,mixup]",
+    "seed=range(5)", "model=cifar_resnet", "model.depth=8", f"trainer.max_epochs={EPOCHS}", "equal_time=true",
+    "margin_points=1", "planned_seeds=5", "n_jobs=2", "logger.wandb=null",
+]  # fmt: skip
+
+
+@dataclass
+class Record:
+    """What a run's folder says: `starts` of the process, and the `epochs` in its table, in order."""
+
+    status: str
+    starts: int
+    resumes: int
+    epochs: list[int]
+
+    @classmethod
+    def read(cls, run: Path) -> Record:
+        log = (run / "main.log").read_text().splitlines() if (run / "main.log").exists() else []
+        table = run / "metrics.csv"
+        rows = list(csv.DictReader(table.open())) if table.exists() else []
+        return cls(
+            status=json.loads((run / "summary.json").read_text())["status"],
+            starts=sum(" INFO run: " in line for line in log),
+            resumes=sum(" INFO resumes: " in line for line in log),
+            epochs=[int(row["epoch"]) for row in rows],
+        )
+
+
+def records(folder: Path) -> dict[str, Record]:
+    """By the run's name."""
+    return {file.parent.name: Record.read(file.parent) for file in sorted(folder.glob("*/*/summary.json"))}
+
+
+def kill_family(pid: int) -> None:
+    """SIGKILL to the process and all that descend from it, at once."""
+    table = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
+    parents = {int(child): int(parent) for child, parent in map(str.split, table.splitlines())}
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    for member in family:
+        os.kill(member, signal.SIGKILL)
+
+
+def numbers(run: Path) -> dict[str, float]:
+    """The final numbers that do not depend on the machine's speed."""
+    final = json.loads((run / "summary.json").read_text())["final"]
+    return {name: value for name, value in final.items() if not name.startswith("time/")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="of the runs; new or empty")
+    parser.add_argument("--kill-after", type=float, nargs="+", default=[60, 90], help="seconds")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"--folder {folder} is not empty")
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    command = [sys.executable, "main.py", "-m", *ABLATION, f"exp_dir={folder}"]
+    stages: list[tuple[str, dict[str, Record]]] = []
+    for seconds in [*arguments.kill_after, None]:
+        sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            status = sweep.wait(seconds)
+            if seconds is not None:
+                raise SystemExit(
+                    f"the sweep ended (status {status}) before its end by --kill-after {seconds:g}"
+                )
+        except subprocess.TimeoutExpired:
+            kill_family(sweep.pid)
+            sweep.wait()
+        what = f"SIGKILL after {seconds:g} s" if seconds is not None else f"the end, exit status {status}"
+        stages.append((what, records(folder)))
+
+    planned = json.loads(max(folder.glob("sweeps/*/sweep.json")).read_text())["runs"]
+    ended = stages[-1][1]
+    lost = [one["run"] for one in planned if ended[Path(one["run"]).name].status != "finished"]
+    twice = [
+        name
+        for i, (_, before) in enumerate(stages[:-1])
+        for name, run in before.items()
+        if run.status == "finished" and stages[i + 1][1][name].starts != run.starts
+    ]
+    broken = [name for name, run in ended.items() if run.epochs != list(range(len(run.epochs)))]
+
+    cut = [name for name, run in ended.items() if run.starts > 1]
+    rows, differing = [], []
+    for name in cut:
+        run = next(folder.glob(f"*/{name}"))
+        overrides = yaml.safe_load((run / "overrides.yaml").read_text())
+        elsewhere = folder.parent / f"{folder.name}_in_one_piece"
+        again = [sys.executable, "main.py", *overrides, f"exp_dir={elsewhere}"]
+        subprocess.run(again, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        same = numbers(run) == numbers(next(elsewhere.glob(f"*/{name}")))
+        differing += [] if same else [name]
+        states = [stage[name] for _, stage in stages if name in stage]
+        known = [len(state.epochs) for state in states if state.status != "finished"]
+        arm = json.loads((run / "summary.json").read_text())["arm"]
+        rows.append(
+            f"| {name} | {arm} | {ended[name].starts} | {ended[name].resumes} | {', '.join(map(str, known))} "
+            f"| {len(ended[name].epochs)}, each once | {'equal' if same else 'DIFFERENT'} |"
+        )
+
+    lines = [
+        "# An ablation that was killed twice",
+        "",
+        f"    python main.py -m {shlex.join(ABLATION)}",
+        "",
+        "8 arms of 5 seeds on the embedded digits, and the baseline trained for as long as the slower arms. All its",
+        f"processes got SIGKILL {len(arguments.kill_after)} times; the same command, given again, went on.",
+        "",
+        provenance(),
+        "| at | finished | cut off | not begun |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for what, stage in stages:
+        count = Counter(run.status == "finished" for run in stage.values())
+        lines.append(f"| {what} | {count[True]} | {count[False]} | {len(planned) - count.total()} |")
+    lines += [
+        "",
+        f"Runs lost: {len(lost)}. Finished runs that were started again: {len(twice)}. Runs with an epoch missing",
+        f"or recorded twice: {len(broken)}. Runs that were started once: {len(ended) - len(cut)} of {len(ended)}.",
+        "",
+        "Those that were cut off, and the same run in one piece:",
+        "",
+        "| run | arm | started | resumed | epochs done when killed | epochs recorded | final numbers, bit for bit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        *rows,
+    ]
+    report("\n".join(lines), arguments.out)
+    if lost or twice or broken or differing:
+        raise SystemExit(f"lost {lost}, twice {twice}, broken {broken}, differing {differing}")
+
+
+if __name__ == "__main__":
+    main()
