@@ -441,7 +441,17 @@ def _inline(text: str) -> str:
 
 
 def _verdict_class(text: str) -> str:
-    kinds = ("helps", "hurts", "no difference", "no technique", "undecided", "unstable", "cannot say", "synergy", "conflict")
+    kinds = (
+        "helps",
+        "hurts",
+        "no difference",
+        "no technique",
+        "undecided",
+        "unstable",
+        "cannot say",
+        "synergy",
+        "conflict",
+    )
     kind = next((k for k in kinds if text.startswith(k)), "")
     return f' class="verdict {kind.split()[0]}"' if kind else ""
 
