@@ -3,8 +3,8 @@
 Every process of the sweep is killed (SIGKILL) after so many seconds, twice; the same command then finishes it.
 Each run that was cut off is repeated in one piece elsewhere, and its numbers are compared bit for bit.
 
-    python benchmarks/interrupted_ablation.py --folder runs --out benchmarks/results/interrupted_ablation.md
-    python report.py runs=runs
+    python benchmarks/interrupted_ablation.py --out benchmarks/results/interrupted_ablation.md
+    python report.py runs=experiments/interrupted out=docs/example_report
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="of the runs; new or empty")
-    parser.add_argument("--kill-after", type=float, nargs="+", default=[60, 90], help="seconds")
+    parser.add_argument("--folder", default="experiments/interrupted", help="of the runs; new or empty")
+    parser.add_argument("--kill-after", type=float, nargs="+", default=[45, 60], help="seconds")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
+    folder = ROOT / arguments.folder
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"--folder {folder} is not empty")
     os.environ["OMP_NUM_THREADS"] = "1"
 
-    command = [sys.executable, "main.py", "-m", *ABLATION, f"exp_dir={folder}"]
+    command = [sys.executable, "main.py", "-m", *ABLATION, f"exp_dir={arguments.folder}"]
     stages: list[tuple[str, dict[str, Record]]] = []
     for seconds in [*arguments.kill_after, None]:
         sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -124,10 +124,10 @@ def main() -> None:
     for name in cut:
         run = next(folder.glob(f"*/{name}"))
         overrides = yaml.safe_load((run / "overrides.yaml").read_text())
-        elsewhere = folder.parent / f"{folder.name}_in_one_piece"
+        elsewhere = f"{arguments.folder}_in_one_piece"
         again = [sys.executable, "main.py", *overrides, f"exp_dir={elsewhere}"]
         subprocess.run(again, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        same = numbers(run) == numbers(next(elsewhere.glob(f"*/{name}")))
+        same = numbers(run) == numbers(next((ROOT / elsewhere).glob(f"*/{name}")))
         differing += [] if same else [name]
         states = [stage[name] for _, stage in stages if name in stage]
         known = [len(state.epochs) for state in states if state.status != "finished"]

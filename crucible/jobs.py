@@ -559,6 +559,7 @@ def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
     handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO if first else logging.ERROR)
+    handler.addFilter(lambda record: "💡 Tip" not in record.getMessage())  # Lightning's advertisements
     for name in ("lightning", *_LOGGED):
         logger = logging.getLogger(name)
         for console in logger.handlers:
