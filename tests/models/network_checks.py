@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from crucible.options import check_arguments, signature_options
 from norms import convert_norm
 
 
@@ -49,20 +47,22 @@ def multiply_adds(network: nn.Module, *shape: int) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def assert_config_names_the_options(name: str, target: Any) -> None:
-    """`cli_configs/model/<name>.yaml` holds each option of the model's own, at its default."""
-    config = yaml.safe_load((ROOT / "cli_configs" / "model" / f"{name}.yaml").read_text())
-    assert config.pop("_target_") == f"{target.__module__}.{target.__name__}"
-    own = {
-        option
-        for c in target.__mro__[: [c.__name__ for c in target.__mro__].index("BaseModel")]
-        for option in c.__init__.__annotations__
-    }
-    assert config.keys() == own - {"return", "kwargs"}
-    assert config.pop("cifar_size") is None  # resolved from the data before construction
-    check_arguments(target, config, "model")
-    known = signature_options(target)
-    assert all(config[option] == known[option][1] for option in config)
+def assert_same_function(
+    ours: nn.Module,
+    theirs: nn.Module,
+    renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    spatial: tuple[int, ...] = (32, 32),
+) -> None:
+    """With the weights of `theirs`, under the names of `ours`, both have the same outputs and gradients."""
+    ours.load_state_dict(renamed(theirs.state_dict()))
+    x = images(n=4, spatial=spatial)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), atol=1e-5, rtol=1e-5)
+    for network in (ours, theirs):
+        network.double().train()(x.double()).logsumexp(dim=1).sum().backward()
+    expected = renamed({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=1e-7, msg=name)
 
 
 class NetworkChecks:

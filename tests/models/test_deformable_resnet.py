@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import torchvision
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
     images,
     parameters,
 )
@@ -96,10 +95,6 @@ def test_other_dimensions_are_refused(input_dim: int) -> None:
         ConfigError, match=rf"^data\.input_dim={input_dim}: deformable convolutions are for 2-D"
     ):
         DeformableResNet18(input_dim=input_dim)
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("deformable_resnet", DeformableResNet18)
 
 
 class TestDeformableResNet(NetworkChecks):

@@ -9,7 +9,6 @@ import torch
 import torchvision
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
     images,
     multiply_adds,
     parameters,
@@ -136,7 +135,3 @@ def test_convolutions_start_normal_and_without_bias() -> None:
                 (2 / (9 * module.out_channels)) ** 0.5, rel=0.05
             )
             assert (module.bias == 0).all()
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("vgg", VGG16)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from network_checks import NetworkChecks, assert_config_names_the_options, parameters
+from network_checks import NetworkChecks, parameters
 from torch import nn
 
 from crucible.options import ConfigError
@@ -69,10 +69,6 @@ def test_it_trains_at_a_rate_for_networks_with_norms() -> None:
     assert losses[0] == pytest.approx(math.log(4))  # the head starts at zero
     assert max(losses) < 2 * losses[0]
     assert losses[-1] < 0.1
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("resnet18_wobn", ResNet18WithoutNorm)
 
 
 class TestFixupResNet(NetworkChecks):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
     images,
     multiply_adds,
     parameters,
@@ -80,10 +79,6 @@ def test_only_a_strided_block_differs_from_the_bottleneck(stride: int) -> None:
 def test_the_pooled_shortcut_of_stem_d_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^model\.stem=D pools before the shortcuts"):
         LIPResNet50(stem="D")
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("lip_resnet", LIPResNet50)
 
 
 class TestLIPResNet(NetworkChecks):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
     images,
     multiply_adds,
     parameters,
@@ -121,10 +120,6 @@ def test_zero_init_makes_each_block_its_shortcut() -> None:
 def test_an_octave_without_channels_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^model\.alpha=0\.01 leaves the first stage without a low octave"):
         OctResNet18(alpha=0.01)
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("oct_resnet", OctResNet50)
 
 
 class TestOctResNet(NetworkChecks):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
     images,
     multiply_adds,
     parameters,
@@ -142,7 +141,3 @@ def test_a_depth_that_does_not_come_out_even_is_refused(variant: Any, depth: int
 def test_group_norm_with_more_than_one_group_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.norm_kwargs\.num_groups must divide 1"):
         convert_norm(PyramidNet110(depth=20, alpha=20).model, "group", num_groups=16)
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("pyramidnet", PyramidNet110)

@@ -9,8 +9,7 @@ import torch
 import torchvision
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
-    images,
+    assert_same_function,
     multiply_adds,
     parameters,
     randomised,
@@ -42,24 +41,12 @@ def test_the_layout_is_torchvisions_and_so_are_its_figures(
 
 def test_outputs_and_gradients_are_torchvisions() -> None:
     theirs = randomised(torchvision.models.resnext50_32x4d(num_classes=10))
-    ours = ResNeXt50(num_classes=10).model
-    ours.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(images()), theirs.eval()(images()), atol=1e-5, rtol=1e-5)
-    x = images(n=4, dtype=torch.float64)
-    for network in (ours, theirs):
-        network.double().train()(x).logsumexp(dim=1).sum().backward()
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-9, rtol=1e-7, msg=name)
+    assert_same_function(ResNeXt50(num_classes=10).model, theirs)
 
 
 def test_pretrained_names_torchvisions_file() -> None:
     names = [torchvision.models.get_model_weights(m.weights).DEFAULT.url for m in (ResNeXt50, ResNeXt101)]
     assert ["resnext50_32x4d" in names[0], "resnext101_32x8d" in names[1]] == [True, True]
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("resnext", ResNeXt50)
 
 
 class TestResNeXt(NetworkChecks):

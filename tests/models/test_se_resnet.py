@@ -9,8 +9,7 @@ import timm
 import torch
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
-    images,
+    assert_same_function,
     multiply_adds,
     parameters,
     randomised,
@@ -44,16 +43,7 @@ def test_the_layout_and_the_figures_are_timms(model: Any, millions: float, giga:
 @pytest.mark.parametrize("model", [SEResNet18, SEResNet50])
 def test_outputs_and_gradients_are_timms(model: Any) -> None:
     theirs = randomised(timm.create_model(model.__name__.lower(), num_classes=10))
-    ours = model(num_classes=10).model
-    ours.load_state_dict(theirs.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(images()), theirs.eval()(images()), atol=1e-5, rtol=1e-5)
-    x = images(n=4, dtype=torch.float64)
-    for network in (ours, theirs):
-        network.double().train()(x).logsumexp(dim=1).sum().backward()
-    expected = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-9, rtol=1e-7, msg=name)
+    assert_same_function(model(num_classes=10).model, theirs)
 
 
 def test_what_it_is_cannot_be_switched_off() -> None:
@@ -63,10 +53,6 @@ def test_what_it_is_cannot_be_switched_off() -> None:
         ConfigError, match=r"^model\.pretrained=true: torchvision has no weights of SEResNet50"
     ):
         SEResNet50(pretrained=True)
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("se_resnet", SEResNet50)
 
 
 class TestSEResNet(NetworkChecks):

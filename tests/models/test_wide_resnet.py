@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from network_checks import (
     NetworkChecks,
-    assert_config_names_the_options,
+    assert_same_function,
     images,
     multiply_adds,
     parameters,
@@ -62,14 +63,7 @@ def test_outputs_and_gradients_are_those_of_timms_blocks() -> None:
     theirs.stem = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 16, 3, padding=1, bias=False)))
     randomised(theirs)
     ours = WRN2810(depth=16, widen_factor=2, cifar_size=True).model
-    ours.load_state_dict(from_timm(theirs.state_dict(), (2, 2, 2)))
-    with torch.no_grad():
-        torch.testing.assert_close(ours.eval()(images()), theirs.eval()(images()), atol=1e-5, rtol=1e-5)
-    for network in (ours, theirs):
-        network.double().train()(images().double()).logsumexp(dim=1).sum().backward()
-    expected = from_timm({n: p.grad for n, p in theirs.named_parameters()}, (2, 2, 2))
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=1e-7, msg=name)
+    assert_same_function(ours, theirs, partial(from_timm, layers=(2, 2, 2)))
 
 
 class TestNetwork(NetworkChecks):
@@ -101,7 +95,3 @@ def test_dropout_lies_in_front_of_the_second_convolution() -> None:
 def test_a_depth_that_does_not_come_out_even_is_refused(depth: int, named: str) -> None:
     with pytest.raises(ConfigError, match=rf"model\.depth must be 6n \+ 4, such as {named}, got {depth}"):
         WRN2810(depth=depth)
-
-
-def test_the_config_names_exactly_the_models_own_options() -> None:
-    assert_config_names_the_options("wide_resnet", WRN2810)
