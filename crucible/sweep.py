@@ -37,7 +37,7 @@ from crucible.run import RunDirectory, write_atomically
 SEE = "docs/sweeps.md"
 UNITS = ("seed", "data.module.fold")  # what arms are paired by
 WAIT_S = 5.0
-SAME_STEP_TIME = 1.05  # ratios up to here are noise: the interval of five runs is about as wide
+SAME_STEP_TIME = 1.05  # ratios up to here cost nothing
 Compose = Callable[[Sequence[str]], DictConfig]
 
 
@@ -592,12 +592,13 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
     base = finished.pop(str(options.baseline), {})
     found: dict[str, list[Planned]] = {}
     for arm, runs in finished.items():
-        ratio = step_time_ratio([(base[u].job.run, one.job.run) for u, one in runs.items() if u in base])  # type: ignore[union-attr]
-        if ratio is None or ratio <= SAME_STEP_TIME:
+        pairs = [(base[u].job.run, one.job.run) for u, one in runs.items() if u in base]  # type: ignore[union-attr]
+        times = step_time_ratio(pairs)
+        if times is None or times.low <= SAME_STEP_TIME:
             continue
         sample = next(iter(base.values())).job
         assert sample is not None
-        ratio = _earlier_ratio(sample, arm) or round(ratio, 2)
+        ratio = _earlier_ratio(sample, arm) or round(times.ratio, 2)
         group = []
         for one in base.values():
             assert one.job is not None
@@ -613,8 +614,17 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
     return found
 
 
-def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> float | None:
-    """Geometric mean over pairs (baseline, arm) of the ratio of their seconds a step; None without a pair."""
+class StepTimes(NamedTuple):
+    """Geometric mean of ratios of seconds a step, and the lower end of its 95% interval."""
+
+    ratio: float
+    low: float  # of fewer than 3 pairs the ratio itself
+
+
+def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepTimes | None:
+    """How much longer an arm's steps take, from pairs (baseline, arm); None without a pair on one device."""
+    from reporting.statistics import paired_t  # imports scipy
+
     logs = []
     for pair in pairs:
         base, arm = (run.summary() for run in pair)
@@ -622,7 +632,11 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> float
             logs.append(
                 math.log(arm["wall_time_s"] / arm["steps"]) - math.log(base["wall_time_s"] / base["steps"])
             )
-    return math.exp(statistics.fmean(logs)) if logs else None
+    if not logs:
+        return None
+    mean = statistics.fmean(logs)
+    low = float(paired_t(logs).low) if len(logs) > 2 else mean
+    return StepTimes(math.exp(mean), math.exp(low))
 
 
 def _earlier_ratio(sample: Job, arm: str) -> float | None:

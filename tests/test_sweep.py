@@ -15,10 +15,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, Outcome, end_group, runs_in
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy import stats
 
 from crucible import executors, sweep
 from crucible.executors import LocalExecutor, Work
@@ -97,7 +99,11 @@ def test_step_times_are_compared_by_seed_on_one_device(tmp_path: Path) -> None:
         (run("c", 10, 100), run("d", 80, 100)),  # 8
         (run("e", 10, 100), run("f", 900, 100, "another")),
     ]
-    assert sweep.step_time_ratio(pairs) == pytest.approx(4.0)
+    assert sweep.step_time_ratio(pairs) == pytest.approx((4.0, 4.0)), "two pairs have no interval"
+    third = sweep.step_time_ratio([*pairs[:2], (run("g", 10, 100), run("h", 40, 100))])
+    logs = np.log([2, 8, 4])
+    low = stats.ttest_1samp(logs, 0).confidence_interval(0.95).low
+    assert third == pytest.approx((4.0, np.exp(low)))
     assert sweep.step_time_ratio(pairs[2:]) is None
 
 
