@@ -1,6 +1,6 @@
 """An ablation whose machine dies twice: is any run lost, is any done twice, does any number change?
 
-Every process of the sweep is killed (SIGKILL) after so many seconds, twice; the same command then finishes it.
+Every process of the sweep is killed (SIGKILL), twice, in the middle of a training; the same command then finishes it.
 Each run that was cut off is repeated in one piece elsewhere, and its numbers are compared bit for bit.
 
     python benchmarks/interrupted_ablation.py --out benchmarks/results/interrupted_ablation.md
@@ -17,7 +17,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import yaml
 from paired import provenance, report
 
 ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 5
+EPOCHS = 8
 ABLATION = [
     "sweep=ablation", "technique=baseline,powergrad,label_smoothing,mixup,sam,online_norm,ema,[powergrad,mixup]",
     "seed=range(5)", "model=cifar_resnet", "model.depth=8", f"trainer.max_epochs={EPOCHS}", "equal_time=true",
@@ -60,6 +62,14 @@ def records(folder: Path) -> dict[str, Record]:
     return {file.parent.name: Record.read(file.parent) for file in sorted(folder.glob("*/*/summary.json"))}
 
 
+def is_time(runs: Mapping[str, Record], finished: int) -> bool:
+    """Whether so many runs are finished, and another has 2 epochs or more but not all."""
+    done = sum(run.status == "finished" for run in runs.values())
+    return done >= finished and any(
+        run.status != "finished" and 2 <= len(run.epochs) < EPOCHS - 1 for run in runs.values()
+    )
+
+
 def kill_family(pid: int) -> None:
     """SIGKILL to the process and all that descend from it, at once."""
     table = subprocess.run(
@@ -84,7 +94,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", default="experiments/interrupted", help="of the runs; new or empty")
-    parser.add_argument("--kill-after", type=float, nargs="+", default=[45, 60], help="seconds")
+    parser.add_argument(
+        "--kill-at", type=int, nargs="+", default=[6, 17], help="finished runs, and one half done"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     folder = ROOT / arguments.folder
@@ -94,18 +106,16 @@ def main() -> None:
 
     command = [sys.executable, "main.py", "-m", *ABLATION, f"exp_dir={arguments.folder}"]
     stages: list[tuple[str, dict[str, Record]]] = []
-    for seconds in [*arguments.kill_after, None]:
+    for finished in [*arguments.kill_at, None]:
         sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        try:
-            status = sweep.wait(seconds)
-            if seconds is not None:
-                raise SystemExit(
-                    f"the sweep ended (status {status}) before its end by --kill-after {seconds:g}"
-                )
-        except subprocess.TimeoutExpired:
+        while sweep.poll() is None and not (finished is not None and is_time(records(folder), finished)):
+            time.sleep(0.2)
+        if finished is not None and sweep.returncode is not None:
+            raise SystemExit(f"the sweep ended before --kill-at {finished}")
+        if finished is not None:
             kill_family(sweep.pid)
-            sweep.wait()
-        what = f"SIGKILL after {seconds:g} s" if seconds is not None else f"the end, exit status {status}"
+        status = sweep.wait()
+        what = "SIGKILL" if finished is not None else f"the end, exit status {status}"
         stages.append((what, records(folder)))
 
     planned = json.loads(max(folder.glob("sweeps/*/sweep.json")).read_text())["runs"]
@@ -143,7 +153,7 @@ def main() -> None:
         f"    python main.py -m {shlex.join(ABLATION)}",
         "",
         "8 arms of 5 seeds on the embedded digits, and the baseline trained for as long as the slower arms. All its",
-        f"processes got SIGKILL {len(arguments.kill_after)} times; the same command, given again, went on.",
+        f"processes got SIGKILL {len(arguments.kill_at)} times; the same command, given again, went on.",
         "",
         provenance(),
         "| at | finished | cut off | not begun |",
