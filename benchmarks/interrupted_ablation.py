@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def kill_family(pid: int) -> None:
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
     for member in family:
-        os.kill(member, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # ended since the table was read
+            os.kill(member, signal.SIGKILL)
 
 
 def numbers(run: Path) -> dict[str, float]:

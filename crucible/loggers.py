@@ -167,6 +167,7 @@ def log_report(folder: Path, project: str, arguments: list[str]) -> str:
         dir=folder.parent,
         mode=mode,
         config={"arguments": arguments},
+        reinit="create_new",  # a run that is open in this process is not the report's
     )
     artifact = wandb.Artifact(name, type="report")
     for file in ("report.md", "report.html", "results.csv"):

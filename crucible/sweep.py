@@ -37,7 +37,6 @@ from crucible.run import RunDirectory, write_atomically
 SEE = "docs/sweeps.md"
 UNITS = ("seed", "data.module.fold")  # what arms are paired by
 WAIT_S = 5.0
-SAME_STEP_TIME = 1.05  # ratios up to here cost nothing
 Compose = Callable[[Sequence[str]], DictConfig]
 
 
@@ -585,26 +584,25 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
     The ratio is the geometric mean over the pairs of runs on the same device; one that an earlier sweep of the
     same arms used is kept, so that later seeds join its runs.
     """
-    finished: dict[str, dict[tuple[int, int], Planned]] = defaultdict(dict)
+    from reporting.statistics import SAME_COST  # imports scipy
+
+    finished: dict[str, dict[tuple[int, int], tuple[Job, list[str]]]] = defaultdict(dict)
     for one in planned:
         if one.job is not None and one.state == "finished":
-            finished[one.arm][one.unit] = one
+            finished[one.arm][one.unit] = one.job, one.overrides
     base = finished.pop(str(options.baseline), {})
     found: dict[str, list[Planned]] = {}
     for arm, runs in finished.items():
-        pairs = [(base[u].job.run, one.job.run) for u, one in runs.items() if u in base]  # type: ignore[union-attr]
-        times = step_time_ratio(pairs)
-        if times is None or times.low <= SAME_STEP_TIME:
+        times = step_time_ratio([(base[u][0].run, job.run) for u, (job, _) in runs.items() if u in base])
+        if times is None or times.low <= SAME_COST:
             continue
-        sample = next(iter(base.values())).job
-        assert sample is not None
+        sample, _ = next(iter(base.values()))
         ratio = _earlier_ratio(sample, arm) or round(times.ratio, 2)
         group = []
-        for one in base.values():
-            assert one.job is not None
+        for job, overrides in base.values():
             name = f"{options.baseline}_x{ratio:.2f}"
             name = name if re.fullmatch(r"[\w.+-]+", name) else f"'{name}'"
-            stretched = [*one.overrides, *stretch(one.job.config, ratio), f"arm={name}"]
+            stretched = [*overrides, *stretch(job.config, ratio), f"arm={name}"]
             rival = examine(compose, stretched, (), options)
             if rival.job is not None:
                 of = {"rival_of": arm, "rival_base": sample.facts["identity"], "ratio": ratio}

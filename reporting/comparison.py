@@ -19,8 +19,6 @@ from reporting import statistics as s
 from reporting.records import Run, Sweep, Unit
 from reporting.request import DEFAULT_MARGIN, SEE, Metric, Request
 
-SAME_COST = 1.05  # time ratios up to here cost nothing
-
 
 @dataclass
 class Arm:
@@ -113,9 +111,7 @@ class Table:
     comparisons: list[Comparison] = field(default_factory=list)
     together: list[Together] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    rivals: frozenset[str] = (
-        frozenset()
-    )  # arms that are the baseline trained for longer: the measure of a cost
+    rivals: frozenset[str] = frozenset()  # arms that are the baseline trained for longer
     floor: float = math.nan  # sd of one run's accuracy that the test set's size alone brings
     examples: int = 0
 
@@ -407,11 +403,11 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
             continue
         helps = c.finding.startswith("helps")
         beats = c.arm in corrected and corrected[c.arm] < table.plan.level and testable[c.arm].mean > 0
-        if helps and c.ratio.high <= SAME_COST:
+        if helps and c.ratio.high <= s.SAME_COST:
             c.cost = "free"
         elif helps and beats:
             c.cost = f"pays (beats {rivals[c.arm]})"
-        elif c.finding.startswith(("hurts", "no difference")) and c.ratio.low > SAME_COST:
+        elif c.finding.startswith(("hurts", "no difference")) and c.ratio.low > s.SAME_COST:
             c.cost = "dominated"
         else:
             c.cost = "trade-off open"
@@ -503,7 +499,7 @@ def _usual(arm: Arm) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     """As one would write it in YAML."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _settings(arms: Mapping[str, Arm], baseline: str) -> Settings:

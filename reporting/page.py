@@ -346,8 +346,9 @@ def _settings_blocks(table: Table) -> Iterable[Block]:
 
 def _commands(table: Table) -> Iterable[Block]:
     """The sweeps' own commands; and one for each set of overrides that differs by more than seed and fold."""
-    sweeps = {r.sweep.command for arm in table.arms.values() for r in arm.all_runs if r.sweep is not None}
-    if sweeps - {""}:
+    ended = [r for arm in table.arms.values() for r in arm.all_runs]
+    sweeps = {r.sweep.command for r in ended if r.sweep is not None and r.sweep.command}
+    if sweeps:
         yield Text("The sweep:" if len(sweeps) == 1 else "The sweeps:")
         yield Code(sorted(sweeps))
         yield Text("Arm by arm:")
@@ -368,10 +369,9 @@ def _commands(table: Table) -> Iterable[Block]:
             options += [f"data.module.fold={','.join(map(str, folds))}"] if folds != [0] else []
             lines.append(shlex.join(["python", "main.py", "-m", *options]))
     yield Code(lines)
-    runs = [r for arm in table.arms.values() for r in arm.all_runs]
-    commits = sorted({r.commit + ("+changes" if r.dirty else "") for r in runs if r.commit})
-    versions = sorted({f"{name} {v}" for r in runs for name, v in r.versions.items()})
-    devices = sorted({r.device for r in runs if r.device})
+    commits = sorted({r.commit + ("+changes" if r.dirty else "") for r in ended if r.commit})
+    versions = sorted({f"{name} {v}" for r in ended for name, v in r.versions.items()})
+    devices = sorted({r.device for r in ended if r.device})
     facts = [
         f"{what}: {', '.join(values)}"
         for what, values in (("Commit", commits), ("versions", versions), ("device", devices))

@@ -19,6 +19,7 @@ from scipy.optimize import brentq
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 50
+SAME_COST = 1.05  # time ratios up to here cost nothing
 COPIED = 1e-9
 FLIP_FROM, FLIP_EXACT_TO = 8, 16
 OUTLIER_SD = 6.0

@@ -47,6 +47,16 @@ def test_an_offline_report_holds_all_of_its_files_and_is_synced_by_the_command_r
     assert page.read_text() == "<p>report.html</p>"
 
 
+def test_a_run_that_is_open_in_the_process_stays_apart_and_open(lab: Path, tmp_path: Path) -> None:
+    import wandb
+
+    (tmp_path / "other").mkdir()
+    with wandb.init(project="other", dir=tmp_path / "other", mode="offline") as other:
+        place = Path(shlex.split(log_report(lab / "report", "lab", []))[2])
+        assert place.parent == lab / "wandb"
+        assert wandb.run is other
+
+
 def test_where_wandb_is_disabled_nothing_is_written(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert log_report(lab / "report", "lab", []) == "nowhere, W&B is disabled"
