@@ -1,0 +1,189 @@
+"""What must stay as it is while the code is rearranged: trained states, run ids, recorded run folders.
+
+    export PYTHONPATH=.:tests OMP_NUM_THREADS=1
+    python tests/record.py write tests/recorded.json     # all of it; before the first move
+    python tests/record.py compare tests/recorded.json   # after the last
+
+Each trained case is six steps on digits of one technique or of a drawn pair, in fp32 and bf16: a hash of weights,
+averages and optimizer state, and their norms. Hashes hold on one kind of machine and one version of torch, norms
+everywhere to a few digits. Ids are those of every recipe and of the command lines below, and hold everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import sys
+import tempfile
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from technique_runs import TECHNIQUES, built, composed, make_teacher
+
+PRECISIONS = ("32-true", "bf16-mixed")
+PAIRS = 40
+STEPS = (
+    "trainer.max_steps=6", "trainer.limit_train_batches=3", "trainer.limit_val_batches=2", "model.optimizer=Adam",
+    "model.lr=0.003",
+)  # fmt: skip
+STATES = ("state_dict", "averaged_state_dict", "optimizer_states", "lr_schedulers", "train_sums")
+
+# complete commands on embedded data, and fragments put behind them
+BASES = (
+    "", "model=preact_resnet", "model=wide_resnet data=synthetic", "model=vgg data=synthetic",
+    "model=cifar_resnet model.depth=8", "model=timm model.type=resnet10t data=synthetic",
+)  # fmt: skip
+FRAGMENTS = (
+    "", "seed=3", "technique=mixup", "technique=[powergrad,label_smoothing]", "technique=sam model.sam_rho=0.1",
+    "technique=ema data.module.batch_size=32 model.ema_decay=0.9", "technique=online_norm trainer.max_epochs=3",
+    "model.optimizer=AdamW model.lr=0.001 trainer.precision=bf16-mixed", "technique=[cutout,swa] trainer.max_steps=50",
+    "model.scheduler=MultiStep model.warmstart=2 trainer.gradient_clip_val=1.0 callbacks.plots=null",
+)  # fmt: skip
+
+
+def machine() -> str:
+    """What the bits of a result depend on."""
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+
+
+def drawn_pairs(refused: Any) -> list[tuple[str, ...]]:
+    """Forty pairs of techniques that compose, always the same."""
+    pairs = [pair for pair in combinations(TECHNIQUES, 2) if pair not in refused]
+    return sorted(random.Random(0).sample(pairs, PAIRS))
+
+
+def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state, by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items: Any = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    return {k: v for key, part in items for k, v in tensors(part, f"{name}.{key}").items()}
+
+
+def digest(state: dict[str, Any]) -> tuple[str, float]:
+    """A hash of the named parts of a training state, bit by bit, and the norm of all their numbers."""
+    found = tensors({name: state.get(name, {}) for name in STATES})
+    text, squares = hashlib.sha256(), 0.0
+    for name in sorted(found):
+        text.update(name.encode())
+        tensor = found[name].detach().contiguous().reshape(-1)
+        text.update(tensor.view(torch.uint8).numpy().tobytes())
+        squares += float(tensor.double().square().sum()) if tensor.is_floating_point() else 0.0
+    return text.hexdigest()[:16], squares**0.5
+
+
+def trained(techniques: tuple[str, ...], precision: str, folder: Path, teacher: Path) -> dict[str, Any]:
+    """Six steps of these techniques: the hash and the norm of what they came to, and the last values logged."""
+    options = (*STEPS, f"trainer.precision={precision}")
+    model, data, trainer = built(composed(*techniques, teacher=teacher, options=options), folder)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(folder / "state.ckpt")
+    bits, norm = digest(torch.load(folder / "state.ckpt", weights_only=True))
+    logged = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+    return {"bits": bits, "norm": norm, "logged": logged}
+
+
+def cases(refused: Any) -> list[tuple[tuple[str, ...], str]]:
+    """Each technique, each drawn pair, and none, in each precision."""
+    chosen = [(), *((name,) for name in TECHNIQUES), *drawn_pairs(refused)]
+    return [(techniques, precision) for techniques in chosen for precision in PRECISIONS]
+
+
+def case_name(techniques: tuple[str, ...], precision: str) -> str:
+    return f"{'+'.join(techniques) or 'baseline'} {precision}"
+
+
+class _Data:
+    """Stands for data that are not here: 50,000 samples of ten classes."""
+
+    name = "stand-in"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.batch_size = config["data"]["module"]["batch_size"]
+        self.class_names = [str(i) for i in range(config["data"]["num_classes"] or 10)]
+
+    def samples(self, split: str) -> range:
+        return range(50_000)
+
+
+def composed_for(overrides: list[str]) -> Any:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        return compose("train", overrides)
+
+
+def recipe_ids() -> dict[str, str]:
+    """The identity of every recipe, with stand-in data."""
+    from crucible import config as configuration
+
+    found = {}
+    folder = ROOT / "cli_configs" / "recipe"
+    for file in sorted(folder.rglob("*.yaml")):
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if file.name.startswith("_"):
+            continue
+        config = configuration.to_plain(composed_for([f"recipe={name}", "trainer.sync_batchnorm=false"]))
+        for option in configuration.SWEEP_OPTIONS:
+            config.pop(option)
+        configuration.check(config, [])
+        configuration.resolve(config, _Data(config))
+        found[name] = configuration.identity(config, {"data": "stand-in"}) + " " + configuration.kind(config)
+    return found
+
+
+def command_ids() -> dict[str, str]:
+    """Run id, kind and arm of each command line, on its real data."""
+    from crucible import jobs
+
+    found = {}
+    for base in BASES:
+        for fragment in FRAGMENTS:
+            overrides = [*base.split(), *fragment.split()]
+            job = jobs.examine(composed_for(overrides), overrides)
+            found[" ".join(overrides)] = " | ".join(str(job.facts[k]) for k in ("run_id", "kind", "arm"))
+    return found
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Everything."""
+    from crucible.docs import refused_pairs
+
+    teacher = make_teacher(folder / "teaching")
+    states = {case_name(*case): trained(*case, folder, teacher) for case in cases(refused_pairs())}
+    return {"machine": machine(), "states": states, "recipes": recipe_ids(), "commands": command_ids()}
+
+
+def main(action: str, file: Path) -> int:
+    """Write the record, or say what differs from it; the exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        now = record(Path(folder))
+    if action == "write":
+        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        return 0
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differing = 0
+    for part in ("states", "recipes", "commands"):
+        for name in before[part].keys() | now[part].keys():
+            if before[part].get(name) != now[part].get(name):
+                differing += 1
+                print(f"{part}: {name}: {before[part].get(name)} -> {now[part].get(name)}")
+        print(f"{part}: {len(now[part])} compared")
+    print(f"{differing} differ ({before['machine']}; now {now['machine']})")
+    return int(differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
