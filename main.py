@@ -14,12 +14,24 @@ from crucible import command_line
 ROOT = Path(__file__).resolve().parent
 
 
-@hydra.main(config_path=str(ROOT / "cli_configs"), config_name="train", version_base="1.3")
-def compose(config: DictConfig) -> None:
-    """One composed job: recorded, then run. The jobs of `-m` are those of hydra_plugins/crucible_sweepers."""
-    from crucible.jobs import run_composed
+def compose_and_run() -> int:
+    """One composed job: recorded, then run; the exit status. `-m` goes on in hydra_plugins/crucible_sweepers."""
+    statuses: list[int] = []
+    raised: list[Exception] = []
 
-    run_composed(config)
+    @hydra.main(config_path=str(ROOT / "cli_configs"), config_name="train", version_base="1.3")
+    def compose(config: DictConfig) -> None:
+        from lab.jobs import run_composed
+
+        try:
+            statuses.append(run_composed(config))
+        except Exception as error:  # Hydra would print a line of its own above ours
+            raised.append(error)
+
+    compose()
+    if raised:
+        raise raised[0]
+    return max(statuses, default=0)
 
 
 def main() -> int:
@@ -30,13 +42,10 @@ def main() -> int:
         arguments = command_line.prepare(sys.argv[1:], ROOT)
         sys.argv = [str(ROOT / "main.py"), *arguments]
         if command_line.names_a_run(arguments):
-            from crucible.jobs import run_recorded
+            from lab.jobs import run_recorded
 
             return run_recorded(arguments)
-        compose()
-        from crucible.jobs import exit_status
-
-        return exit_status()
+        return compose_and_run()
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
 
-from augmentation.keyed import keyed_uniform
 from augmentation.policies.base import cutout
+from crucible.keyed import keyed_uniform
 from crucible.options import ConfigError
 
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augmentation.keyed import keyed_uniform, stream_key
+from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError
 
 

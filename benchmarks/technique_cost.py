@@ -30,10 +30,11 @@ from hydra.utils import instantiate  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from paired import provenance, ratio_interval, report  # noqa: E402
 
-from crucible import config as configuration  # noqa: E402
-from crucible.build import build_data, build_model, build_trainer  # noqa: E402
-from crucible.docs import merged, technique_names, technique_settings  # noqa: E402
+from crucible import configuration  # noqa: E402
 from crucible.run import RunDirectory  # noqa: E402
+from docs.generate import merged, technique_names, technique_settings  # noqa: E402
+from lab.build import build_data, build_model, build_trainer  # noqa: E402
+from lab.config import check, resolve  # noqa: E402
 from models.dynamic_resnet import ResNetModel  # noqa: E402
 from models.layers import BasicBlock  # noqa: E402
 
@@ -84,7 +85,7 @@ def composed(technique: str | None, steps: int, folder: Path, *options: str) -> 
     config = merged(config, technique_settings(technique)) if technique else config
     if technique == "distillation":
         config["model"]["teacher"] = str(folder / "teacher")
-    configuration.check(config, [])
+    check(config, [])
     return config
 
 
@@ -92,7 +93,7 @@ def fit(config: dict[str, Any], folder: Path, *callbacks: Callback) -> Any:
     """Train as main.py does."""
     data = build_data(config)
     data.check()
-    configuration.resolve(config, data)
+    resolve(config, data)
     own = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     trainer = build_trainer(config, folder, [*own, *callbacks], [])
     trainer.fit(build_model(config), datamodule=data)

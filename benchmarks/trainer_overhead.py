@@ -76,18 +76,19 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="changes to the workload")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from crucible import config as configuration
-    from crucible import tasks
-    from crucible.build import build_data
+    from crucible import configuration
     from crucible.run import RunDirectory
+    from lab import tasks
+    from lab.build import build_data
+    from lab.config import check, resolve
 
     with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
         overrides = [*WORKLOAD, f"trainer.max_epochs={arguments.epochs + 2}", "trainer.limit_val_batches=0"]
         config = configuration.to_plain(compose("train", [*overrides, *arguments.overrides]))
-    configuration.check(config, overrides)
+    check(config, overrides)
     data = build_data(config)
     data.setup("fit")
-    configuration.resolve(config, data)
+    resolve(config, data)
     hand = HandLoop()
     config["callbacks"]["hand"] = {"_target_": "hand"}
     instantiate = tasks.instantiate

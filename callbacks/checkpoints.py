@@ -12,17 +12,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from crucible.files import replacing
+
 LOWER_IS_BETTER = ("loss", "mse", "mae", "ece")
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(target)
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -34,8 +26,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save `checkpoint` to `path`."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, _temporary(target))
-        _replace(_temporary(target), target)
+        with replacing(target, sync=True) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class Checkpoints(Checkpoint):
@@ -46,7 +38,7 @@ class Checkpoints(Checkpoint):
         every: epochs between writes of last.ckpt; the last epoch is always written.
         every_steps: also every so many optimizer steps.
         keep: `best`: both files; `last`: no best.ckpt; `none`: last.ckpt while the run lasts.
-        monitor: the logged value that says which is best; `crucible.config.resolve` settles null.
+        monitor: the logged value that says which is best; `lab.config.resolve` settles null.
     """
 
     def __init__(
@@ -128,10 +120,8 @@ class Checkpoints(Checkpoint):
         if self._written_at != trainer.global_step:
             trainer.save_checkpoint(target, weights_only=False)
         elif trainer.is_global_zero:  # the same state has just been written as last.ckpt
-            temporary = _temporary(target)
-            temporary.unlink(missing_ok=True)
-            try:
-                os.link(last, temporary)
-            except OSError:
-                shutil.copyfile(last, temporary)
-            _replace(temporary, target)
+            with replacing(target, sync=True) as temporary:
+                try:
+                    os.link(last, temporary)
+                except OSError:
+                    shutil.copyfile(last, temporary)

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
-from crucible.run import temporary_name
+from crucible.files import write_atomically
 
 BINS = 15  # of confidence, as in `crucible.metrics.CalibrationError`
 
@@ -99,5 +99,4 @@ class CorrectnessRecord(Callback):
             samples=np.str_(hashlib.sha256(index.tobytes()).hexdigest()[:16]),
             calibration=np.stack([np.bincount(bins, w, minlength=BINS) for w in weights]),
         )
-        temporary_name(self.file).write_bytes(stream.getvalue())
-        temporary_name(self.file).replace(self.file)
+        write_atomically(self.file, stream.getvalue())

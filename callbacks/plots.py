@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
+
+from crucible.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,19 +195,14 @@ class ResultPlots(Callback):
             names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
             names = names if names and len(names) == len(result) else [str(i) for i in range(len(result))]
             name, figure = "confusion_matrix", draw_confusion(result.cpu().numpy(), names, title)
-            _replace(folder / f"{name}_{split}.csv", lambda path: _write_counts(path, result.tolist(), names))
+            with replacing(folder / f"{name}_{split}.csv") as file:
+                _write_counts(file, result.tolist(), names)
         picture = folder / f"{name}_{split}.png"
-        _replace(picture, lambda path: figure.savefig(path, format="png", dpi=150))
+        with replacing(picture) as file:
+            figure.savefig(file, format="png", dpi=150)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key=f"{split}/{name}", images=[str(picture)])
-
-
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target, then rename: a reader never sees half a file."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    write(temporary)
-    temporary.replace(target)
 
 
 def _write_counts(path: Path, counts: list[list[int]], names: Sequence[str]) -> None:

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 if TYPE_CHECKING:
     import optuna
+
+
+def open_study(spec: Mapping[str, Any], create: bool = False) -> optuna.study.Study:
+    """The study that a `spec` (name, storage, direction, sampler, seed, pruner, epochs) describes."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    local = spec["storage"].startswith("sqlite:")
+    storage = optuna.storages.RDBStorage(
+        spec["storage"], engine_kwargs={"connect_args": {"timeout": 120}} if local else {}
+    )
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=spec["seed"], constant_liar=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=spec["seed"]),
+    }
+    pruners = {
+        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5),
+        "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=max(1, spec["epochs"])),
+        None: optuna.pruners.NopPruner,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Optuna calls experimental
+        parts: dict[str, Any] = {"sampler": samplers[spec["sampler"]](), "pruner": pruners[spec["pruner"]]()}
+        if not create:
+            return optuna.load_study(study_name=spec["study"], storage=storage, **parts)
+        return optuna.create_study(
+            study_name=spec["study"],
+            storage=storage,
+            direction=spec["direction"],
+            load_if_exists=True,
+            **parts,
+        )
 
 
 class Pruned(Exception):
@@ -23,17 +55,22 @@ class Pruning(Callback):
     Under DDP rank 0 reports and decides for all ranks.
 
     Args:
-        open_trial: gives the trial; called on rank 0 only.
-        metric: the logged value that is optimised.
+        spec: of the study, for `open_study`; and `metric`, the logged value that is optimised, and `trial`, the
+            number in the storage of the trial that the run is.
 
     Raises:
         Pruned: at the end of an epoch, whose state has been saved by then.
     """
 
-    def __init__(self, open_trial: Callable[[], optuna.trial.Trial], metric: str) -> None:
-        self._open_trial, self._metric = open_trial, metric
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self._spec, self._metric = spec, spec["metric"]
         self._trial: optuna.trial.Trial | None = None
         self._validated = False
+
+    def _open_trial(self) -> optuna.trial.Trial:
+        import optuna
+
+        return optuna.trial.Trial(open_study(self._spec), self._spec["trial"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = False

@@ -10,7 +10,7 @@ from typing import Any
 def __getattr__(name: str) -> Any:
     # deferred: importing the command line must not import torch
     if name == "load_run":
-        from crucible.tasks import load_run
+        from lab.tasks import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

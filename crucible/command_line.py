@@ -9,15 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from crucible.handover import VARIABLE, pass_on, received
 from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
-TRACEBACKS = "CRUCIBLE_TRACEBACKS"
 
 
 def wants_tracebacks() -> bool:
     """Whether the user set HYDRA_FULL_ERROR=1; remembered for the processes that this one starts."""
-    return os.environ.setdefault(TRACEBACKS, os.environ.get("HYDRA_FULL_ERROR", "0")) == "1"
+    if os.environ.get(VARIABLE) is None:
+        pass_on(tracebacks=os.environ.get("HYDRA_FULL_ERROR", "0") == "1")
+    return received().tracebacks
 
 
 def value_of(arguments: Sequence[str], key: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCo
     return MetricCollection(metrics)  # type: ignore[arg-type]
 
 
-def flatten(values: dict[str, Tensor], class_names: Sequence[str] = ()) -> dict[str, Tensor]:
+def scalars(values: dict[str, Tensor], class_names: Sequence[str] = ()) -> dict[str, Tensor]:
     """One scalar a name: `f1_per_class` (K,) becomes `f1_per_class/<class>`."""
     flat: dict[str, Tensor] = {}
     for name, value in values.items():
@@ -111,3 +111,9 @@ def flatten(values: dict[str, Tensor], class_names: Sequence[str] = ()) -> dict[
             labels = class_names if len(class_names) == len(value) else [str(i) for i in range(len(value))]
             flat.update({f"{name}/{label}": v for label, v in zip(labels, value, strict=True)})
     return flat
+
+
+def headline(final: Mapping[str, float]) -> str:
+    """The two of a run's final values that a reader wants first."""
+    wanted = [name for name in ("test/acc", "test/mae", "val/acc", "val/loss") if name in final]
+    return ", ".join(f"{name} {final[name]:.4f}" for name in wanted[:2])

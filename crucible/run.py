@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from crucible.files import replacing, temporary_name, write_atomically
 from crucible.options import ConfigError
 
 SCHEMA = 1
@@ -34,17 +35,6 @@ class Held(ConfigError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, see="")
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no other process, here or on another machine, uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, then rename: a reader or a killed process never sees half a file."""
-    temporary_name(path).write_text(text, encoding="utf-8")
-    temporary_name(path).replace(path)
 
 
 class RunDirectory:
@@ -80,6 +70,18 @@ class RunDirectory:
             there = ", ".join(sorted(p.stem for p in self.checkpoints.glob("*.ckpt"))) or "none"
             raise ConfigError(f"ckpt_path={name}: no such checkpoint in {self.path}; there are: {there}")
         return found
+
+    def pick_checkpoint(self, name: str | None) -> Path:
+        """The named checkpoint; without a name best.ckpt, or last.ckpt where the run kept no best.
+
+        Raises:
+            ConfigError: where there is none.
+        """
+        if name not in (None, "best"):
+            return self.checkpoint(str(name))
+        has_best = (self.checkpoints / "best.ckpt").is_file()
+        has_last = (self.checkpoints / "last.ckpt").is_file()
+        return self.checkpoint("best" if has_best or (name == "best" and not has_last) else "last")
 
     # reading
 
@@ -124,12 +126,13 @@ class RunDirectory:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv whole: a row an epoch, the columns of all rows."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        target = self.path / "metrics.csv"
-        with temporary_name(target).open("w", newline="", encoding="utf-8") as stream:
+        with (
+            replacing(self.path / "metrics.csv") as file,
+            file.open("w", newline="", encoding="utf-8") as stream,
+        ):
             writer = csv.DictWriter(stream, columns)
             writer.writeheader()
             writer.writerows(rows)
-        temporary_name(target).replace(target)
 
     # who may write: the claim
 

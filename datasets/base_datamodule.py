@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from augmentation.keyed import keyed_rng, stream_key
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
+from crucible.batch import Batch
+from crucible.keyed import keyed_rng, stream_key
+from crucible.machine import core_count
 from crucible.options import ConfigError
 from datasets.images import Arrays, ImageFiles, SampleError, fingerprint, image_files
 from datasets.sampling import (
@@ -32,20 +33,6 @@ from datasets.sampling import (
 
 Split = Literal["train", "val", "test", "predict"]
 _MOST_WORKERS = 16
-
-
-class Batch(NamedTuple):
-    """What a loader delivers and a model is handed.
-
-    Attributes:
-        input: (N, C, *spatial), uint8 for images until `BaseDataModule.batch_transform` makes it float32.
-        target: (N,) int64 class indices or float32 values; after mixing (N, K) float32 probabilities.
-        index: (N,) int64 numbers of the samples in the raw data set.
-    """
-
-    input: Tensor
-    target: Tensor
-    index: Tensor  # type: ignore[assignment]
 
 
 class Samples(Dataset):
@@ -465,9 +452,8 @@ class BaseDataModule(LightningDataModule):
             return self.num_workers
         if samples.keeps:
             return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = 1 if self.trainer is None else self.trainer.num_devices
-        return max(1, min(cores // processes, _MOST_WORKERS, batches))
+        return max(1, min(core_count() // processes, _MOST_WORKERS, batches))
 
     # Resume: the order is a function of the epoch, so that two counters are the whole state
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler, SequentialSampler
 
-from augmentation.keyed import stream_key
+from crucible.keyed import stream_key
 
 KeyedBatch = tuple[int, list[int]]  # (epoch, sample numbers)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from augmentation.keyed import stream_key
+from crucible.keyed import stream_key
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import Arrays

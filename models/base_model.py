@@ -14,19 +14,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from augmentation.distortions import DistortionOptions, build_distortions
-from augmentation.keyed import stream_key
 from augmentation.mixing import MixingOptions, build_mixing, check_mixing
-from crucible.metrics import build_metrics, flatten
+from crucible.batch import Batch
+from crucible.keyed import stream_key
+from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError, option_names, read_options, suggest
-from datasets.base_datamodule import Batch
 from losses import LossOptions, build_criterion, evaluation_criterion
-from losses.distillation import (
-    Distillation,
-    DistillationOptions,
-    check_distillation,
-    find_teacher,
-    load_teacher,
-)
+from losses.distillation import Distillation, DistillationOptions, check_distillation
 from models.convert import ConversionOptions, convert_network
 from norms import (
     NormOptions,
@@ -158,6 +152,7 @@ class BaseModel(LightningModule):
         self.metrics = nn.ModuleDict(
             {f"{stage}_metrics": build_metrics(names, task, num_classes) for stage in self._evaluated_stages}
         )
+        self._teachers: list[nn.Module] = []  # a list: no part of the model
         self.distillation: Distillation | None = None  # while training with a teacher
         self.average: WeightAverage | None = None  # of the network's weights, where averaging is on
         self._resumed_average: tuple[dict[str, Tensor], int] | None = None
@@ -243,16 +238,17 @@ class BaseModel(LightningModule):
     def on_fit_start(self) -> None:
         if self._use_channels_last():
             self.model.to(memory_format=torch.channels_last)
-        if self.distillation_options.teacher is not None:
-            self._start_distillation(self.distillation_options.teacher)
+        for network in self._teachers:
+            self._start_distillation(network)
+        if self.distillation_options.teacher is not None and not self._teachers:
+            raise ConfigError("model.teacher: its network was not handed in: model.learn_from(network)")
 
-    def _start_distillation(self, teacher: str) -> None:
-        network = load_teacher(
-            find_teacher(teacher),
-            num_classes=self.num_classes,
-            input_channels=self.input_channels,
-            input_dim=self.input_dim,
-        ).to(self.device, self.dtype)  # type: ignore[arg-type]
+    def learn_from(self, network: nn.Module) -> None:
+        """Take the teacher, a network of the same input and classes, for the training to come."""
+        self._teachers = [network]
+
+    def _start_distillation(self, network: nn.Module) -> None:
+        network.to(self.device, self.dtype)  # type: ignore[arg-type]
         if self._use_channels_last():
             network.to(memory_format=torch.channels_last)
         if self.model._compiled_call_impl is not None:
@@ -443,7 +439,7 @@ class BaseModel(LightningModule):
     def _log_evaluation(self, stage: Stage) -> None:
         metrics = self.metrics[f"{stage}_metrics"]
         class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
-        values = {"loss": self._means(stage)["loss"], **flatten(metrics.compute(), class_names)}  # type: ignore[operator]
+        values = {"loss": self._means(stage)["loss"], **scalars(metrics.compute(), class_names)}  # type: ignore[operator]
         metrics.reset()  # type: ignore[operator]
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 

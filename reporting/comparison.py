@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from crucible.configuration import is_semantic
 from crucible.options import ConfigError
 from reporting import statistics as s
 from reporting.records import Run, Sweep, Unit
@@ -480,12 +481,8 @@ def _interactions(table: Table) -> Iterable[Together]:
 
 
 def _counts(name: str) -> bool:
-    from crucible.config import NOT_SEMANTIC
-
-    parts = name.split(".")
-    return name != "data.module.fold" and not any(
-        ".".join(parts[: i + 1]) in NOT_SEMANTIC for i in range(len(parts))
-    )
+    """Whether an option is one of the arm's settings; the fold is what arms are paired by."""
+    return is_semantic(name) and name != "data.module.fold"
 
 
 def _usual(arm: Arm) -> dict[str, str]:
@@ -494,7 +491,11 @@ def _usual(arm: Arm) -> dict[str, str]:
     for run in arm.all_runs:
         for name, value in run.settings.items():
             counts[name][_text(value)] += 1
-    return {name: seen.most_common(1)[0][0] for name, seen in counts.items() if _counts(name)}
+    return {
+        name: seen.most_common(1)[0][0]
+        for name, seen in counts.items()
+        if is_semantic(name) and name != "data.module.fold"
+    }
 
 
 def _text(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from crucible.files import write_atomically
 from reporting.comparison import Arm, Comparison, Table, unit_name
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
@@ -647,8 +648,6 @@ def results_csv(tables: Sequence[Table]) -> str:
 
 def write(page: Page, tables: Sequence[Table], plots: Mapping[str, Sequence[Plot]], out: Path) -> None:
     """Write report.md, report.html, results.csv and plots/ into the folder `out`."""
-    from crucible.run import write_atomically
-
     (out / "plots").mkdir(parents=True, exist_ok=True)
     for data, drawn in plots.items():
         for plot in drawn:

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from crucible.configuration import flatten
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
@@ -150,7 +151,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
     if status != "finished" and not diverged:
         return _left_out(path, status, reason)
-    settings = {**_defaults(), **dict(_flatten(config))}
+    settings = {**_defaults(), **flatten(config)}
     module = (config.get("data") or {}).get("module") or {}
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
@@ -193,9 +194,11 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
 def _defaults() -> dict[str, Any]:
     """What an option had that the code of a run did not know yet: a new option's default changes nothing."""
     file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
-    options = _flatten(_parse(file.read_text(encoding="utf-8")))
+    options = flatten(_parse(file.read_text(encoding="utf-8")))
     rooms = ("model.", "data.", "trainer.")
-    return {k: v for k, v in options if k.startswith(rooms) and not (isinstance(v, str) and "${" in v)}
+    return {
+        k: v for k, v in options.items() if k.startswith(rooms) and not (isinstance(v, str) and "${" in v)
+    }
 
 
 def _left_out(path: Path, status: str, reason: str) -> LeftOut:
@@ -359,11 +362,3 @@ def _parse_mapping(lines: list[str]) -> Any:
 @lru_cache(maxsize=65536)
 def _parse(text: str) -> Any:
     return yaml.load(text, _LOADER)
-
-
-def _flatten(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node

@@ -21,8 +21,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 import torch
+from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from technique_runs import TECHNIQUES, built, composed, make_teacher
@@ -127,7 +127,9 @@ def composed_for(overrides: list[str]) -> Any:
 
 def recipe_ids() -> dict[str, str]:
     """The identity of every recipe, with stand-in data."""
-    from crucible import config as configuration
+    from crucible import configuration
+    from lab.config import SWEEP_OPTIONS, check, resolve
+    from lab.experiment import identity, kind
 
     found = {}
     folder = ROOT / "cli_configs" / "recipe"
@@ -136,30 +138,30 @@ def recipe_ids() -> dict[str, str]:
         if file.name.startswith("_"):
             continue
         config = configuration.to_plain(composed_for([f"recipe={name}", "trainer.sync_batchnorm=false"]))
-        for option in configuration.SWEEP_OPTIONS:
+        for option in SWEEP_OPTIONS:
             config.pop(option)
-        configuration.check(config, [])
-        configuration.resolve(config, _Data(config))
-        found[name] = configuration.identity(config, {"data": "stand-in"}) + " " + configuration.kind(config)
+        check(config, [])
+        resolve(config, _Data(config))
+        found[name] = identity(config, {"data": "stand-in"}) + " " + kind(config)
     return found
 
 
 def command_ids() -> dict[str, str]:
     """Run id, kind and arm of each command line, on its real data."""
-    from crucible import jobs
+    from lab.experiment import Examiner
 
     found = {}
     for base in BASES:
         for fragment in FRAGMENTS:
             overrides = [*base.split(), *fragment.split()]
-            job = jobs.examine(composed_for(overrides), overrides)
+            job = Examiner().examine(composed_for(overrides), overrides)
             found[" ".join(overrides)] = " | ".join(str(job.facts[k]) for k in ("run_id", "kind", "arm"))
     return found
 
 
 def record(folder: Path) -> dict[str, Any]:
     """Everything."""
-    from crucible.docs import refused_pairs
+    from docs.generate import refused_pairs
 
     teacher = make_teacher(folder / "teaching")
     states = {case_name(*case): trained(*case, folder, teacher) for case in cases(refused_pairs())}

@@ -10,7 +10,8 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from crucible import config as configuration
+from crucible import configuration
+from lab.config import check, resolve_network
 from models.deformable_resnet import DeformableResNet18
 from models.dynamic_resnet import ResNet18
 from models.lip_resnet import LIPResNet50
@@ -75,6 +76,6 @@ def _small(family: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     typed = [f"model={family}", "data=cifar10", *SMALL.get(family, []), *overrides]
     with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
         config = configuration.to_plain(compose("train", typed))
-    configuration.check(config, typed)
-    configuration.resolve_network(config)
+    check(config, typed)
+    resolve_network(config)
     return config

@@ -15,10 +15,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from crucible import config as configuration
-from crucible.build import build_data, build_model, build_trainer
-from crucible.docs import merged, technique_names, technique_settings
+from crucible import configuration
 from crucible.run import RunDirectory
+from docs.generate import merged, technique_names, technique_settings
+from lab.build import build_data, build_model, build_trainer
+from lab.config import check, resolve
+from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
 TECHNIQUES = technique_names()
@@ -43,7 +45,7 @@ def composed(*techniques: str, teacher: Path | None = None, options: tuple[str, 
         config = merged(config, technique_settings(technique))
     if "distillation" in techniques:
         config["model"]["teacher"] = str(teacher)
-    configuration.check(config, [])
+    check(config, [])
     return config
 
 
@@ -60,8 +62,9 @@ def built(config: dict[str, Any], folder: Path) -> tuple[BaseModel, Any, Trainer
     """Model, data module and trainer of a configuration."""
     data = build_data(config)
     data.check()
-    configuration.resolve(config, data)
+    resolve(config, data)
     model = build_model(config)
+    hand_in_teacher(model, config)
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     return model, data, build_trainer(config, folder, callbacks, [])
 

@@ -11,7 +11,7 @@ import torch
 from technique_runs import TECHNIQUES, composed, make_teacher, train
 
 from crucible.command_line import describe
-from crucible.docs import refused_pairs
+from docs.generate import refused_pairs
 
 REFUSED = refused_pairs()
 # Learns in the few steps with whatever slows it down: a network without norms, zero-initialised branches, ...

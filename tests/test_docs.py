@@ -8,14 +8,14 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from crucible.config import select
-from crucible.docs import PAGE, techniques_page
+from crucible.configuration import select
+from docs.generate import PAGE, techniques_page
 
 TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
 
 
 def test_the_table_of_techniques_is_the_generated_one() -> None:
-    assert PAGE.read_text() == techniques_page(), "run python -m crucible.docs"
+    assert PAGE.read_text() == techniques_page(), "run python -m docs.generate"
 
 
 @pytest.mark.parametrize("file", TECHNIQUES, ids=lambda f: f.stem)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from crucible.metrics import build_metrics, flatten
+from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError
 
 SIZES = [7, 16, 1, 30, 149]
@@ -28,7 +28,7 @@ def evaluate(
     collection = build_metrics(names, task, classes)
     for s, t in zip(scores.split(SIZES), target.split(SIZES), strict=True):
         collection.update(s, t)
-    return {k: float(v) for k, v in flatten(collection.compute()).items()}
+    return {k: float(v) for k, v in scalars(collection.compute()).items()}
 
 
 def test_classification_metrics_equal_scikit_learn(scores) -> None:

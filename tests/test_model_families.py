@@ -13,9 +13,9 @@ from hydra.utils import get_class
 from small_models import FAMILIES, SIZE, small
 from torch import Tensor, nn
 
-from crucible.build import build_model
 from crucible.options import ConfigError, signature_options
-from crucible.summary import build_on_meta, check_input, input_shape
+from lab.build import build_model
+from lab.summary import build_on_meta, check_input, input_shape
 from models.base_model import BaseModel
 from norms import convert_norm
 

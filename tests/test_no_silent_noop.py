@@ -14,10 +14,11 @@ from conftest import ROOT, write_images
 from hydra.utils import instantiate
 from small_models import FAMILIES, SIZE, small
 
-from crucible import config as configuration
-from crucible.build import build_data, build_model, build_trainer
+from crucible import configuration
 from crucible.command_line import describe
-from crucible.summary import check_input
+from lab.build import build_data, build_model, build_trainer
+from lab.config import check, resolve
+from lab.summary import check_input
 
 TECHNIQUES = {
     file.stem: yaml.safe_load(file.read_text())
@@ -83,7 +84,7 @@ def configured(family: str, technique: str, folder: Path) -> dict[str, Any]:
     for name, value in overrides.items():
         room, _, option = name.rpartition(".")
         configuration.select(config, room)[option] = value
-    configuration.check(config, [f"{name}=" for name in overrides])
+    check(config, [f"{name}=" for name in overrides])
     return config
 
 
@@ -91,7 +92,7 @@ def outcome(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """The weights after the steps, and what was recorded."""
     data = build_data(config)
     data.check()
-    configuration.resolve(config, data)
+    resolve(config, data)
     model = build_model(config)
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     config["trainer"]["enable_checkpointing"] = False  # hundreds of runs' weights would fill a disk

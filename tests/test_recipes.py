@@ -19,9 +19,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from small_models import SMALL
 from technique_runs import built
 
-from crucible import config as configuration
-from crucible.config import select
-from crucible.reproducing import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
+from crucible import configuration
+from crucible.configuration import select
+from docs.reproducing_page import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
+from lab.config import check
 
 KNOWN = recipes()
 NAMES = [recipe.name for recipe in KNOWN]
@@ -79,7 +80,7 @@ def test_a_recipe_composes_by_its_commands_and_keeps_its_settings(recipe: Recipe
         assert f"recipe={recipe.name}" in shlex.split(command)
         for overrides in jobs(command):
             config = _composed(tuple(overrides))
-            configuration.check(config, overrides)
+            check(config, overrides)
             typed = {o.split("=")[0] for o in overrides}
             for name, value in settings(recipe.name).items():
                 assert name in typed or select(config, name) == value, f"{command}: {name}"
@@ -123,7 +124,7 @@ def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> Non
 
 
 def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> None:
-    assert PAGE.read_text() == reproducing_page(), "run python -m crucible.docs"
+    assert PAGE.read_text() == reproducing_page(), "run python -m docs.generate"
     assert set(measured()) <= set(NAMES)
     for name in NAMES:
         assert PAGE.read_text().count(f"[`{name}`]") == 1

@@ -16,10 +16,13 @@ from conftest import ROOT, TINY
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from crucible import config as configuration
-from crucible import jobs
-from crucible.build import build_data
+from crucible import configuration
+from crucible.machine import is_child_rank
 from crucible.run import LOST_AFTER_S, Held, RunDirectory
+from lab import config as config_room
+from lab import jobs
+from lab.build import build_data
+from lab.config import resolve
 
 
 @pytest.fixture
@@ -105,9 +108,9 @@ def test_a_run_bounded_by_steps_is_compiled_when_it_is_long(
     bound = ["trainer.max_epochs=-1", f"trainer.max_steps={steps}", "trainer.precision=32-true"]
     with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
         config = configuration.to_plain(compose("train", [*TINY, *bound]))
-    monkeypatch.setattr(configuration, "device_kind", lambda accelerator: "cuda")
+    monkeypatch.setattr(config_room, "device_kind", lambda accelerator: "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    configuration.resolve(config, build_data(config))
+    resolve(config, build_data(config))
     assert config["model"]["compile"] is compiled
 
 
@@ -119,5 +122,5 @@ def test_another_rank_of_a_finished_run_has_nothing_to_wait_for(
     monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(jobs, "WAIT_FOR_RANK_0_S", 0.0)
-    assert configuration.is_child_rank()
+    assert is_child_rank()
     assert jobs.start(run, {"fresh": False}) == 0

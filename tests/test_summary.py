@@ -13,9 +13,9 @@ from small_models import FAMILIES, small
 from torch import nn
 from torchvision.models import get_model_weights
 
-from crucible import models_table
-from crucible.models_table import Row, models_page, reported, rows
-from crucible.summary import build_on_meta, count_multiply_adds, input_shape, summarise
+from docs import models_page as models_table
+from docs.models_page import Row, models_page, reported, rows
+from lab.summary import build_on_meta, count_multiply_adds, input_shape, summarise
 from models.dynamic_resnet import ResNet18
 
 
@@ -138,7 +138,7 @@ def test_every_family_is_in_the_table() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_the_generated_one() -> None:
-    assert models_table.PAGE.read_text() == models_page(), "run python -m crucible.docs"
+    assert models_table.PAGE.read_text() == models_page(), "run python -m docs.generate"
 
 
 TORCHVISION = [row for row in rows() if row.source.startswith("torchvision ")]

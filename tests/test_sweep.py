@@ -22,17 +22,18 @@ from conftest import ROOT, TINY, Outcome, end_group, runs_in
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
-from crucible import executors, sweep
-from crucible.executors import LocalExecutor, Work
-from crucible.jobs import Job
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
-from crucible.sweep import Planned, SweepOptions, combine, expand, stretch
+from lab import executors, planning, sweeps
+from lab.executors import LocalExecutor, Work
+from lab.experiment import Job
+from lab.planning import Planned, SweepOptions, combine, expand
+from lab.sweeps import stretch
 
 EXTRA = pytest.importorskip  # a machine without the extra skips visibly
 
 
-def grid(*overrides: str, design: str | None = None) -> sweep.Grid:
+def grid(*overrides: str, design: str | None = None) -> planning.Grid:
     return expand(OverridesParser.create().parse_overrides(list(overrides)), design)
 
 
@@ -99,12 +100,12 @@ def test_step_times_are_compared_by_seed_on_one_device(tmp_path: Path) -> None:
         (run("c", 10, 100), run("d", 80, 100)),  # 8
         (run("e", 10, 100), run("f", 900, 100, "another")),
     ]
-    assert sweep.step_time_ratio(pairs) == pytest.approx((4.0, 4.0)), "two pairs have no interval"
-    third = sweep.step_time_ratio([*pairs[:2], (run("g", 10, 100), run("h", 40, 100))])
+    assert sweeps.step_time_ratio(pairs) == pytest.approx((4.0, 4.0)), "two pairs have no interval"
+    third = sweeps.step_time_ratio([*pairs[:2], (run("g", 10, 100), run("h", 40, 100))])
     logs = np.log([2, 8, 4])
     low = stats.ttest_1samp(logs, 0).confidence_interval(0.95).low
     assert third == pytest.approx((4.0, np.exp(low)))
-    assert sweep.step_time_ratio(pairs[2:]) is None
+    assert sweeps.step_time_ratio(pairs[2:]) is None
 
 
 def planned_run(folder: Path, **config: Any) -> Planned:
@@ -118,7 +119,7 @@ def test_the_state_of_a_run_says_what_is_to_be_done(tmp_path: Path) -> None:
     run = planned.job.run  # type: ignore[union-attr]
 
     def state(**options: Any) -> str:
-        sweep.look(planned, SweepOptions(**options))
+        planned.refresh(SweepOptions(**options))
         return planned.state
 
     assert state() == "new"
@@ -140,7 +141,7 @@ def test_time_left_is_that_of_the_arms_own_runs_else_of_its_kind(tmp_path: Path)
         run = RunDirectory(tmp_path / name)
         run.record({}, [])
         run.update_summary(status="finished", kind="k", identity=identity, steps=100, elapsed_s=seconds)
-    measured = sweep.Measured()
+    measured = planning.Measured()
     planned = planned_run(tmp_path / "new")
     assert measured.seconds(planned) == pytest.approx(60)
     run = RunDirectory(tmp_path / "c")
@@ -154,7 +155,7 @@ def test_time_left_is_that_of_the_arms_own_runs_else_of_its_kind(tmp_path: Path)
 
 
 def test_trackers_group_a_sweeps_runs_by_arm_and_design(tmp_path: Path) -> None:
-    from crucible.tasks import logger_facts
+    from lab.tasks import logger_facts
 
     run = RunDirectory(tmp_path / "run")
     run.record({}, [])
@@ -192,9 +193,7 @@ class FakeExecutor:
     def describe(self) -> str:
         return "nowhere"
 
-    def start(
-        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> FakeHandle:
+    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> FakeHandle:
         running = sum(handle.steps > 0 and not handle.signals for handle in self.handles)
         self.at_once = max(self.at_once, running + 1)
         self.handles.append(FakeHandle(3 + slot, self.outcomes[len(self.handles)]))
@@ -317,8 +316,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
 
 
 def test_the_yaml_files_state_the_defaults() -> None:
-    from crucible.cluster import ClusterOptions
-    from crucible.search import SearchOptions
+    from lab.cluster import ClusterOptions
+    from lab.search import SearchOptions
 
     def stated(name: str) -> dict[str, Any]:
         return yaml.safe_load((ROOT / "cli_configs" / name).read_text())
@@ -441,7 +440,7 @@ def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = EXTRA("submitit")
-    from crucible.cluster import ClusterJob
+    from lab.cluster import ClusterJob
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from technique_runs import TECHNIQUES, built, composed, make_teacher
 
-from crucible.docs import refused_pairs
+from docs.generate import refused_pairs
 
 # those that carry state, or draw random numbers in the step
 STATEFUL = ("sam", "online_norm", "ema", "swa", "lookahead", "mixup", "stochastic_depth")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.keyed import keyed_uniform
+from crucible.keyed import keyed_uniform
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
 Probability = Annotated[float | None, "[0, 1]"]

@@ -1,4 +1,4 @@
-"""Makes Hydra hand `python main.py -m ...` over to `crucible.sweep`.
+"""Makes Hydra hand `python main.py -m ...` over to `lab.sweeps`.
 
 Hydra looks for plugins in the namespace package `hydra_plugins`, which the checkout is on the path with.
 """
@@ -28,10 +28,11 @@ class CrucibleSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs that the command line's overrides ask for."""
-        from crucible.sweep import sweep
+        from lab.sweeps import sweep
 
         parser = OverridesParser.create(config_loader=self._loader)
-        return sweep(self.compose, parser.parse_overrides(arguments))
+        if status := sweep(self.compose, parser.parse_overrides(arguments)):
+            raise SystemExit(status)
 
 
 ConfigStore.instance().store(

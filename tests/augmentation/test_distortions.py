@@ -23,7 +23,7 @@ from augmentation.distortions import (
     keyed_noise,
     rotate,
 )
-from augmentation.keyed import keyed_uniform, stream_key
+from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError, read_options
 
 EACH = [

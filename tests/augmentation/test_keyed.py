@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy import stats
 
-from augmentation.keyed import keyed_rng, keyed_uniform, stream_key
+from crucible.keyed import keyed_rng, keyed_uniform, stream_key
 
 
 def test_a_key_is_the_same_in_every_process():
-    code = "from augmentation.keyed import stream_key; print(stream_key(3, 'augment', 1, 42))"
+    code = "from crucible.keyed import stream_key; print(stream_key(3, 'augment', 1, 42))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == stream_key(3, "augment", 1, 42)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from augmentation.keyed import keyed_rng, keyed_uniform, stream_key
 from augmentation.policies import cifar, digits, imagenet
 from augmentation.policies.base import cutout, shift_and_flip
 from augmentation.policies.default import IdentityTransform
+from crucible.keyed import keyed_rng, keyed_uniform, stream_key
 
 NAMES = [
     "BaselineTransform",

@@ -19,14 +19,8 @@ from torch.nn import functional as F
 
 from crucible.options import ConfigError
 from datasets.synthetic import SyntheticDataModule
-from losses.distillation import (
-    Distillation,
-    DistillationOptions,
-    Teacher,
-    distillation_loss,
-    find_teacher,
-    load_teacher,
-)
+from lab.teachers import find_teacher, load_teacher
+from losses.distillation import Distillation, DistillationOptions, distillation_loss
 from models.base_model import BaseModel
 
 SMALL = [*TINY, "data.input_size=8", "data.num_classes=4", "data.module.noise=0.5"]
@@ -116,8 +110,12 @@ class Tiny(BaseModel):
 
 def make(**options: Any) -> Tiny:
     torch.manual_seed(0)
-    values = {"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, "warmstart": 0}
-    return Tiny(**{**values, **options})
+    values = {"num_classes": 4, "input_channels": 1, "lr": 0.1, "scheduler": None, "warmstart": 0, **options}
+    teacher = values.pop("teacher", None)
+    model = Tiny(**values, teacher=None if teacher is None else "some")
+    if isinstance(teacher, nn.Module):
+        model.learn_from(teacher)
+    return model
 
 
 class Watch(Callback):
@@ -154,15 +152,13 @@ def fit(model: BaseModel, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 @pytest.fixture
-def teacher(monkeypatch: pytest.MonkeyPatch) -> Tiny:
-    """What `model.teacher=some` stands for."""
+def teacher() -> Tiny:
+    """A network that was trained before."""
     torch.manual_seed(7)
     network = Tiny(num_classes=4, input_channels=1, dropout=0.5)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-    monkeypatch.setattr("models.base_model.find_teacher", lambda text: Teacher(Path(text)))
-    monkeypatch.setattr("models.base_model.load_teacher", lambda *_, **__: network)
     return network
 
 
@@ -172,7 +168,7 @@ def teacher(monkeypatch: pytest.MonkeyPatch) -> Tiny:
     ids=str,
 )
 def test_a_step_is_that_of_the_definition(teacher: Tiny, techniques: dict[str, Any]) -> None:
-    model = make(teacher="some", distillation_weight=0.7, temperature=3.0, momentum=0.0, **techniques)
+    model = make(teacher=teacher, distillation_weight=0.7, temperature=3.0, momentum=0.0, **techniques)
     reference, watch = copy.deepcopy(model), Watch()
     fit(model, watch, limit_train_batches=2, limit_val_batches=0)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, weight_decay=5e-4)
@@ -193,13 +189,13 @@ def test_a_step_is_that_of_the_definition(teacher: Tiny, techniques: dict[str, A
 @pytest.mark.parametrize("options", [{}, {"sam": True}, {"mixup": True}], ids=str)
 def test_the_teacher_sees_each_batch_once_as_the_student_does(teacher: Tiny, options: dict[str, Any]) -> None:
     watch = Watch()
-    trainer = fit(make(teacher="some", **options), watch)
+    trainer = fit(make(teacher=teacher, **options), watch)
     assert len(watch.asked) == len(watch.batches) == trainer.global_step > 1
     assert all(torch.equal(x, batch.input) for x, batch in zip(watch.asked, watch.batches, strict=True))
 
 
 def test_the_teacher_stays_as_it_is_and_out_of_the_students_tree(teacher: Tiny) -> None:
-    before, model = copy.deepcopy(teacher.state_dict()), make(teacher="some")
+    before, model = copy.deepcopy(teacher.state_dict()), make(teacher=teacher)
     seen: dict[str, Any] = {}
 
     class Checkpoint(Callback):
@@ -219,7 +215,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_students_tree(teacher: Tiny) 
 
 
 def test_weight_zero_is_bitwise_the_training_without_a_teacher(teacher: Tiny) -> None:
-    one, other = make(teacher="some", distillation_weight=0.0, dropout=0.3), make(dropout=0.3)
+    one, other = make(teacher=teacher, distillation_weight=0.0, dropout=0.3), make(dropout=0.3)
     fit(one)
     fit(other)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -234,7 +230,7 @@ def test_weight_one_at_temperature_one_drives_the_student_to_the_teachers_probab
         with torch.no_grad():
             return float(distillation_loss(model.eval()(x), teacher.eval()(x), 1.0))
 
-    taught, alone = make(teacher="some", distillation_weight=1.0, temperature=1.0), make()
+    taught, alone = make(teacher=teacher, distillation_weight=1.0, temperature=1.0), make()
     start = distance(make())
     fit(taught, max_epochs=8)
     fit(alone, max_epochs=8)
@@ -242,7 +238,7 @@ def test_weight_one_at_temperature_one_drives_the_student_to_the_teachers_probab
 
 
 def test_evaluation_is_plain(teacher: Tiny) -> None:
-    model = make(teacher="some")
+    model = make(teacher=teacher)
     trainer = fit(model)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -260,7 +256,7 @@ def test_student_and_teacher_compile_whole(teacher: Tiny, monkeypatch: pytest.Mo
         network._compiled_call_impl = torch.compile(network._call_impl, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(nn.Module, "compile", whole)
-    model, plain = make(teacher="some"), make(teacher="some")
+    model, plain = make(teacher=teacher), make(teacher=teacher)
     model.model.compile()
     fit(plain, limit_train_batches=2, limit_val_batches=0)
     assert compiled == [model.model]
@@ -273,7 +269,7 @@ def test_student_and_teacher_compile_whole(teacher: Tiny, monkeypatch: pytest.Mo
 def test_the_teacher_computes_in_the_trainers_precision(teacher: Tiny) -> None:
     watch, dtypes = Watch(), []
     teacher.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
-    fit(make(teacher="some"), watch, precision="bf16-mixed", limit_train_batches=2, limit_val_batches=0)
+    fit(make(teacher=teacher), watch, precision="bf16-mixed", limit_train_batches=2, limit_val_batches=0)
     assert dtypes == [torch.bfloat16] * 2 and all(loss == loss for loss in watch.losses)
 
 

@@ -11,10 +11,10 @@ from conftest import TINY, runs_in
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from crucible.build import build_data
 from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
-from crucible.tasks import with_weights
+from lab.build import build_data
+from lab.tasks import with_weights
 from optimizers.averaging import AveragingOptions, WeightAverage, attach_average
 
 

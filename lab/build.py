@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from augmentation.keyed import keyed_rng, stream_key
 from callbacks.checkpoints import AtomicCheckpointIO
-from crucible.config import Config, device_count
+from crucible.configuration import Config
+from crucible.keyed import keyed_rng, stream_key
+from crucible.machine import world_size
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from models.base_model import BaseModel
@@ -34,8 +35,7 @@ class _RecordFills(TorchFunctionMode):
 
     def __init__(self) -> None:
         self.fills: dict[int, list[tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {}
-        self._kept: list[Tensor] = []  # a freed tensor would leave its address, and its fills, to another
-        self.alive: list[Tensor] = []  # a freed tensor's address would come again, with its fills
+        self._alive: list[Tensor] = []  # a freed tensor's address would come again, with its fills
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -47,9 +47,8 @@ class _RecordFills(TorchFunctionMode):
                 args = args[1:]
             else:
                 kwargs.pop("tensor")
-            self._kept.append(target)
             self.fills.setdefault(target.data_ptr(), []).append((func, tuple(args), kwargs))
-            self.alive.append(target)
+            self._alive.append(target)
         return result
 
 
@@ -97,6 +96,23 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
     return model
 
 
+def with_weights(config: Config, checkpoint: Path) -> BaseModel:
+    """The configuration's network with a checkpoint's weights (the averaged ones, if any), in eval mode.
+
+    Raises:
+        ConfigError: where the file cannot be read or does not fit.
+    """
+    model = build_model(config, load=False, compile=False)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        model.load_state_dict(content["state_dict"])
+        model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
+    return model.eval()
+
+
 def build_data(config: Config) -> BaseDataModule:
     """The data module of the configuration."""
     return instantiate(config["data"]["module"], _convert_="all")
@@ -111,7 +127,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     options = {**config["trainer"]}
     options["num_sanity_val_steps"] = options.get("num_sanity_val_steps", 0)
     options["profiler"] = options.get("profiler") or _NoProfiler()
-    if device_count(options) * options["num_nodes"] == 1:
+    if world_size(options) == 1:
         options["sync_batchnorm"] = False
     try:
         trainer = Trainer(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,18 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.checkpoints import LOWER_IS_BETTER
-from crucible import jobs
+from callbacks.pruning import open_study
+from crucible.files import write_atomically
 from crucible.options import ConfigError, read_options
-from crucible.run import LOST_AFTER_S, RunDirectory, write_atomically
+from crucible.run import LOST_AFTER_S, RunDirectory
+from lab.config import SWEEP_OPTIONS
+from lab.executors import Executor, Work
+from lab.experiment import Examiner
+from lab.planning import TO_RUN, Compose, Planned, SweepOptions, examine
 
 if TYPE_CHECKING:
     import optuna
 
-    from callbacks.pruning import Pruning
-    from crucible.executors import Executor
-    from crucible.sweep import Compose, Planned, SweepOptions
-
-TRIAL = "CRUCIBLE_TRIAL"  # the trial that a run is, as JSON
 SEE = "cli_configs/sweep/optuna.yaml"
 Value = str | int | float
 
@@ -95,38 +93,6 @@ def typed(values: Mapping[str, Value]) -> list[str]:
     return [f"{name}={format(v, '.6g') if isinstance(v, float) else v}" for name, v in values.items()]
 
 
-def open_study(spec: Mapping[str, Any], create: bool = False) -> optuna.study.Study:
-    """The study that a `spec` (name, storage, direction, sampler, seed, pruner, epochs) describes."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    local = spec["storage"].startswith("sqlite:")
-    storage = optuna.storages.RDBStorage(
-        spec["storage"], engine_kwargs={"connect_args": {"timeout": 120}} if local else {}
-    )
-    samplers = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=spec["seed"], constant_liar=True),
-        "random": lambda: optuna.samplers.RandomSampler(seed=spec["seed"]),
-    }
-    pruners = {
-        "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5),
-        "hyperband": lambda: optuna.pruners.HyperbandPruner(max_resource=max(1, spec["epochs"])),
-        None: optuna.pruners.NopPruner,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Optuna calls experimental
-        parts: dict[str, Any] = {"sampler": samplers[spec["sampler"]](), "pruner": pruners[spec["pruner"]]()}
-        if not create:
-            return optuna.load_study(study_name=spec["study"], storage=storage, **parts)
-        return optuna.create_study(
-            study_name=spec["study"],
-            storage=storage,
-            direction=spec["direction"],
-            load_if_exists=True,
-            **parts,
-        )
-
-
 def create_study(spec: Mapping[str, Any]) -> optuna.study.Study:
     """The study, made where it is not there; another process may be making it at the same time."""
     for attempt in range(10):
@@ -140,30 +106,14 @@ def create_study(spec: Mapping[str, Any]) -> optuna.study.Study:
     raise AssertionError
 
 
-def pruning_of_this_process() -> list[Pruning]:
-    """The callback of a run that is a trial; none for any other run."""
-    if TRIAL not in os.environ:
-        return []
-    from callbacks.pruning import Pruning
-
-    spec = json.loads(os.environ[TRIAL])
-
-    def open_trial() -> optuna.trial.Trial:
-        import optuna
-
-        return optuna.trial.Trial(open_study(spec), spec["trial"])
-
-    return [Pruning(open_trial, spec["metric"])] if spec["pruner"] else []
-
-
 def search(
     compose: Compose,
     overrides: Sequence[Override],
     sweep_options: SweepOptions,
     node: Mapping[str, Any],
     executor: Executor,
-) -> None:
-    """Search until the study has its number of trials, and say which was best.
+) -> int:
+    """Search until the study has its number of trials, and say which was best; the exit status.
 
     Raises:
         ConfigError: for what cannot be searched.
@@ -177,9 +127,8 @@ def search(
     for name in ("design", "equal_time"):
         if getattr(sweep_options, name):
             raise ConfigError(f"{name} compares arms of a grid; sweep=optuna searches instead", see=SEE)
-    Search(
-        compose, overrides, sweep_options, read_options(SearchOptions, node, prefix="search"), executor
-    ).run()
+    options = read_options(SearchOptions, node, prefix="search")
+    return Search(compose, overrides, sweep_options, options, executor).run()
 
 
 class Search:
@@ -193,8 +142,6 @@ class Search:
         options: SearchOptions,
         executor: Executor,
     ) -> None:
-        from crucible.config import SWEEP_OPTIONS
-
         self.compose, self.sweep_options, self.options, self.executor = (
             compose,
             sweep_options,
@@ -202,6 +149,7 @@ class Search:
             executor,
         )
         self.space = space(overrides)
+        self._examiner = Examiner()
         fixed = [o for o in overrides if not o.is_sweep_override()]
         own = [o.get_key_element().lstrip("+").split(".")[0] in SWEEP_OPTIONS for o in fixed]
         self.fixed = [str(o.input_line) for o, is_own in zip(fixed, own, strict=True) if not is_own]
@@ -236,15 +184,11 @@ class Search:
         return self.executor.as_checked_here(self.compose(overrides))
 
     def _examine(self, values: list[str]) -> Planned:
-        from crucible.sweep import examine
-
         swept = [name.lstrip("+") for name in self.space]
-        return examine(self._checked_here, [*self.fixed, *values], swept, self.sweep_options)
+        return examine(self._examiner, self._checked_here, [*self.fixed, *values], swept, self.sweep_options)
 
-    def run(self) -> None:
-        """Run trials until there are enough of them."""
-        from crucible.executors import Work
-
+    def run(self) -> int:
+        """Run trials until there are enough of them; the exit status."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
         for name, distribution in self.space.items():
             table.add_row(name, str(distribution))
@@ -254,20 +198,19 @@ class Search:
             f"{self.executor.describe()}, pruner {self.options.pruner or 'none'}", flush=True,
         )  # fmt: skip
         if self.sweep_options.dry_run:
-            return
+            return 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self.study = create_study(self.spec)
         facts = {"folder": str(self.folder), "design": "search", "created": time.time()}
         work = Work(self.executor, facts, self._ended)
-        work.run(self._following(), self._environment)
-        self._report()
+        work.run(self._following())
+        status = self._report()
         if work.received:
             raise SystemExit(128 + work.received[0])
+        return status
 
     def _following(self) -> Iterator[Planned]:
         """Trials that died with their process first, then new ones."""
-        from crucible.sweep import TO_RUN
-
         for orphan in self._orphans():
             planned = self._examine(orphan.user_attrs["values"])
             if planned.state in TO_RUN:
@@ -290,6 +233,8 @@ class Search:
 
     def _of_trial(self, planned: Planned, trial: Any) -> Planned:
         self._trials[id(planned)] = trial
+        if self.options.pruner is not None:
+            planned.trial = {**self.spec, "trial": trial._trial_id}
         return planned
 
     def _orphans(self) -> list[optuna.trial.FrozenTrial]:
@@ -309,9 +254,6 @@ class Search:
             ):
                 found.append(trial)
         return found
-
-    def _environment(self, planned: Planned) -> dict[str, str]:
-        return {TRIAL: json.dumps({**self.spec, "trial": self._trials[id(planned)]._trial_id})}
 
     def _ended(self, planned: Planned) -> None:
         self._tell(planned, self._trials.pop(id(planned)))
@@ -348,7 +290,7 @@ class Search:
         content = {**self.spec, "n_trials": self.options.n_trials, "trials": trials}
         write_atomically(self.folder / "search.json", json.dumps(content, indent=2) + "\n")
 
-    def _report(self) -> None:
+    def _report(self) -> int:
         from optuna.trial import TrialState
 
         self._record()
@@ -365,7 +307,7 @@ class Search:
             print(f"\n{len(self._failures)} of the trials did not finish:", file=sys.stderr)
             for failure in self._failures:
                 print(f"  {failure}", file=sys.stderr)
-        jobs.note_status(0 if complete and not self._failures else 1)
+        return 0 if complete and not self._failures else 1
 
 
 def _first(distribution: Any) -> Value:

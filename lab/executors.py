@@ -6,21 +6,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from omegaconf import DictConfig
 
-from crucible import jobs
-from crucible.config import device_count, device_kind
-from crucible.jobs import HELD, Process
+from crucible.machine import core_count, device_count, device_kind
 from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
+from lab.planning import SEE, Planned
+from lab.processes import HELD, Process, on_signals
 
-if TYPE_CHECKING:
-    from crucible.sweep import Planned
-
-SEE = "docs/sweeps.md"
 POLL_S = 0.05
 
 
@@ -48,9 +44,7 @@ class Executor(Protocol):
     def describe(self) -> str:
         """In a few words."""
 
-    def start(
-        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> Handle:
+    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> Handle:
         """Start a job.
 
         Raises:
@@ -118,8 +112,7 @@ class LocalExecutor:
     def _environment(self, slot: int) -> dict[str, str]:
         if self.slots == 1:
             return {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self.slots)))
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, core_count() // self.slots)))
         mine = [
             self._gpus[(slot * self._each + i) % len(self._gpus)] for i in range(self._each) if self._gpus
         ]
@@ -127,13 +120,11 @@ class LocalExecutor:
             {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(mine))} if mine else {}
         )
 
-    def start(
-        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> LocalHandle:
+    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> LocalHandle:
         assert planned.job is not None
         run = replace(planned.job, facts={**planned.job.facts, "sweep": facts}).record()
         output = run.path / "console.log" if self.slots > 1 else None
-        return LocalHandle(run, Process(run, {**self._environment(slot), **environment}, output))
+        return LocalHandle(run, Process(run, self._environment(slot), output, planned.trial))
 
 
 @dataclass
@@ -152,24 +143,17 @@ class Work:
     received: list[int] = field(default_factory=list)
     _running: dict[int, tuple[Planned, Handle]] = field(default_factory=dict)
 
-    def run(
-        self, following: Iterator[Planned], environment: Callable[[Planned], dict[str, str]] | None = None
-    ) -> None:
-        """Run what `following` gives; it is asked when there is room.
-
-        Args:
-            following: the jobs.
-            environment: further variables of a job's process.
-        """
+    def run(self, following: Iterator[Planned]) -> None:
+        """Run what `following` gives; it is asked when there is room."""
         exhausted = False
-        with jobs.on_signals(self._stop):
+        with on_signals(self._stop):
             while self._running or not (exhausted or self.received):
                 free = [slot for slot in range(self.executor.slots) if slot not in self._running]
                 if free and not exhausted and not self.received:
                     planned = next(following, None)
                     exhausted = planned is None
                     if planned is not None:
-                        self._begin(planned, free[0], environment(planned) if environment else {})
+                        self._begin(planned, free[0])
                     continue
                 for slot, (planned, handle) in list(self._running.items()):
                     if handle.ended(POLL_S):
@@ -177,9 +161,9 @@ class Work:
                         del self._running[slot]
                         self.ended(planned)
 
-    def _begin(self, planned: Planned, slot: int, environment: dict[str, str]) -> None:
+    def _begin(self, planned: Planned, slot: int) -> None:
         try:
-            handle = self.executor.start(planned, slot, self.facts, environment)
+            handle = self.executor.start(planned, slot, self.facts)
         except Held as error:
             planned.state, planned.reason = "held", str(error)
             self.ended(planned)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import platform
 import subprocess
 import time
@@ -17,21 +16,26 @@ from typing import Any, NamedTuple
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
+from callbacks.pruning import Pruning
 from callbacks.recorder import GracefulStop, Recorder
-from crucible.build import build_data, build_model, build_trainer
-from crucible.config import Config, device_count, device_kind, is_child_rank
+from crucible.configuration import Config, flatten
+from crucible.files import replacing, write_atomically
+from crucible.handover import received
 from crucible.loggers import build_loggers
-from crucible.metrics import build_metrics, flatten
+from crucible.machine import device_kind, is_child_rank, world_size
+from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError
-from crucible.run import RunDirectory, write_atomically
-from crucible.search import pruning_of_this_process
+from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
+from lab.build import build_data, build_model, build_trainer, with_weights
+from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
 log = logging.getLogger("crucible")
@@ -48,14 +52,14 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     torch.default_generator.manual_seed(config["seed"])
     data = build_data(config)
     model = build_model(config, load=resume is None)
+    hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
     extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     correctness = CorrectnessRecord(run.path / "test_correct.npz")
-    after = [correctness, checkpoints, *pruning_of_this_process(), GracefulStop(checkpoints)]
+    trial = received().trial
+    after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
     callbacks: list[Callback] = [Recorder(run), *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
-        from lightning.pytorch.callbacks import ProgressBar
-
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     loggers = (
         build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
@@ -137,8 +141,7 @@ def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Pat
     names = (
         list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
     )
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
+    with replacing(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["sample", "target", "prediction", *(f"p({name})" for name in names)])
         for row, target, index in zip(
@@ -151,7 +154,6 @@ def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Pat
             else:
                 label, values = (f"{target:.6g}" if known else ""), [f"{float(row):.6g}"]
             writer.writerow([data.sample_name(index), label, *values])
-    temporary.replace(out)
     return out
 
 
@@ -179,24 +181,7 @@ def test_ensemble(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Pat
     config = runs[0][1]
     metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
     metrics.update(scores.scores, scores.target)
-    return {f"test/{k}": float(v) for k, v in flatten(metrics.compute(), data.class_names).items()}
-
-
-def with_weights(config: Config, checkpoint: Path) -> BaseModel:
-    """The configuration's network with a checkpoint's weights (the averaged ones, if any), in eval mode.
-
-    Raises:
-        ConfigError: where the file cannot be read or does not fit.
-    """
-    model = build_model(config, load=False, compile=False)
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict(content["state_dict"])
-        model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
-    return model.eval()
+    return {f"test/{k}": float(v) for k, v in scalars(metrics.compute(), data.class_names).items()}
 
 
 class LoadedRun(NamedTuple):
@@ -219,20 +204,10 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
 
     run = RunDirectory(path)
     config = run.config()
-    model = with_weights(config, pick_checkpoint(run, checkpoint))
+    model = with_weights(config, run.pick_checkpoint(checkpoint))
     file = run.path / "metrics.csv"
     table = pandas.read_csv(file) if file.is_file() else pandas.DataFrame()
     return LoadedRun(model, config, table, run.summary())
-
-
-def pick_checkpoint(run: RunDirectory, name: str | None) -> Path:
-    """The named checkpoint; without a name best.ckpt, or last.ckpt where the run kept no best."""
-    if name not in (None, "best"):
-        return run.checkpoint(str(name))
-    has_best = (run.checkpoints / "best.ckpt").is_file()
-    return run.checkpoint(
-        "best" if has_best or (name == "best" and not (run.checkpoints / "last.ckpt").is_file()) else "last"
-    )
 
 
 # what the summary, the loggers and the banner say
@@ -272,7 +247,7 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": device_name(kind),
-        "devices": device_count(config["trainer"]) * config["trainer"]["num_nodes"],
+        "devices": world_size(config["trainer"]),
         "precision": str(config["trainer"]["precision"]),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "git": git_state(),
@@ -283,16 +258,7 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
     arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
-    flat: dict[str, Any] = {}
-
-    def walk(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    walk({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")}, "")
+    flat = flatten({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")})
     return {
         "name": run.path.name,
         "id": f"{run.path.name}-{summary.get('started', 0):.0f}",  # the same after a resume, another when run afresh
@@ -312,7 +278,7 @@ def banner(
 ) -> None:
     """What is about to be trained, on what, and where it is written."""
     trainer = config["trainer"]
-    devices = device_count(trainer) * trainer["num_nodes"]
+    devices = world_size(trainer)
     batch = data.batch_size * devices * trainer["accumulate_grad_batches"]
     device = device_name(device_kind(trainer["accelerator"]))
     sizes = ", ".join(f"{len(data.samples(split))} {split}" for split in ("train", "val", "test"))

@@ -13,18 +13,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import DictConfig, open_dict
 
-from crucible import jobs
-from crucible.executors import outcome_of
+from crucible.handover import received
 from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
-
-if TYPE_CHECKING:
-    from crucible.sweep import Planned
+from lab.executors import outcome_of
+from lab.planning import Planned
+from lab.processes import MAIN
 
 SAVE_S = 90.0  # that a run has to save its state in
 KILL_WAIT_S = 600.0
@@ -187,16 +186,14 @@ class ClusterExecutor:
             raise ConfigError(f"cluster: {' '.join(str(error).split())}") from error
         return executor
 
-    def start(
-        self, planned: Planned, slot: int, facts: Mapping[str, Any], environment: Mapping[str, str]
-    ) -> ClusterHandle:
+    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> ClusterHandle:
         folder = Path(facts["folder"])
         if self._executor is None:
             self._executor = self._start(folder)
         self._submitted += 1
         record = folder / "jobs" / f"{self._submitted}.json"
         record.parent.mkdir(exist_ok=True)
-        variables = {jobs.SWEEP: json.dumps(facts), jobs.JOB_RECORD: str(record), **environment}
+        told = replace(received(), sweep=dict(facts), record=str(record), trial=planned.trial)
         named = [o for o in planned.overrides if not o.startswith("arm=")] + [f"arm='{planned.arm}'"]
-        job = self._executor.submit(ClusterJob([sys.executable, str(jobs.MAIN), *named], variables))
+        job = self._executor.submit(ClusterJob([sys.executable, str(MAIN), *named], told.environment()))
         return ClusterHandle(job, record, planned)

@@ -1,19 +1,21 @@
-"""From a composed configuration to one that can be run: checked, resolved for data and machine, identified."""
+"""What a configuration must satisfy before anything runs, and what depends on data and machine settled."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
 import inspect
-import json
 import math
-import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+import torch
+from lightning.pytorch import Trainer
 
+from augmentation.distortions import DistortionOptions, check_distortions
+from callbacks.checkpoints import Checkpoints
+from crucible.configuration import Config, find_target, select
+from crucible.machine import device_count, device_kind, world_size
+from crucible.metrics import build_metrics, check_metrics
 from crucible.options import (
     ConfigError,
     check_arguments,
@@ -22,21 +24,10 @@ from crucible.options import (
     signature_options,
     suggest,
 )
+from models.base_model import ROOMS, BaseModel, check_options
+from optimizers.averaging import AveragingOptions
 
-Config = dict[str, Any]
-
-# What does not change the result: left out of a run's identity.
-NOT_SEMANTIC = {
-    "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "summary_depth",
-    "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
-    "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
-    "data.module.prefetch_factor", "data.module.predict_dir", "data.module.persistent_workers",
-    "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
-    "model.init_from", "model.teacher", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
-}  # fmt: skip
-# what `python main.py -m` does with its jobs (`crucible.sweep`); no fact of a run
+# what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
 SWEEP_OPTIONS = (
     "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
     "cluster", "search",
@@ -55,47 +46,6 @@ _TRAINER_TYPES: dict[str, Any] = {
 }
 
 
-def to_plain(config: DictConfig) -> Config:
-    """The configuration as plain containers, interpolations resolved."""
-    node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-    plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    return plain  # type: ignore[return-value]
-
-
-def select(config: Mapping[str, Any], name: str) -> Any:
-    """The value of the dotted option `name`, or None where it is not there."""
-    node: Any = config
-    for part in name.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
-def find_target(path: str, option: str) -> Any:
-    """The object that a `_target_` names.
-
-    Raises:
-        ConfigError: naming the option, where there is no such module or object.
-    """
-    module_name, _, attribute = str(path).rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(
-                f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
-            ) from None
-        raise ConfigError(
-            f"{option}={path} needs the package {error.name}, which is not installed"
-        ) from error
-    except ValueError:
-        raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
-    if not hasattr(module, attribute):
-        public = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
-        raise ConfigError(f"{option}={path}: {module_name} has no {attribute}{suggest(attribute, public)}")
-    return getattr(module, attribute)
-
-
 def check(config: Config, overrides: Sequence[str]) -> None:
     """Refuse what cannot be run, before any data is read.
 
@@ -106,9 +56,6 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
-    from augmentation.distortions import DistortionOptions, check_distortions
-    from models.base_model import check_options
-
     check_value("task", config["task"], Literal["train", "test", "predict", "summary"])
     check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
@@ -121,8 +68,6 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     _check_model(config["model"])
     check_options(config["model"], config["data"]["task"], config["trainer"]["accumulate_grad_batches"])
     check_distortions(read_options(DistortionOptions, config["model"]), config["data"])
-    from crucible.metrics import check_metrics
-
     check_value("metrics", config["metrics"], list[str])
     check_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"] or 1000)
     for group in ("callbacks", "logger"):
@@ -146,8 +91,6 @@ def _check_node(node: Mapping[str, Any], prefix: str) -> None:
 
 def model_options(target: Any) -> dict[str, tuple[Any, Any]]:
     """`{name: (annotation, default)}` of all that `model.*` may hold for this target: its own and the rooms'."""
-    from models.base_model import ROOMS
-
     known = dict(signature_options(target))
     for room in ROOMS:
         hints = get_type_hints(room, include_extras=True)
@@ -159,8 +102,6 @@ def model_options(target: Any) -> dict[str, tuple[Any, Any]]:
 
 def _check_model(model: Mapping[str, Any]) -> None:
     target = find_target(model.get("_target_", ""), "model._target_")
-    from models.base_model import BaseModel
-
     if not (inspect.isclass(target) and issubclass(target, BaseModel)):
         raise ConfigError(
             f"model._target_={model['_target_']}: must be a subclass of models.base_model.BaseModel"
@@ -194,8 +135,6 @@ _OURS_NOT_THE_TRAINERS = {
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    from lightning.pytorch import Trainer
-
     known = signature_options(Trainer)
     for name, value in trainer.items():
         if name in _OURS_NOT_THE_TRAINERS:
@@ -220,8 +159,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_checkpoint(checkpoint: Mapping[str, Any]) -> None:
-    from callbacks.checkpoints import Checkpoints
-
     check_arguments(Checkpoints, checkpoint, "checkpoint", given=["folder"])
 
 
@@ -296,9 +233,6 @@ def resolve_monitor(config: Config) -> None:
     Raises:
         ConfigError: for one that is never logged, which would keep no best.ckpt.
     """
-    from crucible.metrics import build_metrics
-    from optimizers.averaging import AveragingOptions
-
     checkpoint, task = config["checkpoint"], config["data"]["task"]
     names = ["loss", *build_metrics(config["metrics"], task, config["data"]["num_classes"])]
     if checkpoint["monitor"] is None:
@@ -314,38 +248,7 @@ def resolve_monitor(config: Config) -> None:
         raise ConfigError(f"checkpoint.monitor={monitor}: this run never logs it{suggest(monitor, known)}")
 
 
-def device_kind(accelerator: str) -> str:
-    """`cuda`, `mps` or `cpu`: what Lightning will choose for `trainer.accelerator`."""
-    import torch
-
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "cuda"
-    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return "mps"
-    if accelerator in ("gpu", "cuda", "mps"):
-        raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; use auto or cpu")
-    return "cpu" if accelerator in ("auto", "cpu") else accelerator
-
-
-def device_count(trainer: Mapping[str, Any]) -> int:
-    """The devices on one node that `trainer.devices` asks for."""
-    import torch
-
-    devices = trainer["devices"]
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
-    if devices in ("auto", -1):
-        return max(1, torch.cuda.device_count()) if device_kind(trainer["accelerator"]) == "cuda" else 1
-    if isinstance(devices, int):
-        if devices < 1:
-            raise ConfigError(f"trainer.devices must be at least 1, a list, or auto, got {devices}")
-        return devices
-    return len(devices) if isinstance(devices, list) else len([d for d in str(devices).split(",") if d])
-
-
 def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> None:
-    import torch
-
     trainer, model = config["trainer"], config["model"]
     kind, count = device_kind(trainer["accelerator"]), device_count(trainer)
     if trainer["precision"] is None:
@@ -378,7 +281,7 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
 def total_steps(config: Config, data_module: Any) -> float:
     """The optimizer steps of the whole run, which epochs or steps bound; infinite where neither does."""
     trainer = config["trainer"]
-    world = device_count(trainer) * trainer["num_nodes"]
+    world = world_size(trainer)
     batches: float = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
     if (limit := trainer.get("limit_train_batches")) is not None:
         batches = min(batches, limit) if isinstance(limit, int) else batches * limit
@@ -400,100 +303,3 @@ def _fit_batch_size(config: Config, data_module: Any, world: int, settled: list[
         )
     data_module.batch_size = config["data"]["module"]["batch_size"] = samples // world
     settled.append(f"batch size {samples // world} instead of {wanted}: there are {samples} training samples")
-
-
-def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | None = None) -> str:
-    """What this run is called in a comparison: its techniques, and the options that make it differ.
-
-    Args:
-        config: plain.
-        overrides: what was typed for this run.
-        swept: the options that differ between the jobs of a sweep; None: this is no sweep, and the `model.*`
-            options typed make the difference.
-    """
-    if config["arm"]:
-        return str(config["arm"])
-    techniques = sorted(t for t in config.get("techniques") or {} if t != "baseline")
-    parts = ["+".join(techniques)] if techniques else []
-    for override in overrides:
-        name, _, value = override.lstrip("+").partition("=")
-        ours = name.startswith("model.") if swept is None else name in swept
-        if ours and name not in ("seed", "technique", "data.module.fold"):
-            parts.append(f"{name.removeprefix('model.')}={value}")
-    return " ".join(parts) or "baseline"
-
-
-def identity(config: Config, contents: Mapping[str, str | None]) -> str:
-    """Eight hex digits that tell runs with different results apart.
-
-    Hashed are the values that change the result and differ from their defaults, and what the data and the
-    initial weights contain. Paths, workers, logging, and new options at their default do not change it.
-
-    Args:
-        config: plain and resolved.
-        contents: fingerprints of what paths lead to: the data, the initial weights or state.
-    """
-    semantic = {n: v for n, v in _flatten(config) if is_semantic(n) and not _is_default(config, n, v)}
-    semantic["model._target_"] = config["model"]["_target_"]
-    semantic.update({f"content of {name}": value for name, value in contents.items() if value})
-    semantic["devices"] = device_count(config["trainer"])
-    semantic.pop("trainer.devices", None)
-    text = json.dumps(semantic, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def kind(config: Config) -> str:
-    """Eight hex digits that runs share which cost about the same a step: network, data, batch and precision."""
-    from models.base_model import BaseModel
-
-    target = find_target(config["model"]["_target_"], "")
-    own = set(signature_options(target)) - set(signature_options(BaseModel))
-    of_the_cost = {
-        n: v
-        for n, v in _flatten(config)
-        if is_semantic(n)
-        and (
-            n.startswith("data.")
-            or n in ("trainer.precision", "trainer.devices")
-            or n.removeprefix("model.") in own
-        )
-        and not n.startswith("data.module.fold")
-    }
-    text = json.dumps({"model": config["model"]["_target_"], **of_the_cost}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def is_semantic(name: str) -> bool:
-    """Whether the dotted option changes a run's result, and so its identity."""
-    parts = name.split(".")
-    return not any(".".join(parts[: i + 1]) in NOT_SEMANTIC for i in range(len(parts)))
-
-
-def _flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        return [pair for k, v in node.items() for pair in _flatten(v, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, node)]
-
-
-def _is_default(config: Config, name: str, value: Any) -> bool:
-    if value is None:
-        return True
-    room, _, option = name.partition(".")
-    if room == "model" and option in (known := model_options(find_target(config["model"]["_target_"], ""))):
-        return known[option][1] == value
-    if room == "trainer":
-        from lightning.pytorch import Trainer
-
-        default = signature_options(Trainer).get(option, (None, None))[1]
-        return value == default or (default is None and value is False)
-    if name.startswith("data.module."):
-        known = signature_options(find_target(config["data"]["module"]["_target_"], ""))
-        option = option.removeprefix("module.")
-        return option in known and known[option][1] == value
-    return name == "reproducible" and value is False
-
-
-def is_child_rank() -> bool:
-    """Whether another process of the same run writes its records."""
-    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID", "GROUP_RANK")
-    return any(os.environ.get(r, "0") not in ("", "0") for r in ranks)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from crucible import config as configuration
-from crucible.config import Config
+from crucible.configuration import Config
 from crucible.options import ConfigError
+from lab.config import resolve_network
 from models.base_model import BaseModel
 
 UNKNOWN_CLASSES = 1000  # where the number of classes would come from the data
@@ -198,14 +198,14 @@ def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def show(config: Config) -> None:
+def print_summary(config: Config) -> None:
     """Print the summary of a plain, checked configuration."""
     data, model = config["data"], config["model"]
     if data["num_classes"] is None:
         data["num_classes"] = model["num_classes"] = (
             UNKNOWN_CLASSES if data["task"] == "classification" else 1
         )
-    configuration.resolve_network(config)
+    resolve_network(config)
     built = build_on_meta(config)
     check_input(built, config)
     batch = data["module"]["batch_size"]

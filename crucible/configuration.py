@@ -1,0 +1,83 @@
+"""A composed configuration as plain containers: read, searched, flattened, and what of it makes a run's identity."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from crucible.options import ConfigError, suggest
+
+Config = dict[str, Any]
+
+# What does not change the result: left out of a run's identity.
+NOT_SEMANTIC = {
+    "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
+    "summary_depth",
+    "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
+    "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
+    "data.module.prefetch_factor", "data.module.predict_dir", "data.module.persistent_workers",
+    "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
+    "model.init_from", "model.teacher", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
+}  # fmt: skip
+
+
+def to_plain(config: DictConfig) -> Config:
+    """The configuration as plain containers, interpolations resolved."""
+    node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def select(config: Mapping[str, Any], name: str) -> Any:
+    """The value of the dotted option `name`, or None where it is not there."""
+    node: Any = config
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """`{dotted name: value}` of nested mappings; an empty mapping is a value."""
+    if not (isinstance(node, Mapping) and node):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def is_semantic(name: str) -> bool:
+    """Whether the dotted option changes a run's result, and so its identity."""
+    parts = name.split(".")
+    return not any(".".join(parts[: i + 1]) in NOT_SEMANTIC for i in range(len(parts)))
+
+
+def find_target(path: str, option: str) -> Any:
+    """The object that a `_target_` names.
+
+    Raises:
+        ConfigError: naming the option, where there is no such module or object.
+    """
+    module_name, _, attribute = str(path).rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ConfigError(
+                f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
+            ) from None
+        raise ConfigError(
+            f"{option}={path} needs the package {error.name}, which is not installed"
+        ) from error
+    except ValueError:
+        raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
+    if not hasattr(module, attribute):
+        public = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        raise ConfigError(f"{option}={path}: {module_name} has no {attribute}{suggest(attribute, public)}")
+    return getattr(module, attribute)

@@ -1,0 +1,48 @@
+"""What a process is told by the one that started it, in one environment variable; its own children inherit it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+VARIABLE = "CRUCIBLE"
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """From parent to child process.
+
+    Attributes:
+        tracebacks: the user wants them (HYDRA_FULL_ERROR=1).
+        does_the_work: this process is the run's own, which starts no other for it.
+        started: seconds since the epoch at which the process was asked for; its imports take seconds.
+        resume: the training state that all ranks of the run start from; empty: none; None: rank 0 decides.
+        sweep: what the summary of a sweep's job says of the sweep.
+        record: where a job on another machine says which run it was and how it ended.
+        trial: the trial of a search that the run is.
+    """
+
+    tracebacks: bool = False
+    does_the_work: bool = False
+    started: float | None = None
+    resume: str | None = None
+    sweep: dict[str, Any] | None = None
+    record: str | None = None
+    trial: dict[str, Any] | None = None
+
+    def environment(self) -> dict[str, str]:
+        """The variable, for the environment of a process."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+
+def received() -> HandOver:
+    """What this process was told; nothing, for the one that the user started."""
+    text = os.environ.get(VARIABLE)
+    return HandOver(**json.loads(text)) if text else HandOver()
+
+
+def pass_on(**values: Any) -> None:
+    """Let the processes that this one starts know `values` as well."""
+    os.environ.update(replace(received(), **values).environment())

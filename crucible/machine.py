@@ -1,0 +1,61 @@
+"""What this machine and this process are: devices, cores, the rank among the processes of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from crucible.options import ConfigError
+
+
+def device_kind(accelerator: str) -> str:
+    """`cuda`, `mps` or `cpu`: what Lightning will choose for `trainer.accelerator`.
+
+    Raises:
+        ConfigError: for one that this machine does not have.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return "mps"
+    if accelerator in ("gpu", "cuda", "mps"):
+        raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; use auto or cpu")
+    return "cpu" if accelerator in ("auto", "cpu") else accelerator
+
+
+def device_count(trainer: Mapping[str, Any]) -> int:
+    """The devices on one node that `trainer.devices` asks for."""
+    devices = trainer["devices"]
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        return max(1, torch.cuda.device_count()) if device_kind(trainer["accelerator"]) == "cuda" else 1
+    if isinstance(devices, int):
+        if devices < 1:
+            raise ConfigError(f"trainer.devices must be at least 1, a list, or auto, got {devices}")
+        return devices
+    return len(devices) if isinstance(devices, list) else len([d for d in str(devices).split(",") if d])
+
+
+def world_size(trainer: Mapping[str, Any]) -> int:
+    """The processes of a run, over all nodes."""
+    return device_count(trainer) * trainer["num_nodes"]
+
+
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_child_rank() -> bool:
+    """Whether another process of the same run writes its records."""
+    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID", "GROUP_RANK")
+    return any(os.environ.get(r, "0") not in ("", "0") for r in ranks)
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floating dtype of a device, for sums: float64, on MPS float32."""
+    return torch.float32 if device.type == "mps" else torch.float64

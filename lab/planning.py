@@ -1,0 +1,258 @@
+"""What a sweep would do: arms and seeds in one line become jobs, each examined, with the state its run is in.
+
+What is finished, held by another machine, lost or impossible is known before anything starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+
+from crucible.command_line import describe
+from crucible.options import ConfigError
+from crucible.run import RunDirectory
+from lab.config import SWEEP_OPTIONS
+from lab.experiment import Examiner, Job
+
+SEE = "docs/sweeps.md"
+UNITS = ("seed", "data.module.fold")  # what arms are paired by
+Compose = Callable[[Sequence[str]], DictConfig]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a multirun does with its jobs."""
+
+    design: Annotated[
+        Literal["one_at_a_time", "pairs", "leave_one_out"] | None, "of the techniques swept; null: as typed"
+    ] = None
+    dry_run: Annotated[bool, "print what would run, how long and how much disk, and stop"] = False
+    retry_failed: Annotated[bool, "run again, from their last state, those that failed"] = False
+    baseline: Annotated[str | None, "the arm that the others are compared with"] = None
+    equal_time: Annotated[bool, "for each slower arm also the baseline trained for as long"] = False
+    margin_points: Annotated[float | None, "(0, 100)", "differences below do not matter"] = 0.3
+    planned_seeds: Annotated[int | list[int] | None, "[1, inf)", "seeds planned, or a list of looks"] = None
+    n_jobs: Annotated[int | Literal["auto"], "[1, inf)", "runs at once on this machine"] = 1
+
+
+class Grid(NamedTuple):
+    """The jobs of a sweep as overrides, arms innermost; `swept` differ between them."""
+
+    jobs: list[list[str]]
+    swept: list[str]
+    generated: bool  # by a design, which may make pairs that cannot be
+
+
+def expand(overrides: Sequence[Override], design: str | None) -> Grid:
+    """Every combination of what the overrides sweep; techniques combined by the design.
+
+    All arms of a seed come before the next seed, so that a sweep cut short is a comparison already.
+
+    Raises:
+        ConfigError: for a sweep without steps, or a design without techniques.
+    """
+    axes: dict[str, list[str]] = {}
+    swept: list[str] = []
+    for override in overrides:
+        name = override.get_key_element()
+        if name.lstrip("+").split(".")[0] in SWEEP_OPTIONS and override.is_sweep_override():
+            raise ConfigError(f"{name} is an option of the sweep itself and takes one value", see=SEE)
+        if not override.is_sweep_override():
+            axes[name] = [str(override.input_line)]
+            continue
+        if not override.is_discrete_sweep():
+            raise ConfigError(
+                f"{name}: an interval has no end of values; sweep=optuna searches it, a grid takes a list",
+                see=SEE,
+            )
+        axes[name] = [f"{name}={value}" for value in override.sweep_string_iterator()]
+        swept.append(name.lstrip("+"))
+    if design is not None:
+        choices = [choice.partition("=")[2] for choice in axes.get("technique", [])]
+        axes["technique"] = [f"technique={arm}" for arm in combine(choices, design)]
+        swept.append("technique")
+    order = sorted(axes, key=lambda name: UNITS.index(name) if name in UNITS else len(UNITS))
+    return Grid(
+        [list(job) for job in itertools.product(*(axes[name] for name in order))], swept, design is not None
+    )
+
+
+def combine(choices: Sequence[str], design: str) -> list[str]:
+    """The values of `technique=` that a design makes of the techniques named in `choices`.
+
+    `one_at_a_time`: none, and each alone; `pairs`: and each pair; `leave_one_out`: none, all together, and
+    all without each one.
+    """
+    named = [name.strip() for choice in choices for name in choice.strip("[]'\"").split(",")]
+    factors = [name for name in dict.fromkeys(named) if name not in ("", "baseline")]
+    needed = 1 if design == "one_at_a_time" else 2
+    if len(factors) < needed:
+        raise ConfigError(
+            f"design={design} needs technique=A,B,... with at least {needed} techniques", see=SEE
+        )
+    arms: list[tuple[str, ...]] = [()]
+    if design == "leave_one_out":
+        arms += [tuple(factors), *itertools.combinations(factors, len(factors) - 1)]
+    else:
+        arms += [(factor,) for factor in factors]
+        arms += itertools.combinations(factors, 2) if design == "pairs" else []
+    return [f"[{','.join(arm)}]" if arm else "baseline" for arm in dict.fromkeys(arms)]
+
+
+@dataclass
+class Planned:
+    """A job of the sweep, and what is to become or became of it.
+
+    Args:
+        overrides: what makes it, as one command.
+        differing: those of them that the sweep sweeps.
+        job: what can be run; None where it was refused.
+        state: `new`, `resume`, `retry`, `finished`, `held`, `failed`, `interrupted`, `refused`, `impossible`,
+            `same`.
+        reason: why it is not finished.
+        trial: the trial of a search that it is.
+    """
+
+    overrides: list[str]
+    differing: list[str]
+    job: Job | None
+    state: str
+    reason: str = ""
+    trial: dict[str, Any] | None = None
+
+    @property
+    def arm(self) -> str:
+        return str(self.job.facts["arm"]) if self.job else " ".join(self.differing)
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Seed and fold."""
+        assert self.job is not None
+        return int(self.job.config["seed"]), int(self.job.config["data"]["module"].get("fold") or 0)
+
+    def name(self) -> str:
+        """For the reader."""
+        if self.job is None:
+            return " ".join(self.differing)
+        seed, fold = self.unit
+        return f"{self.arm}, seed {seed}" + (f", fold {fold}" if fold else "")
+
+    def refresh(self, options: SweepOptions) -> None:
+        """Set the state by the run's directory, now."""
+        assert self.job is not None
+        run, fresh = self.job.run, self.job.config["fresh"]
+        state, summary = run.state(), run.summary()
+        failed = state == "unfinished" and summary.get("status") == "failed"
+        self.reason = ""
+        if state == "running":
+            self.state, self.reason = "held", f"in progress {run.holder()}"
+        elif state == "absent" or fresh:
+            self.state = "new"
+        elif state == "finished":
+            self.state = "finished"
+        elif failed:
+            self.state = "retry" if options.retry_failed else "failed"
+            self.reason = str(summary.get("reason"))
+        else:
+            self.state = "resume"
+
+
+TO_RUN = ("new", "resume", "retry")
+NO_RUN = ("impossible", "same")
+
+
+def examine(
+    examiner: Examiner, compose: Compose, overrides: list[str], swept: Sequence[str], options: SweepOptions
+) -> Planned:
+    """What one job is, and what state its run is in."""
+    differing = [o for o in overrides if o.lstrip("+").split("=", 1)[0] in swept]
+    try:
+        job = examiner.examine(compose(overrides), overrides, swept)
+    except Exception as error:
+        message, _ = describe(error)
+        return Planned(overrides, differing, None, "refused", message or f"{type(error).__name__}: {error}")
+    planned = Planned(overrides, differing, job, "new")
+    planned.refresh(options)
+    return planned
+
+
+def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
+    """All jobs examined. What is the same run as an earlier job is said to be, and pairs that cannot be are.
+
+    Raises:
+        ConfigError: where none can run, for one and the same reason.
+    """
+    planned: list[Planned] = []
+    runs: dict[Path, Planned] = {}
+    examiner = Examiner()
+    for overrides in grid.jobs:
+        one = examine(examiner, compose, overrides, grid.swept, options)
+        if one.job is None:
+            together = any(o.startswith("technique=[") and "," in o for o in overrides)
+            one.state = "impossible" if grid.generated and together else "refused"
+        elif (first := runs.setdefault(one.job.run.path, one)) is not one:
+            one.job, one.state, one.reason = None, "same", f"the run of {first.name()}"
+        planned.append(one)
+    reasons = {one.reason for one in planned}
+    if not runs and len(reasons) == 1:
+        raise ConfigError(reasons.pop())
+    if options.baseline is not None and options.baseline not in (
+        arms := {one.arm: 0 for one in planned if one.job}
+    ):
+        raise ConfigError(
+            f"baseline={options.baseline}: no arm of that name; there are {', '.join(arms)} "
+            "(technique=baseline,... adds one)", SEE,
+        )  # fmt: skip
+    return planned
+
+
+class Measured:
+    """Seconds a step and bytes of the finished runs beside a job's: of its own arm, else of its kind."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, list[dict[str, Any]]] = {}
+
+    def _finished(self, job: Job) -> list[dict[str, Any]]:
+        folder = job.run.path.parent
+        if folder not in self._folders:
+            runs = [RunDirectory(file.parent) for file in folder.glob("*/summary.json")]
+            found = [{**run.summary(), "path": run.path} for run in runs]
+            self._folders[folder] = [
+                s for s in found if s.get("status") == "finished" and s.get("steps") and s.get("elapsed_s")
+            ]
+        kind = [s for s in self._folders[folder] if s.get("kind") == job.facts["kind"]]
+        return [s for s in kind if s.get("identity") == job.facts["identity"]] or kind
+
+    def forget(self) -> None:
+        """Read again at the next question."""
+        self._folders.clear()
+
+    def seconds(self, planned: Planned) -> float | None:
+        """What is left of a job will take; None where nothing of its kind has finished."""
+        assert planned.job is not None
+        finished = self._finished(planned.job)
+        if not finished or not math.isfinite(planned.job.steps):
+            return None
+        done = planned.job.run.summary().get("steps", 0) if planned.state in ("resume", "retry") else 0
+        a_step = statistics.fmean(s["elapsed_s"] / s["steps"] for s in finished)
+        return a_step * max(planned.job.steps - done, 0)
+
+    def bytes(self, planned: Planned) -> float | None:
+        """Disk that a new run's directory will take."""
+        assert planned.job is not None
+        finished = self._finished(planned.job)
+        sizes = [_size(s["path"]) for s in finished[:5]]
+        return statistics.fmean(sizes) if sizes else None
+
+
+def _size(folder: Path) -> int:
+    files = {(s.st_dev, s.st_ino): s.st_size for s in (f.stat() for f in folder.rglob("*") if f.is_file())}
+    return sum(files.values())  # best.ckpt may be a second name of last.ckpt

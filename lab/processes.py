@@ -1,0 +1,112 @@
+"""A recorded run in a process, and a process group, of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from crucible.handover import received
+from crucible.run import RunDirectory
+
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+HELD = 75  # exit status of a job whose run another live process holds
+
+
+class Process:
+    """A recorded run in a process (and a process group) of its own.
+
+    Args:
+        run: recorded.
+        environment: added to this process's.
+        trial: the trial of a search that the run is.
+        output: where the process's lines go; None: where ours go.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        environment: Mapping[str, str] | None = None,
+        output: Path | None = None,
+        trial: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run = run
+        self._stopped = False
+        told = replace(
+            received(), does_the_work=True, started=time.time(), trial=dict(trial) if trial else None
+        )
+        log_file = run.path / "main.log"
+        self._logged = log_file.stat().st_size if log_file.is_file() else 0
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(output.open("ab")) if output else None
+            self._process = subprocess.Popen(
+                [sys.executable, str(MAIN), f"run={run.path}"],
+                env={**os.environ, **(environment or {}), **told.environment()},
+                start_new_session=True, stdout=stream, stderr=subprocess.STDOUT if output else None,
+            )  # fmt: skip
+
+    def signal(self, number: int) -> None:
+        """Hand a signal on to the run and its ranks."""
+        self._stopped = True
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, number)
+
+    def ended(self, timeout: float = 0.0) -> bool:
+        """Whether it has ended, after waiting for at most `timeout` seconds."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def outcome(self) -> int:
+        """Clean up after its end, record a death that it could not record itself; the exit status."""
+        _end_group(self._process.pid)
+        run, status = self.run, self._process.returncode
+        outcome = run.summary().get("status")
+        if outcome not in ("finished", "interrupted", "pruned") and status != HELD:
+            reason = (
+                _first_error(run, self._logged)
+                or (run.summary().get("reason") if outcome == "failed" else "")
+                or f"its process ended with status {status}; {run.path / 'main.log'} may say why"
+            )
+            ended, reason = ("interrupted", "stopped") if self._stopped else ("failed", reason)
+            run.update_summary(status=ended, reason=reason, ended=time.time())
+            run.release(self._process.pid)
+        return status if status >= 0 else 128 - status
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Let `handle` have the signals that stop a run."""
+    previous = {n: signal.signal(n, lambda number, frame: handle(number)) for n in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_group(group: int) -> None:
+    """No rank outlives its run."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _first_error(run: RunDirectory, since: int) -> str:
+    """The first error in main.log after the byte `since`: of several ranks, the one that failed first says why."""
+    file = run.path / "main.log"
+    if not file.is_file():
+        return ""
+    lines = file.read_bytes()[since:].decode(errors="replace").splitlines()
+    return next((line.split(" ERROR ", 1)[1] for line in lines if " ERROR " in line), "")
