@@ -18,8 +18,10 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from augmentation.policies.base import cutout
+from crucible.batch import Batch
 from crucible.keyed import keyed_uniform
 from crucible.options import ConfigError
+from crucible.technique import BatchStage, Setting, Step, Technique
 
 GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
 ERASED_AREA = (0.02, 0.33)  # part of the image
@@ -32,64 +34,53 @@ NOISE_STARTS = 1 << 16
 
 
 @dataclass(frozen=True)
-class DistortionOptions:
+class Distort(Technique):
     """What is distorted; all is off by default."""
 
     cutout_size: Annotated[
-        float, "[0, inf)", "side of the square set to 0: pixels, or below 1 a part of the shorter side"
+        float,
+        "[0, inf)",
+        "side of the square set to 0: pixels, or below 1 a part of the shorter side (arXiv 1708.04552)",
     ] = 0.0
-    random_erasing: Annotated[float, "[0, 1]", "chance that a box becomes noise"] = 0.0
+    random_erasing: Annotated[float, "[0, 1]", "chance that a box becomes noise (arXiv 1708.04896)"] = 0.0
     random_rotation: Annotated[float, "[0, 180]", "largest angle to either side, in degrees"] = 0.0
-    color_jitter: Annotated[float, "[0, 1]", "largest relative change of each of the colour factors"] = 0.0
+    color_jitter: Annotated[
+        float, "[0, 1]", "largest relative change of brightness, contrast and saturation"
+    ] = 0.0
 
+    def check(self, setting: Setting) -> None:
+        for name, value in vars(self).items():
+            if value and setting.input_dim != 2:
+                raise ConfigError(
+                    f"model.{name}={value:g} distorts 2-D images: data.input_dim is {setting.input_dim}"
+                )
+        if self.color_jitter and setting.input_channels not in (1, 3):
+            raise ConfigError(
+                f"model.color_jitter={self.color_jitter:g} needs grey or RGB images: data.input_channels is "
+                f"{setting.input_channels}"
+            )
+        if self.cutout_size:
+            self._check_cutout(setting.data)
 
-def check_distortions(options: DistortionOptions, data: Mapping[str, Any]) -> None:
-    """Refuse what the data cannot be distorted with; needs only their description.
+    def _check_cutout(self, data: Mapping[str, Any]) -> None:
+        size = self.cutout_size
+        if size > 1 and size != int(size):
+            raise ConfigError(f"model.cutout_size={size:g} must be whole pixels, or a part below 1")
+        if isinstance(pixels := data.get("input_size"), int):
+            _cutout_pixels(size, pixels)
+        policy = instantiate(data.get("module", {}).get("train_transforms"))
+        if pixels := getattr(policy, "cutout_size", 0):
+            raise ConfigError(
+                f"model.cutout_size={size:g}: {type(policy).__name__} already cuts out {pixels} pixels "
+                "(data.module.train_transforms.cutout_size); set one of the two to 0"
+            )
 
-    Args:
-        options: what is on.
-        data: values of `data.*`: `input_dim`, `input_channels`, `module.train_transforms`, perhaps `input_size`.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    build_distortions(options, data["input_dim"], data["input_channels"])
-    if not options.cutout_size:
-        return
-    if isinstance(size := data.get("input_size"), int):
-        _cutout_pixels(options.cutout_size, size)
-    policy = instantiate(data["module"].get("train_transforms"))
-    if pixels := getattr(policy, "cutout_size", 0):
-        raise ConfigError(
-            f"model.cutout_size={options.cutout_size:g}: {type(policy).__name__} already cuts out {pixels} pixels "
-            "(data.module.train_transforms.cutout_size); set one of the two to 0"
-        )
-
-
-def build_distortions(options: DistortionOptions, input_dim: int, input_channels: int) -> Distortions | None:
-    """The distortions that `options` ask for; None when all are off.
-
-    Args:
-        options: what is on.
-        input_dim: spatial dimensions of the input.
-        input_channels: its channels.
-
-    Raises:
-        ConfigError: naming the option, for input that is no image.
-    """
-    asked = {name: value for name, value in vars(options).items() if value}
-    for name, value in asked.items():
-        if input_dim != 2:
-            raise ConfigError(f"model.{name}={value:g} distorts 2-D images: data.input_dim is {input_dim}")
-    if options.color_jitter and input_channels not in (1, 3):
-        raise ConfigError(
-            f"model.color_jitter={options.color_jitter:g} needs grey or RGB images: data.input_channels is "
-            f"{input_channels}"
-        )
-    size = options.cutout_size
-    if size > 1 and size != int(size):
-        raise ConfigError(f"model.cutout_size={size:g} must be whole pixels, or a part below 1")
-    return Distortions(options) if asked else None
+    def attach(self, step: Step) -> None:
+        distortions = Distortions(self)
+        if self.color_jitter:
+            step.raw.append(BatchStage("distortions", distortions.before, "sample"))
+        if self.random_rotation or self.cutout_size or self.random_erasing:
+            step.batch.append(BatchStage("distortions", distortions.after, "sample"))
 
 
 def _cutout_pixels(size: float, side: int) -> int:
@@ -214,42 +205,31 @@ def keyed_noise(key: Tensor, draw: Tensor, shape: torch.Size) -> Tensor:
 
 
 class Distortions:
-    """Distorts a batch as its key and the samples' indices say. Built by `build_distortions`.
+    """Distorts a batch as its key and the samples' indices say.
 
     Args:
         options: what is on.
     """
 
-    def __init__(self, options: DistortionOptions) -> None:
+    def __init__(self, options: Distort) -> None:
         self.options = options
-        self._on_raw = self._distort_raw
-        self._on_normalised = self._distort_normalised
         self._range_is_known = False
 
-    def compile(self, **kwargs: Any) -> None:
-        """Compile what runs on the device; `kwargs` are `torch.compile`'s."""
-        self._on_raw = torch.compile(self._distort_raw, fullgraph=True, **kwargs)  # type: ignore[method-assign]
-        self._on_normalised = torch.compile(  # type: ignore[method-assign]
-            self._distort_normalised, fullgraph=True, **kwargs
-        )
-
-    def before(self, input: Tensor, index: Tensor, key: int) -> Tensor:
+    def before(self, batch: Batch, key: int) -> Batch:
         """The part before the policy's normalisation: colour jitter.
 
         Args:
-            input: (N, C, H, W), uint8 or float in [0, 1].
-            index: (N,) int64 sample numbers.
+            batch: input (N, C, H, W), uint8 or float in [0, 1], and the samples' numbers.
             key: from `stream_key`, one an epoch.
 
         Returns:
-            the shape and dtype of `input`.
+            the batch, its input of the same shape and dtype.
 
         Raises:
             ConfigError: for float input outside [0, 1]; looked at in the first batch only, as that waits for
                 the device.
         """
-        if not self.options.color_jitter:
-            return input
+        input = batch.input
         if input.dtype != torch.uint8 and not self._range_is_known:
             low, high = (float(v) for v in input.aminmax())
             if not (low >= 0 and high <= 1):
@@ -258,36 +238,25 @@ class Distortions:
                     f"the input goes from {low:.3g} to {high:.3g}"
                 )
             self._range_is_known = True
-        return self._on_raw(input, index, _on_device(key, input))
+        draws = keyed_uniform(_on_device(key, input), batch.index, COLOUR.stop)
+        return batch._replace(input=adjust_colors(input, 1 + self.options.color_jitter * (2 * draws - 1)))
 
-    def after(self, input: Tensor, index: Tensor, key: int) -> Tensor:
+    def after(self, batch: Batch, key: int) -> Batch:
         """The part on normalised input: rotation, then cutout, then random erasing.
 
         Args:
-            input: (N, C, H, W) float; 0 is the mean colour.
-            index: (N,) int64 sample numbers.
+            batch: input (N, C, H, W) float, 0 the mean colour, and the samples' numbers.
             key: as in `before`.
 
         Returns:
-            the shape, dtype and memory format of `input`.
+            the batch, its input of the same shape, dtype and memory format.
 
         Raises:
             ConfigError: for a cutout as large as the image.
         """
-        options = self.options
-        if not (options.random_rotation or options.cutout_size or options.random_erasing):
-            return input
-        if options.cutout_size:
-            _cutout_pixels(options.cutout_size, min(input.shape[2:]))
-        return self._on_normalised(input, index, _on_device(key, input))
-
-    def _distort_raw(self, input: Tensor, index: Tensor, key: Tensor) -> Tensor:
-        draws = keyed_uniform(key, index, COLOUR.stop)
-        return adjust_colors(input, 1 + self.options.color_jitter * (2 * draws - 1))
-
-    def _distort_normalised(self, input: Tensor, index: Tensor, key: Tensor) -> Tensor:
-        options, output = self.options, input
-        draws = keyed_uniform(key, index, DRAWS)
+        options, input = self.options, batch.input
+        on_device = _on_device(key, input)
+        output, draws = input, keyed_uniform(on_device, batch.index, DRAWS)
         if options.random_rotation:
             output = rotate(output, options.random_rotation * (2 * draws[:, ROTATION] - 1))
         if options.cutout_size:
@@ -297,10 +266,10 @@ class Distortions:
         if options.random_erasing:
             height, width = input.shape[2:]
             boxes = erased_boxes(draws[:, ERASING], height, width, options.random_erasing)
-            output = erase(output, boxes, keyed_noise(key, draws[:, NOISE], input.shape))
+            output = erase(output, boxes, keyed_noise(on_device, draws[:, NOISE], input.shape))
         if input.is_contiguous(memory_format=torch.channels_last):
-            return output.contiguous(memory_format=torch.channels_last)
-        return output
+            output = output.contiguous(memory_format=torch.channels_last)
+        return batch._replace(input=output)
 
 
 def _on_device(key: int, input: Tensor) -> Tensor:

@@ -6,58 +6,57 @@ Mixup: Zhang et al., arXiv 1710.09412. CutMix: Yun et al., arXiv 1905.04899.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crucible.batch import Batch
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError
+from crucible.technique import BatchStage, Setting, Step, Technique
 
 
 @dataclass(frozen=True)
-class MixingOptions:
+class Mix(Technique):
     """Which mixing is on; with both, each batch gets one of the two."""
 
-    mixup: Annotated[bool, "mix pairs of samples"] = False
+    needs: ClassVar = {
+        "mixup_alpha": ("mixup",), "mix_prob": ("mixup", "cutmix_alpha"), "mix_switch_prob": ("cutmix_alpha", "mixup"),
+    }  # fmt: skip
+
+    mixup: Annotated[bool, "mix pairs of samples (arXiv 1710.09412)"] = False
     mixup_alpha: Annotated[float, "(0, inf)", "of Beta(alpha, alpha), which the weight is drawn from"] = 0.2
-    cutmix_alpha: Annotated[float, "[0, inf)", "of Beta(alpha, alpha) for the box's area; 0 is off"] = 0.0
+    cutmix_alpha: Annotated[
+        float, "[0, inf)", "of Beta(alpha, alpha) for the area of pasted boxes; 0 is off (arXiv 1905.04899)"
+    ] = 0.0
     mix_prob: Annotated[float, "[0, 1]", "chance that a batch is mixed"] = 1.0
     mix_switch_prob: Annotated[float, "[0, 1]", "chance of cutmix where both are on"] = 0.5
 
+    def check(self, setting: Setting) -> None:
+        name = "model.mixup" if self.mixup else "model.cutmix_alpha"
+        if self.mix_switch_prob != 0.5 and not (self.mixup and self.cutmix_alpha > 0):
+            raise ConfigError(
+                f"model.mix_switch_prob={self.mix_switch_prob:g} needs both "
+                "model.mixup=true and model.cutmix_alpha above 0, to choose between"
+            )
+        check_mixes_classes(f"{name}={str(getattr(self, name.removeprefix('model.'))).lower()}", setting)
 
-def check_mixing(options: MixingOptions) -> None:
-    """Refuse chances without the mixing that they are of.
+    def attach(self, step: Step) -> None:
+        step.batch.append(BatchStage("mixing", Mixing(self, step.setting.num_classes)))
+
+
+def check_mixes_classes(option: str, setting: Setting) -> None:
+    """Refuse to mix targets that are no probabilities of two classes or more.
 
     Raises:
         ConfigError: naming the option.
     """
-    cutmix = options.cutmix_alpha > 0
-    if options.mix_prob != 1 and not (options.mixup or cutmix):
-        raise ConfigError(
-            f"model.mix_prob={options.mix_prob:g} needs model.mixup=true or model.cutmix_alpha above 0"
-        )
-    if options.mix_switch_prob != 0.5 and not (options.mixup and cutmix):
-        raise ConfigError(
-            f"model.mix_switch_prob={options.mix_switch_prob:g} needs both "
-            "model.mixup=true and model.cutmix_alpha above 0, to choose between"
-        )
-
-
-def build_mixing(options: MixingOptions, num_classes: int) -> Mixing | None:
-    """The mixing that `options` ask for; None when all is off.
-
-    Raises:
-        ConfigError: as `check_mixing`, and where there are no classes to mix.
-    """
-    check_mixing(options)
-    if not options.mixup and options.cutmix_alpha == 0:
-        return None
-    if num_classes < 2:
-        name = "model.mixup=True" if options.mixup else f"model.cutmix_alpha={options.cutmix_alpha}"
-        raise ConfigError(f"{name} mixes class probabilities: it needs data.num_classes of 2 or more")
-    return Mixing(options, num_classes)
+    if setting.task == "regression":
+        raise ConfigError(f"{option} mixes class probabilities and has no meaning with data.task=regression")
+    if setting.num_classes == 1:
+        raise ConfigError(f"{option} mixes class probabilities: it needs data.num_classes of 2 or more")
 
 
 def class_probabilities(target: Tensor, num_classes: int) -> Tensor:
@@ -67,7 +66,8 @@ def class_probabilities(target: Tensor, num_classes: int) -> Tensor:
     return (target[:, None] == torch.arange(num_classes, device=target.device)).float()
 
 
-def _partners(n: int, key: Tensor, device: torch.device) -> Tensor:
+def mixing_partners(n: int, key: Tensor, device: torch.device) -> Tensor:
+    """(N,) int64: with whom each sample of a batch is mixed, a random permutation drawn from a 0-dimensional key."""
     draws = keyed_uniform(key, torch.arange(n, device=device), 1)
     return draws[:, 0].argsort(stable=True)
 
@@ -81,7 +81,7 @@ def mixup_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> t
         weight: 0-dimensional float32 in [1/2, 1].
         key: 0-dimensional int64; draws the partners, a random permutation.
     """
-    partner = _partners(input.shape[0], key, input.device)
+    partner = mixing_partners(input.shape[0], key, input.device)
     mixed = torch.lerp(input[partner], input, weight.to(input.dtype))
     return mixed, torch.lerp(target[partner], target, weight)
 
@@ -99,7 +99,7 @@ def cutmix_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> 
         key: 0-dimensional int64; draws the partners and the centre.
     """
     spatial = input.shape[2:]
-    partner = _partners(input.shape[0], key, input.device)
+    partner = mixing_partners(input.shape[0], key, input.device)
     # the partners use draw 0 of indices 0 to N-1; the centre uses an index that no batch reaches
     centre = keyed_uniform(key, torch.full((1,), -1, device=input.device), len(spatial))[0]
     side = (1 - weight) ** (1 / len(spatial))
@@ -117,25 +117,18 @@ def cutmix_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> 
 
 
 class Mixing:
-    """Mixes a batch as its key says. Built by `build_mixing`.
+    """Mixes a batch as its key says.
 
     Args:
         options: what is on.
         num_classes: K.
     """
 
-    def __init__(self, options: MixingOptions, num_classes: int) -> None:
+    def __init__(self, options: Mix, num_classes: int) -> None:
         self.options = options
         self.num_classes = num_classes
-        self._mixup = mixup_batch
-        self._cutmix = cutmix_batch
 
-    def compile(self, **kwargs: Any) -> None:
-        """Compile what runs on the device; `kwargs` are `torch.compile`'s."""
-        self._mixup = torch.compile(mixup_batch, fullgraph=True, **kwargs)
-        self._cutmix = torch.compile(cutmix_batch, fullgraph=True, **kwargs)
-
-    def __call__(self, input: Tensor, target: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, key: int) -> Batch:
         """Mix each sample with another of the batch.
 
         The weight is drawn from Beta(alpha, alpha) and folded to at least 1/2, so that a sample's own label
@@ -143,14 +136,15 @@ class Mixing:
         comes back to the host.
 
         Args:
-            input: (N, ...) float; CutMix needs (N, C, *spatial).
-            target: (N,) int64 class indices or (N, K) float probabilities.
+            batch: input (N, ...) float, for CutMix (N, C, *spatial); target (N,) int64 class indices or (N, K)
+                float probabilities.
             key: from `stream_key`, one a batch.
 
         Returns:
-            The input, mixed or in a share `1 - mix_prob` of the batches as it was, of the same shape and dtype,
-            and (N, K) float32 probabilities, of 0 and 1 where nothing was mixed.
+            The batch with its input mixed or, in a share `1 - mix_prob` of the batches, as it was, of the same shape
+            and dtype, and (N, K) float32 probabilities as its target, of 0 and 1 where nothing was mixed.
         """
+        input, target, index = batch
         options, device = self.options, input.device
         draw = np.random.Generator(np.random.Philox(key))
         cutmix = options.cutmix_alpha > 0 and (not options.mixup or draw.random() < options.mix_switch_prob)
@@ -162,9 +156,9 @@ class Mixing:
         share = draw.beta(alpha, alpha)
         # drawn last: the batches that are mixed are mixed as they would be with mix_prob=1
         if options.mix_prob < 1 and draw.random() >= options.mix_prob:
-            return input, class_probabilities(target, self.num_classes)
+            return Batch(input, class_probabilities(target, self.num_classes), index)
         # filled on the device: a copied scalar would make the host wait for it
         weight = torch.full((), max(share, 1 - share), dtype=torch.float32, device=device)
         pairs = torch.full((), stream_key(key, "pairs"), dtype=torch.int64, device=device)
-        mix = self._cutmix if cutmix else self._mixup
-        return mix(input, class_probabilities(target, self.num_classes), weight, pairs)
+        mix = cutmix_batch if cutmix else mixup_batch
+        return Batch(*mix(input, class_probabilities(target, self.num_classes), weight, pairs), index)

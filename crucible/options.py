@@ -208,11 +208,32 @@ def option_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+def option_text(cls: type, name: str) -> str:
+    """The meaning of an option that the dataclass `cls` declares; empty where it gives none."""
+    texts = [m for m in getattr(_hints(cls)[name], "__metadata__", ()) if isinstance(m, str)]
+    return next((text for text in texts if not _INTERVAL.match(text)), "")
+
+
+def option_range(cls: type, name: str) -> str:
+    """What the values of an option of the dataclass `cls` are: an interval or choices; empty for any of its type."""
+    annotation = _hints(cls)[name]
+    if get_origin(annotation) is Annotated and (interval := _interval(annotation)):
+        return interval
+    inner = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    members = [inner, *(get_args(inner) if get_origin(inner) in (Union, types.UnionType) else ())]
+    return ", ".join(str(a) for m in members if get_origin(m) is Literal for a in get_args(m))
+
+
 def signature_options(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """`{name: (annotation, default)}` of what `target` takes by keyword.
+    """`{name: (annotation, default)}` of what `target` takes by keyword; kept, so not to be changed.
 
     For a class whose `__init__` passes `**kwargs` on, the arguments of its base classes are included.
     """
+    return _signature_options(target)
+
+
+@cache
+def _signature_options(target: Any) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     calls = (
         [vars(c)["__init__"] for c in target.__mro__ if "__init__" in vars(c)]

@@ -76,7 +76,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         compile: whether to honour `model.compile`.
     """
     options = dict(config["model"])
-    init_from, compiled = options.pop("init_from", None), options.pop("compile", None)
+    init_from, compiled = options.pop("init_from", None), options.get("compile")
     if not load and options.get("pretrained"):
         options["pretrained"] = False
     record = _RecordFills()

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, get_type_hints
 import torch
 from lightning.pytorch import Trainer
 
-from augmentation.distortions import DistortionOptions, check_distortions
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
 from crucible.machine import device_count, device_kind, world_size
@@ -24,8 +23,11 @@ from crucible.options import (
     signature_options,
     suggest,
 )
-from models.base_model import ROOMS, BaseModel, check_options
-from optimizers.averaging import AveragingOptions
+from crucible.technique import Setting, Step, assemble, read_techniques
+from losses import LossOptions, evaluation_criterion
+from models.base_model import BASICS, BaseModel
+from models.techniques import technique_kinds
+from norms import Norm
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
 SWEEP_OPTIONS = (
@@ -66,8 +68,9 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     _check_checkpoint(config["checkpoint"])
     _check_data(config["data"])
     _check_model(config["model"])
-    check_options(config["model"], config["data"]["task"], config["trainer"]["accumulate_grad_batches"])
-    check_distortions(read_options(DistortionOptions, config["model"]), config["data"])
+    for room in BASICS:
+        read_options(room, config["model"])
+    step_of(config)
     check_value("metrics", config["metrics"], list[str])
     check_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"] or 1000)
     for group in ("callbacks", "logger"):
@@ -76,6 +79,32 @@ def check(config: Config, overrides: Sequence[str]) -> None:
                 _check_node(node, f"{group}.{name}")
             elif not (node is None or node is False or (group == "logger" and node is True)):
                 raise ConfigError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+
+
+def step_of(config: Config) -> Step:
+    """The stages of the training step that the configuration's techniques make; needs neither data nor network.
+
+    Raises:
+        ConfigError: for what a technique refuses.
+    """
+    model, data = config["model"], config["data"]
+    setting = Setting(
+        task=data["task"],
+        num_classes=data["num_classes"] or 0,
+        input_dim=data["input_dim"],
+        input_channels=data["input_channels"],
+        accumulate_grad_batches=config["trainer"]["accumulate_grad_batches"],
+        compile=model["compile"],
+        data=data,
+    )
+    criterion = evaluation_criterion(data["task"], read_options(LossOptions, model).loss)
+    return assemble(read_techniques(technique_kinds(model.get("stages")), model), setting, criterion)
+
+
+def network_options(model: Mapping[str, Any]) -> list[str]:
+    """The options among `model.*` that name trained networks (a teacher) and are set."""
+    named = [name for kind in technique_kinds(model.get("stages")) for name in kind.networks]
+    return [name for name in named if model.get(name) is not None]
 
 
 def _check_node(node: Mapping[str, Any], prefix: str) -> None:
@@ -89,14 +118,13 @@ def _check_node(node: Mapping[str, Any], prefix: str) -> None:
     check_arguments(target, node, prefix, given=nested)
 
 
-def model_options(target: Any) -> dict[str, tuple[Any, Any]]:
-    """`{name: (annotation, default)}` of all that `model.*` may hold for this target: its own and the rooms'."""
+def model_options(target: Any, stages: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
+    """`{name: (annotation, default)}` of all that `model.*` may hold: the target's own, the basics, the techniques'."""
     known = dict(signature_options(target))
-    for room in ROOMS:
+    for room in (*BASICS, *technique_kinds(stages)):
         hints = get_type_hints(room, include_extras=True)
         known.update({f.name: (hints[f.name], f.default) for f in dataclasses.fields(room)})
     known["init_from"] = (str | None, None)
-    known["compile"] = (bool | None, None)
     return known
 
 
@@ -108,7 +136,9 @@ def _check_model(model: Mapping[str, Any]) -> None:
         )
     later = [n for n in (*AUTOMATIC_FROM_DATA, "num_classes") if n in model and model[n] is None]
     own = signature_options(target).keys() - signature_options(BaseModel).keys()
-    check_arguments(target, model, "model", known=model_options(target), given=later, listed=own)
+    check_arguments(
+        target, model, "model", known=model_options(target, model.get("stages")), given=later, listed=own
+    )
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
@@ -238,7 +268,7 @@ def resolve_monitor(config: Config) -> None:
     if checkpoint["monitor"] is None:
         checkpoint["monitor"] = "val/acc" if task == "classification" and "acc" in names else "val/loss"
     monitor = checkpoint["monitor"]
-    splits = ["val", "val_raw"] if read_options(AveragingOptions, config["model"]).on else ["val"]
+    splits = ["val", "val_raw"] if step_of(config).weights else ["val"]
     known = [f"{split}/{name}" for split in splits for name in names]
     others = [
         name for name, node in config["callbacks"].items() if node and name not in ("progress", "plots")
@@ -268,12 +298,16 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
     elif trainer["sync_batchnorm"] and kind != "cuda":
         raise ConfigError("trainer.sync_batchnorm=true needs GPUs; leave it null on a CPU")
     world = count * trainer["num_nodes"]
-    if model.get("norm") == "sync" and kind != "cuda":
+    if step_of(config).setting.of(Norm).norm == "sync" and kind != "cuda":
         raise ConfigError(f"model.norm=sync needs GPUs, this run uses the {kind}; use batch or ghost")
     _fit_batch_size(config, data_module, world, settled)
     if model["compile"] is None:
-        model["compile"] = kind == "cuda" and total_steps(config, data_module) >= LONG_RUN_STEPS
-        settled.append(f"compile {'on' if model['compile'] else 'off'}")
+        techniques = step_of(config).setting.techniques.values()
+        eager = [type(t).__name__ for t in techniques if t.on and not t.compiles]
+        long = kind == "cuda" and total_steps(config, data_module) >= LONG_RUN_STEPS
+        model["compile"] = long and not eager
+        why = f", {eager[0]} cannot be compiled" if eager else ""
+        settled.append(f"compile {'on' if model['compile'] else 'off'}{why}")
     trainer.setdefault("deterministic", config["reproducible"])
     trainer.setdefault("benchmark", kind == "cuda" and not config["reproducible"])
 

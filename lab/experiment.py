@@ -28,7 +28,7 @@ from crucible.run import Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_data, build_model, build_trainer, file_fingerprint
-from lab.config import SWEEP_OPTIONS, model_options, total_steps
+from lab.config import SWEEP_OPTIONS, model_options, network_options, total_steps
 from lab.summary import check_input
 from lab.teachers import settle_teacher
 from models.base_model import BaseModel
@@ -106,6 +106,8 @@ def identity(config: Config, contents: Mapping[str, str | None]) -> str:
         contents: fingerprints of what paths lead to: the data, the initial weights or state.
     """
     semantic = {n: v for n, v in flatten(config).items() if is_semantic(n) and not _is_default(config, n, v)}
+    for option in network_options(config["model"]):
+        del semantic[f"model.{option}"]  # its content stands for it
     semantic["model._target_"] = config["model"]["_target_"]
     semantic.update({f"content of {name}": value for name, value in contents.items() if value})
     semantic["devices"] = device_count(config["trainer"])
@@ -137,8 +139,11 @@ def _is_default(config: Config, name: str, value: Any) -> bool:
     if value is None:
         return True
     room, _, option = name.partition(".")
-    if room == "model" and option in (known := model_options(find_target(config["model"]["_target_"], ""))):
-        return known[option][1] == value
+    if room == "model":
+        if option == "stages":
+            return not value
+        known = model_options(find_target(config["model"]["_target_"], ""), config["model"].get("stages"))
+        return option in known and known[option][1] == value
     if room == "trainer":
         default = signature_options(Trainer).get(option, (None, None))[1]
         return value == default or (default is None and value is False)
@@ -190,8 +195,8 @@ class Examiner:
             if room[key] is not None:
                 contents[option] = file_fingerprint(option, room[key])
                 room[key] = str(Path(room[key]).expanduser().resolve())
-        if config["model"].get("teacher") is not None:
-            config["model"]["teacher"], contents["model.teacher"] = settle_teacher(config)
+        for option in network_options(config["model"]):
+            config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
         self._construct(config)
         name = f"{identity(config, contents)}-s{config['seed']}"
         folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name

@@ -22,6 +22,7 @@ from crucible.configuration import Config
 from crucible.options import ConfigError
 from lab.config import resolve_network
 from models.base_model import BaseModel
+from norms import Norm
 
 UNKNOWN_CLASSES = 1000  # where the number of classes would come from the data
 
@@ -66,7 +67,7 @@ class Summary:
 
 def build_on_meta(config: Config) -> BaseModel:
     """The model of a plain, checked configuration without its weights' memory."""
-    options = {k: v for k, v in config["model"].items() if k not in ("init_from", "compile")}
+    options = {k: v for k, v in config["model"].items() if k != "init_from"}
     if options.get("pretrained"):
         options["pretrained"] = False
     with torch.device("meta"):
@@ -102,7 +103,7 @@ def check_input(model: BaseModel, config: Config) -> None:
         if "meta tensor" in reason:
             return
         network, size = type(model).__name__, "x".join(map(str, shape[1:]))
-        if (norm := model.norm_options.norm) is not None:
+        if (norm := model.step.setting.of(Norm).norm) is not None:
             network += f" with model.norm={norm}"
         raise ConfigError(
             f"data.input_size={config['data']['input_size']}: {network} cannot take input of {size} ({reason})"
@@ -212,7 +213,7 @@ def print_summary(config: Config) -> None:
     summary = summarise(built.model, input_shape(config, batch))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(_table(summary, config["summary_depth"]))
-    passes = 2 if built.sam_options.sam else 1
+    passes = 1 + sum(t.passes - 1 for t in built.step.setting.techniques.values() if t.on)
     kept = summary.saved_bytes
     lines = {
         "network": f"{model['_target_']}, input {_shape(summary.input[1:])} ({data['module']['name']})",
@@ -221,7 +222,7 @@ def print_summary(config: Config) -> None:
         "activations": f"{_bytes(kept / batch)} a sample, {_bytes(kept)} a batch of {batch}: kept for the backward "
         "pass, float32 (about half in bf16)",
         "step": f"{_count(passes * summary.step_flops)}FLOPs a batch, forward and backward"
-        + (", twice for SAM" if passes == 2 else ""),
+        + (f", {passes:.3g} passes" if passes != 1 else ""),
     }
     for name, text in lines.items():
         console.print(f"{name:<14} {text}", soft_wrap=True)

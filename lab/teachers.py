@@ -1,4 +1,4 @@
-"""Trained networks that a run learns from: found by what `model.teacher` names, loaded, and fitted to the data."""
+"""Trained networks that a run learns from: found by the option of `Distil` that names them, and loaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.build import file_fingerprint, with_weights
 from lab.summary import check_input
+from losses.distillation import Distil
 from models.base_model import BaseModel
 from models.weights import load_weights
+
+OPTION = Distil.networks[0]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Teacher:
         return f"timm:{self.timm}" + (f"@{self.file}" if self.file else "")
 
     def error(self, text: str) -> ConfigError:
-        return ConfigError(f"model.teacher={self}: {text}", see="cli_configs/technique/distillation.yaml")
+        return ConfigError(f"model.{OPTION}={self}: {text}", see="cli_configs/technique/distillation.yaml")
 
 
 def find_teacher(text: str) -> Teacher:
@@ -104,9 +107,9 @@ def load_teacher(teacher: Teacher, *, num_classes: int, input_channels: int, inp
 def hand_in_teacher(model: BaseModel, config: Config) -> None:
     """Give the model the trained network that its configuration lets it learn from, if any."""
     options = config["model"]
-    if options.get("teacher") is not None:
+    if (text := options.get(OPTION)) is not None:
         fit = {name: options[name] for name in ("num_classes", "input_channels", "input_dim")}
-        model.learn_from(load_teacher(find_teacher(options["teacher"]), **fit))
+        model.learn_from(load_teacher(find_teacher(text), **fit))
 
 
 def _check_fit(teacher: Teacher, its: Mapping[str, int], here: Mapping[str, int]) -> None:
@@ -184,7 +187,7 @@ def settle_teacher(config: Mapping[str, Any]) -> tuple[str, str]:
             differently.
     """
     model = config["model"]
-    teacher = find_teacher(model["teacher"])
+    teacher = find_teacher(model[OPTION])
     _check_normalisation(teacher, config["data"]["module"])
     network = load_teacher(
         teacher, **{name: model[name] for name in ("num_classes", "input_channels", "input_dim")}
@@ -193,7 +196,7 @@ def settle_teacher(config: Mapping[str, Any]) -> tuple[str, str]:
         check_input(network, config)  # type: ignore[arg-type]
     except ConfigError as error:
         raise teacher.error(str(error)) from error
-    content = "" if teacher.file is None else file_fingerprint("model.teacher", str(teacher.file))
+    content = "" if teacher.file is None else file_fingerprint(f"model.{OPTION}", str(teacher.file))
     return str(teacher), f"{teacher.timm} {content}".strip()
 
 

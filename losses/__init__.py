@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crucible.options import ConfigError, option_names, read_options, suggest
-from losses.powergrad import PowerGradCrossEntropy, powergrad_cross_entropy
+from crucible.technique import Setting, assemble, read_techniques
+from losses.powergrad import LabelSmoothing, PowerGrad, PowerGradCrossEntropy, powergrad_cross_entropy
 
 Task = Literal["classification", "regression"]
 LossName = Literal["cross_entropy", "mse", "mae"]
+CRITERION_TECHNIQUES = (PowerGrad, LabelSmoothing)
 
 __all__ = [
     "LossOptions",
@@ -26,15 +28,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of the training loss."""
+    """The loss; what acts on it are techniques."""
 
     loss: Annotated[
         LossName | None, "what is minimised; null: cross_entropy for classification, mse for regression"
     ] = None
-    powergrad_alpha: Annotated[
-        float, "(0, 1]", "PowerGrad: power of the predicted probabilities in the gradient; 1 is off"
-    ] = 1.0
-    label_smoothing: Annotated[float, "[0, 1)", "share of the target spread evenly over all classes"] = 0.0
 
 
 class RegressionLoss(nn.Module):
@@ -63,9 +61,7 @@ class RegressionLoss(nn.Module):
         return self.loss
 
 
-def build_criterion(
-    options: LossOptions | None = None, task: Task = "classification", **values: Any
-) -> nn.Module:
+def build_criterion(task: Task = "classification", **values: Any) -> nn.Module:
     """The training criterion.
 
     Classification takes logits `(N, K)` with a target of `(N,)` int64 indices or `(N, K)` probabilities;
@@ -73,31 +69,20 @@ def build_criterion(
     (float64 for float64 input). Label smoothing is applied here and nowhere else.
 
     Args:
-        options: the loss options.
         task: what the targets are.
-        values: loss options by name, in place of `options`.
+        values: `loss`, and the options of the techniques in `CRITERION_TECHNIQUES`, by name.
 
     Raises:
         ConfigError: for an unknown option, a bad value, or one that has no meaning for the task.
     """
-    if options is None:
-        known = option_names(LossOptions)
-        for name, value in values.items():
-            if name not in known:
-                raise ConfigError(f"model.{name}={value!r}: no such loss option{suggest(name, known)}")
-        options = read_options(LossOptions, values)
-    elif values:
-        raise TypeError("build_criterion takes options or their values by name, not both")
-    if task == "regression":
-        for name, off in (("powergrad_alpha", 1.0), ("label_smoothing", 0.0)):
-            if (value := getattr(options, name)) != off:
-                raise ConfigError(
-                    f"model.{name} must be {off:g} with data.task=regression, got {value!r}:"
-                    " it acts on class probabilities"
-                )
-        return evaluation_criterion(task, options.loss)
-    _check_loss(task, options.loss)
-    return PowerGradCrossEntropy(options.powergrad_alpha, options.label_smoothing)
+    kinds: tuple[type, ...] = (LossOptions, *CRITERION_TECHNIQUES)
+    known = [name for kind in kinds for name in option_names(kind)]
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"model.{name}={value!r}: no such loss option{suggest(name, known)}")
+    techniques = read_techniques(CRITERION_TECHNIQUES, values)
+    plain = evaluation_criterion(task, read_options(LossOptions, values).loss)
+    return assemble(techniques, Setting(task), plain).criterion
 
 
 def evaluation_criterion(task: Task = "classification", loss: LossName | None = None) -> nn.Module:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from crucible.batch import Batch
 from crucible.options import ConfigError
+from crucible.technique import Setting, Step, Technique, TrainedNetwork
 
 KINDS = "a run, a run's checkpoint, timm:NAME, or timm:NAME@FILE with weights of your own"
 
 
 @dataclass(frozen=True)
-class DistillationOptions:
-    """The options of knowledge distillation.
+class Distil(Technique):
+    """Learn from a trained network's class probabilities too."""
 
-    Raises:
-        ConfigError: for an option of it without a teacher.
-    """
+    networks: ClassVar = ("teacher",)
+    needs: ClassVar = {"distillation_weight": ("teacher",), "temperature": ("teacher",)}
 
-    teacher: Annotated[str | None, f"whose probabilities are learnt from: {KINDS}; null: nobody's"] = None
+    teacher: Annotated[
+        str | None, f"whose probabilities are learnt from (arXiv 1503.02531): {KINDS}; null: nobody's"
+    ] = None
     distillation_weight: Annotated[
         float | None, "[0, 1]", "the teacher's share of the loss, the criterion has the rest; null: 0.5"
     ] = None
@@ -30,23 +33,18 @@ class DistillationOptions:
         float | None, "(0, inf)", "both networks' logits are divided by it in the teacher's term; null: 4"
     ] = None
 
-    def __post_init__(self) -> None:
-        for name in ("distillation_weight", "temperature"):
-            if (value := getattr(self, name)) is not None and self.teacher is None:
-                raise ConfigError(f"model.{name}={value:g} needs model.teacher: {KINDS}")
+    def check(self, setting: Setting) -> None:
+        if setting.task == "regression":
+            raise ConfigError(
+                f"model.teacher={self.teacher} has no meaning with data.task=regression:"
+                " what is learnt are class probabilities"
+            )
 
-
-def check_distillation(options: DistillationOptions, task: str) -> None:
-    """Refuse what distillation cannot honour.
-
-    Raises:
-        ConfigError: for a teacher of values: there are no probabilities to soften.
-    """
-    if options.teacher is not None and task == "regression":
-        raise ConfigError(
-            f"model.teacher={options.teacher} has no meaning with data.task=regression:"
-            " what is learnt are class probabilities"
-        )
+    def attach(self, step: Step) -> None:
+        distillation = Distillation(self)
+        step.networks[self.networks[0]] = distillation
+        step.ready.append(distillation.observe)
+        step.loss.append(distillation.loss)
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -73,29 +71,28 @@ def _soft(logits: Tensor, temperature: float) -> Tensor:
     return (wide / temperature).log_softmax(dim=1)
 
 
-class Distillation:
+class Distillation(TrainedNetwork):
     """The teacher's part in a training step: it looks at each batch once, and its term joins the loss.
 
-    The loss is `(1 - w) loss + w T^2 KL(teacher || student)`. This is no module: a module that holds it has
-    none of the teacher's parameters, in no checkpoint, copy, optimizer or gradient exchange.
+    The loss is `(1 - w) loss + w T^2 KL(teacher || student)`. The teacher takes (N, C, *spatial) to logits (N, K);
+    it is in eval mode, without gradients.
 
     Args:
-        network: the teacher, `(N, C, *spatial)` to logits `(N, K)`; set to eval mode, without gradients.
         options: weight w and temperature T.
     """
 
-    def __init__(self, network: nn.Module, options: DistillationOptions) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, options: Distil) -> None:
         self.weight = 0.5 if options.distillation_weight is None else options.distillation_weight
         self.temperature = 4.0 if options.temperature is None else options.temperature
         self._log_probabilities: Tensor | None = None
 
     @torch.no_grad()
-    def observe(self, input: Tensor) -> None:
+    def observe(self, batch: Batch) -> None:
         """Let the teacher look at the batch of the step to come, as the student will see it: mixed."""
-        self._log_probabilities = _soft(self.network(input), self.temperature)
+        assert self.network is not None, "no teacher was handed in"
+        self._log_probabilities = _soft(self.network(batch.input), self.temperature)
 
-    def loss(self, logits: Tensor, loss: Tensor) -> Tensor:
+    def loss(self, loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         """The scalar `loss` of `logits` (N, K) on the batch last observed, with the teacher's term."""
         assert self._log_probabilities is not None, "the teacher has seen no batch"
         return torch.lerp(loss, _divergence(logits, self._log_probabilities, self.temperature), self.weight)

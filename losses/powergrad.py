@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from crucible.options import ConfigError
+from crucible.technique import Setting, Step, Technique
 
 
 def powergrad_cross_entropy(
@@ -51,6 +53,48 @@ def powergrad_cross_entropy(
     if alpha == 1:
         return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     return _PowerGrad.apply(logits, target, alpha, label_smoothing)
+
+
+@dataclass(frozen=True)
+class PowerGrad(Technique):
+    """The loss's gradient sees the class probabilities raised to a power."""
+
+    powergrad_alpha: Annotated[
+        float,
+        "(0, 1]",
+        "power of the probabilities in the gradient; 1 is plain cross-entropy (arXiv 2111.12495)",
+    ] = 1.0
+
+    def check(self, setting: Setting) -> None:
+        check_has_classes("powergrad_alpha", 1.0, self.powergrad_alpha, setting)
+
+    def attach(self, step: Step) -> None:
+        step.criterion.alpha = self.powergrad_alpha  # type: ignore[assignment]  # of PowerGradCrossEntropy
+
+
+@dataclass(frozen=True)
+class LabelSmoothing(Technique):
+    """A share of each target is spread evenly over all classes; once, mixed targets too."""
+
+    label_smoothing: Annotated[float, "[0, 1)", "share of the target spread evenly over all classes"] = 0.0
+
+    def check(self, setting: Setting) -> None:
+        check_has_classes("label_smoothing", 0.0, self.label_smoothing, setting)
+
+    def attach(self, step: Step) -> None:
+        step.criterion.label_smoothing = self.label_smoothing  # type: ignore[assignment]  # as above
+
+
+def check_has_classes(option: str, off: float, value: float, setting: Setting) -> None:
+    """Refuse an option of the class probabilities where there are none.
+
+    Raises:
+        ConfigError: for regression.
+    """
+    if setting.task == "regression":
+        raise ConfigError(
+            f"model.{option} must be {off:g} with data.task=regression, got {value!r}: it acts on class probabilities"
+        )
 
 
 class PowerGradCrossEntropy(nn.Module):

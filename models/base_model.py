@@ -1,9 +1,9 @@
-"""BaseModel: wires the rooms (network, mixing, criterion, optimizer, metrics) into one Lightning module."""
+"""BaseModel: the network, the stages of a training step, and its evaluation, as one Lightning module."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -11,75 +11,21 @@ from typing import Annotated, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
-from augmentation.distortions import DistortionOptions, build_distortions
-from augmentation.mixing import MixingOptions, build_mixing, check_mixing
 from crucible.batch import Batch
 from crucible.keyed import stream_key
 from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError, option_names, read_options, suggest
-from losses import LossOptions, build_criterion, evaluation_criterion
-from losses.distillation import Distillation, DistillationOptions, check_distillation
-from models.convert import ConversionOptions, convert_network
-from norms import (
-    NormOptions,
-    average_running_statistics,
-    check_norm,
-    convert_norm,
-    exclude_streams_from_broadcast,
-    synchronise_streams,
-)
+from crucible.sums import Sums
+from crucible.technique import BatchStage, Setting, Weights, assemble, check_techniques, read_techniques
+from losses import LossOptions, evaluation_criterion
+from models.techniques import technique_kinds
+from norms import exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
-from optimizers.averaging import AveragingOptions, WeightAverage, attach_average
-from optimizers.centralization import centralise_gradients, centralised_weights
-from optimizers.sam import SamOptions, check_sam, sam_closure
 from optimizers.schedules import ScheduleOptions, build_scheduler
 
-ROOMS = (
-    NormOptions,
-    ConversionOptions,
-    LossOptions,
-    DistillationOptions,
-    DistortionOptions,
-    MixingOptions,
-    OptimizerOptions,
-    ScheduleOptions,
-    SamOptions,
-    AveragingOptions,
-)
+BASICS = (LossOptions, OptimizerOptions, ScheduleOptions)  # options that no training is without
 Stage = Literal["train", "val", "val_raw", "test"]
-NORM_BATCHES = 100  # that SWA's norm statistics come from
-
-
-def check_options(options: Mapping[str, Any], task: str, accumulate_grad_batches: int = 1) -> None:
-    """Refuse what the rooms refuse, and pairs of options without meaning; needs neither data nor network.
-
-    Args:
-        options: values of `model.*`; those of the network itself are not looked at.
-        task: classification or regression.
-        accumulate_grad_batches: the trainer's.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    build_criterion(read_options(LossOptions, options), task=task)  # type: ignore[arg-type]
-    check_distillation(read_options(DistillationOptions, options), task)
-    read_options(OptimizerOptions, options)
-    read_options(ScheduleOptions, options)
-    read_options(AveragingOptions, options)
-    norm = read_options(NormOptions, options)
-    check_norm(norm)
-    if norm.norm == "none" and options.get("zero_init_residual"):
-        raise ConfigError(
-            "model.zero_init_residual=true needs norms to set to zero; model.norm=none removes them"
-        )
-    check_sam(read_options(SamOptions, options), accumulate_grad_batches)
-    mixing = read_options(MixingOptions, options)
-    check_mixing(mixing)
-    if task == "regression" and (mixing.mixup or mixing.cutmix_alpha):
-        name = "model.mixup" if mixing.mixup else "model.cutmix_alpha"
-        raise ConfigError(f"{name} mixes class probabilities and has no meaning with data.task=regression")
 
 
 class BaseModel(LightningModule):
@@ -98,7 +44,9 @@ class BaseModel(LightningModule):
         metrics: names from `crucible.metrics`, for validation and test.
         channels_last: memory format of 2-D input and weights; null: on CUDA only.
         seed: key of all randomness in the step (dropout, drop paths, mixing).
-        options: the options of the rooms (`ROOMS`).
+        compile: `torch.compile` the network for training; null: on the command line where it pays, else not.
+        stages: techniques of one's own, `{name: module.Class}`.
+        options: those of `BASICS` and of the techniques.
 
     Raises:
         ConfigError: for an option that nobody consumes, a bad value, or a pair without meaning.
@@ -117,10 +65,13 @@ class BaseModel(LightningModule):
         metrics: list[str] | None = None,
         channels_last: bool | None = None,
         seed: int = 0,
+        compile: bool | None = None,
+        stages: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        known = {name for room in ROOMS for name in option_names(room)}
+        kinds = technique_kinds(stages)
+        known = {name for room in (*BASICS, *kinds) for name in option_names(room)}
         for name, value in options.items():
             if name not in known:
                 raise ConfigError(
@@ -134,34 +85,22 @@ class BaseModel(LightningModule):
         self.channels_last = channels_last
         self.seed = seed
         self.optimizer_options = read_options(OptimizerOptions, options)
-        self.norm_options = read_options(NormOptions, options)
-        self.conversion_options = read_options(ConversionOptions, options)
         self.schedule_options = read_options(ScheduleOptions, options)
-        self.sam_options = read_options(SamOptions, options)
-        self.averaging_options = read_options(AveragingOptions, options)
-        self.distillation_options = read_options(DistillationOptions, options)
-        check_options(options, task)
-        loss_options = read_options(LossOptions, options)
-        self.criterion = build_criterion(loss_options, task=task)
-        self.evaluation_criterion = evaluation_criterion(task, loss_options.loss)
-        self.distortions = build_distortions(
-            read_options(DistortionOptions, options), input_dim, input_channels
-        )
-        self.mixing = build_mixing(read_options(MixingOptions, options), num_classes)
+        loss = read_options(LossOptions, options).loss
+        setting = Setting(task, num_classes, input_dim, input_channels, compile=compile)
+        self.step = assemble(read_techniques(kinds, options), setting, evaluation_criterion(task, loss))
+        self.criterion = self.step.criterion
+        self.evaluation_criterion = evaluation_criterion(task, loss)
         names = metrics if metrics is not None else (["acc"] if task == "classification" else ["mse", "mae"])
         self.metrics = nn.ModuleDict(
             {f"{stage}_metrics": build_metrics(names, task, num_classes) for stage in self._evaluated_stages}
         )
-        self._teachers: list[nn.Module] = []  # a list: no part of the model
-        self.distillation: Distillation | None = None  # while training with a teacher
-        self.average: WeightAverage | None = None  # of the network's weights, where averaging is on
-        self._resumed_average: tuple[dict[str, Tensor], int] | None = None
+        self.epochs = 0.0  # length of the training
+        self.step_pass = 1  # forward passes of the step so far, with this one
         self._converted = False
-        self._centralised: list[nn.Parameter] = []  # the weights whose gradients are centralised
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Sums] = {}
         self._resumed_sums: tuple[int, list[float]] | None = None
         self._step_key = 0
-        self.sam_pass = 1
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
@@ -180,50 +119,53 @@ class BaseModel(LightningModule):
         return out if self.task == "classification" else out.flatten()
 
     def convert(self) -> None:
-        """Exchange the network's norms and activations as the options ask; before weights are loaded, and once.
+        """Let techniques change the network; before weights are drawn or loaded, and once.
 
         Raises:
-            ConfigError: where the network has nothing to exchange.
+            ConfigError: where the network has nothing for them to change.
         """
-        if self._converted:
-            return
-        self._converted = True
-        if (norm := self.norm_options.norm) is not None:
-            self.model = convert_norm(self.model, norm, **(self.norm_options.norm_kwargs or {}))
-        self.model = convert_network(self.model, self.conversion_options, self.input_dim)
+        if not self._converted:
+            self._converted = True
+            for change in self.step.network:
+                self.model = change(self.model)
 
-    # Data to the device: normalisation, device augmentation, mixing
+    def learn_from(self, network: nn.Module) -> None:
+        """Hand in the trained network that a technique asks for (a teacher), for the training to come."""
+        for wanted in self.step.networks.values():
+            wanted.network = network
+
+    # Data to the device
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """The batch part of the policy; in training distortions around it, then mixing."""
-        trainer = self.trainer
+        """The batch part of the policy, in training between the techniques' changes."""
+        trainer, step = self.trainer, self.step
         training = trainer.training
-        distortions = self.distortions if training else None
-        if distortions is not None:
-            key = stream_key(self.seed, "distortions", self.current_epoch)
-            batch = batch._replace(input=distortions.before(batch.input, batch.index, key))
+        if training:
+            batch = self._changed(batch, step.raw)
         transform = getattr(getattr(trainer, "datamodule", None), "batch_transform", None)
         if transform is not None:
             batch = transform(batch, "train" if training else "eval", self.current_epoch)
-        if distortions is not None:
-            batch = batch._replace(input=distortions.after(batch.input, batch.index, key))
-        if training and self.mixing is not None:
-            key = stream_key(self.seed, "mixing", self.current_epoch, self._batch_number())
-            batch = Batch(*self.mixing(batch.input, batch.target, key), batch.index)
-        batch = self._as_the_weights(batch)
-        if training and self.distillation is not None:
+        if training:
+            batch = self._changed(batch, step.batch)
+        batch = self.as_the_weights(batch)
+        if training and step.ready:
             with trainer.precision_plugin.forward_context():
-                self.distillation.observe(batch.input)
+                for see in step.ready:
+                    see(batch)
         return batch
 
-    def _as_the_weights(self, batch: Batch) -> Batch:
+    def _changed(self, batch: Batch, stages: Sequence[BatchStage]) -> Batch:
+        for stage in stages:
+            number = (self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,)
+            place = number if stage.per == "batch" else ()
+            batch = stage.change(batch, stream_key(self.seed, stage.stream, self.current_epoch, *place))
+        return batch
+
+    def as_the_weights(self, batch: Batch) -> Batch:
         """The batch in the memory format and, under 64-true and bf16-true, the precision of the weights."""
         if self._use_channels_last():
             batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
         return self.trainer.precision_plugin.convert_input(batch)
-
-    def _batch_number(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def _use_channels_last(self) -> bool:
         wanted = self.device.type == "cuda" if self.channels_last is None else self.channels_last
@@ -232,198 +174,171 @@ class BaseModel(LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
-        self.convert()  # a model made in a notebook comes here unconverted
+        self.convert()  # a model made in a notebook comes here unconverted, and not compiled
         exclude_streams_from_broadcast(self)  # each rank of DDP streams its own samples
+        if stage == "fit" and self.step.setting.compile and self.model._compiled_call_impl is None:
+            self.model.compile()
 
     def on_fit_start(self) -> None:
         if self._use_channels_last():
             self.model.to(memory_format=torch.channels_last)
-        for network in self._teachers:
-            self._start_distillation(network)
-        if self.distillation_options.teacher is not None and not self._teachers:
-            raise ConfigError("model.teacher: its network was not handed in: model.learn_from(network)")
+        for option, wanted in self.step.networks.items():
+            if wanted.network is None:
+                raise ConfigError(
+                    f"model.{option}: its network was not handed in; model.learn_from(network) does"
+                )
+            self._make_ready(wanted.network)
 
-    def learn_from(self, network: nn.Module) -> None:
-        """Take the teacher, a network of the same input and classes, for the training to come."""
-        self._teachers = [network]
-
-    def _start_distillation(self, network: nn.Module) -> None:
-        network.to(self.device, self.dtype)  # type: ignore[arg-type]
+    def _make_ready(self, network: nn.Module) -> None:
+        network.eval().requires_grad_(False).to(self.device, self.dtype)  # type: ignore[arg-type]
         if self._use_channels_last():
             network.to(memory_format=torch.channels_last)
         if self.model._compiled_call_impl is not None:
             (network.model if isinstance(network, BaseModel) else network).compile()
-        self.distillation = Distillation(network, self.distillation_options)
 
     def on_fit_end(self) -> None:
-        self.distillation = None
+        for wanted in self.step.networks.values():
+            wanted.network = None  # its memory is free again
 
     def on_train_start(self) -> None:
         # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
         epoch, sums = self._resumed_sums or (-1, [])
-        self._sums["train"] = self._zeros()
-        if epoch == self.current_epoch:
-            self._sums["train"] += self._sums["train"].new_tensor(sums)
+        self._sums["train"] = Sums(self.task, self.device, *([sums] if epoch == self.current_epoch else []))
 
     def on_train_epoch_start(self) -> None:
-        self._sums["train"] = self._zeros()
+        self._sums["train"] = Sums(self.task, self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self._step_key = stream_key(self.seed, "network", self.current_epoch, batch_idx, self.global_rank)
-        self._reseed()
+        self.reseed("network", self.current_epoch, batch_idx)
 
-    def _reseed(self) -> None:
-        """Every step's dropout and drop paths are a function of (seed, epoch, batch, rank): nothing to save."""
+    def reseed(self, *stream: int | str) -> None:
+        """Set all random generators to the step's key, or begin one of the named stream.
+
+        Every step's dropout and drop paths are a function of (seed, epoch, batch, rank): nothing to save.
+        """
+        if stream:
+            self._step_key = stream_key(self.seed, *stream, self.global_rank)
         torch.default_generator.manual_seed(self._step_key)
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(self._step_key)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch. Accuracy under mixing is against the dominant label."""
+        if self.step.input_gradient:
+            batch = batch._replace(input=batch.input.detach().requires_grad_())
         logits = self.outputs(batch.input)
         loss = self.criterion(logits, batch.target)
-        if self.distillation is not None:
-            loss = self.distillation.loss(logits, loss)
-        if self.sam_pass == 1:
-            self._accumulate("train", loss, logits, batch.target)
+        for term in self.step.loss:
+            loss = term(loss, logits, batch)
+        if self.step_pass == 1:
+            self._sums["train"].add(loss, logits, batch.target)
         return loss
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        if self.sam_options.sam:
-            optimizer_closure = sam_closure(self, optimizer_closure, self.sam_options, self._reseed)
+        for wrap in self.step.closure:
+            optimizer_closure = wrap(self, optimizer_closure)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        # unscaled, after the callbacks' statistics, before clipping; with SAM on the second gradient
-        if self._centralised:
-            centralise_gradients(self._centralised)
+        # unscaled, after the callbacks' statistics, before clipping; of the last pass
+        for act in self.step.gradient:
+            act()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         trainer = self.trainer
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
             # before validation and the callbacks' epoch end, so that both see this epoch's values
-            values = self._means("train")
+            values = self._sums["train"].means(trainer)
             self.log_dict({f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        trainer = self.trainer
-        check_sam(self.sam_options, accumulate_grad_batches=trainer.accumulate_grad_batches)
-        optimizer = build_optimizer(self, self._scaled_to_batch(self.optimizer_options))
-        if (which := self.optimizer_options.gradient_centralization) is not None:
-            self._centralised = centralised_weights(self, which)
+        trainer, step = self.trainer, self.step
+        accumulated = trainer.accumulate_grad_batches
+        check_techniques(step.setting.techniques, replace(step.setting, accumulate_grad_batches=accumulated))
+        options = self.optimizer_options
+        if self.schedule_options.lr_scale_batch is not None:
+            batch = trainer.datamodule.batch_size * trainer.world_size * accumulated  # type: ignore[attr-defined]
+            options = replace(options, lr=options.lr * self.schedule_options.batch_factor(batch))
+        optimizer = build_optimizer(self, options, step.groups)
         trainer.fit_loop.setup_data()  # so that the epoch's length is known
-        steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
-        epochs = float(trainer.max_epochs or -1)
-        if epochs < 1:  # the run is bounded by trainer.max_steps
-            epochs = trainer.max_steps / steps_per_epoch
-        if self.averaging_options.on:
-            self._start_averaging(optimizer, epochs)
+        steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
+        self.epochs = float(trainer.max_epochs or -1)
+        if self.epochs < 1:  # the run is bounded by trainer.max_steps
+            self.epochs = trainer.max_steps / steps_per_epoch
+        for attach in step.optimizer:
+            attach(self, optimizer)
+        for weights in step.weights:
+            weights.start(self, optimizer)
         scheduler = build_scheduler(
             optimizer,
             self.schedule_options,
-            epochs=epochs,
+            epochs=self.epochs,
             steps_per_epoch=steps_per_epoch,
-            hold=self.averaging_options.hold(epochs),
+            changes=step.schedule,
         )
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def _scaled_to_batch(self, options: OptimizerOptions) -> OptimizerOptions:
-        """The options with the learning rate that `lr_scale_batch` gives for this run's global batch."""
-        trainer: Any = self.trainer
-        if self.schedule_options.lr_scale_batch is None:
-            return options
-        batch = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        return replace(options, lr=options.lr * self.schedule_options.batch_factor(batch))
-
-    def _start_averaging(self, optimizer: Any, epochs: float) -> None:
-        options, trainer = self.averaging_options, self.trainer
-        self.average = WeightAverage(self.model, options.ema_decay, options.ema_warmup)
-        if self._resumed_average is not None:
-            self.average.load_state_dict(*self._resumed_average)
-
-        def at_the_end_of_a_late_epoch() -> bool:
-            last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
-            return last and self.current_epoch + 1 > options.swa_start * epochs  # type: ignore[operator]
-
-        attach_average(
-            optimizer, self.average, None if options.swa_start is None else at_the_end_of_a_late_epoch
-        )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         synchronise_streams(self)  # in place: the state dict above shares the tensors
-        if self.average is not None:
-            with self._averaged():
+        if (weights := self._shipped) is not None:
+            with weights.applied():
                 synchronise_streams(self)
-            averaged = self.average.state_dict()
-            checkpoint["averaged_state_dict"] = {f"model.{name}": t for name, t in averaged.items()}
-            checkpoint["average_updates"] = self.average.updates if self.average.started else None
+            averaged = {f"model.{name}": tensor for name, tensor in weights.state_dict().items()}
+            checkpoint["averaged_state_dict"], checkpoint["average_updates"] = averaged, weights.updates
         # for a resume in the middle of an epoch; rank 0's sums then stand for every rank's
-        checkpoint["train_sums"] = (self.current_epoch, self._sums.get("train", self._zeros()).tolist())
+        sums = self._sums.get("train") or Sums(self.task, self.device)
+        checkpoint["train_sums"] = (self.current_epoch, sums.totals.tolist())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._resumed_sums = checkpoint.get("train_sums")
         if (updates := checkpoint.get("average_updates")) is not None:
             state = {k.removeprefix("model."): v for k, v in checkpoint["averaged_state_dict"].items()}
-            self._resumed_average = (state, updates)
+            for weights in self.step.weights:
+                weights.load_state_dict(state, updates)
 
-    # Evaluation: plain loss, exact over ranks; of the averaged weights where there are some
+    # Evaluation: plain loss, exact over ranks; of the weights that ship
 
     @property
     def _evaluated_stages(self) -> tuple[Stage, ...]:
-        return ("val", "test", "val_raw") if self.averaging_options.on else ("val", "test")
+        return ("val", "test", "val_raw") if self.step.weights else ("val", "test")
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.average is None else self.average.applied()
+    @property
+    def _shipped(self) -> Weights | None:
+        return next((weights for weights in self.step.weights if weights.active), None)
+
+    def _with_shipped(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._shipped is None else self._shipped.applied()
 
     def on_validation_epoch_start(self) -> None:
         synchronise_streams(self)
-        if self.average is not None:
-            with self._averaged():
+        if (weights := self._shipped) is not None:
+            with weights.applied():
                 synchronise_streams(self)
-                if self.averaging_options.swa_start is not None and self.average.started:
-                    self._refresh_norms()
+                weights.refresh(self)
         for stage in self._evaluated_stages:
-            self._sums[stage] = self._zeros()
+            self._sums[stage] = Sums(self.task, self.device)
 
     def on_test_epoch_start(self) -> None:
         synchronise_streams(self)
-        self._sums["test"] = self._zeros()
-
-    def _refresh_norms(self) -> None:
-        """Batch norms' statistics anew, as those of averaged weights are no average (arXiv 1803.05407, 3.2)."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        epoch = self.current_epoch
-        self._step_key = stream_key(self.seed, "norm statistics", epoch, self.global_rank)
-        self._reseed()
-
-        def inputs() -> Iterator[Tensor]:
-            for batch in data.training_batches(epoch, NORM_BATCHES):
-                batch = self.transfer_batch_to_device(batch, self.device, 0)
-                yield self._as_the_weights(data.batch_transform(batch, "train", epoch)).input
-
-        training = self.model.training
-        with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():
-            update_bn(inputs(), self.model)
-        self.model.train(training)
-        average_running_statistics(self.model)
+        self._sums["test"] = Sums(self.task, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns `logits` (N, K) or (N,), `target` (N,) and `index` (N,), for the callbacks."""
-        if self.average is not None:
+        if self._shipped is not None:
             self._evaluate(batch, "val_raw")
-        with self._averaged():
+        with self._with_shipped():
             return self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As `validation_step`."""
-        with self._averaged():
+        with self._with_shipped():
             return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
         logits = self.outputs(batch.input).float()
-        self._accumulate(stage, self.evaluation_criterion(logits, batch.target), logits, batch.target)
+        self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         self.metrics[f"{stage}_metrics"].update(scores, batch.target)  # type: ignore[operator]
         return {"logits": logits, "target": batch.target, "index": batch.index}
@@ -439,48 +354,18 @@ class BaseModel(LightningModule):
     def _log_evaluation(self, stage: Stage) -> None:
         metrics = self.metrics[f"{stage}_metrics"]
         class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
-        values = {"loss": self._means(stage)["loss"], **scalars(metrics.compute(), class_names)}  # type: ignore[operator]
+        values = {"loss": self._sums[stage].means(self.trainer)["loss"]}
+        values |= scalars(metrics.compute(), class_names)  # type: ignore[operator]
         metrics.reset()  # type: ignore[operator]
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32."""
-        with self._averaged():
+        with self._with_shipped():
             logits = self.outputs(batch.input).float()
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         return {"scores": scores, "target": batch.target, "index": batch.index}
 
-    # Sums on the device: loss and hits (or absolute error) per sample, read at the epoch's end
-
-    def _zeros(self) -> Tensor:
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        return torch.zeros(3, dtype=dtype, device=self.device)
-
-    @torch.no_grad()
-    def _accumulate(self, stage: Stage, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-        n = logits.shape[0]
-        if self.task == "classification":
-            label = target if target.ndim == 1 else target.argmax(dim=1)
-            second = (logits.argmax(dim=1) == label).sum()
-        else:
-            second = (logits - target).abs().sum()
-        sums = self._sums[stage]
-        count = torch.full(
-            (), n, dtype=sums.dtype, device=sums.device
-        )  # filled there: nothing is copied or waited for
-        sums += torch.stack((loss.detach().to(sums.dtype) * n, second.to(sums.dtype), count))
-
-    def _means(self, stage: Stage) -> dict[str, Tensor]:
-        """Exact means over all samples of all ranks (collective)."""
-        sums = self._sums[stage]
-        if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
-        return self._named(sums)
-
-    def _named(self, sums: Tensor) -> dict[str, Tensor]:
-        count = sums[2].clamp(min=1)
-        return {"loss": sums[0] / count, "acc" if self.task == "classification" else "mae": sums[1] / count}
-
     def running_metrics(self) -> dict[str, float]:
         """This rank's means of the epoch so far. Waits for the device: call it rarely."""
-        return {k: float(v) for k, v in self._named(self._sums["train"]).items()}
+        return {k: float(v) for k, v in self._sums["train"].means().items()}

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crucible.modules import replace_modules
 from crucible.options import ConfigError
+from crucible.technique import Step, Technique
 from models.layers import AVG_POOL, CONV, MAX_POOL
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -44,38 +46,29 @@ _TIMM_ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class ConversionOptions:
-    """What can be exchanged in any network."""
+class ActivationSwap(Technique):
+    """Another activation in place of the network's own; gates stay."""
 
     activation: Annotated[
-        ActivationName | None, "activation in place of the network's own; null: as built"
+        ActivationName | None,
+        "in place of the network's own; null: as built",
     ] = None
+
+    def attach(self, step: Step) -> None:
+        assert self.activation is not None
+        step.network.append(partial(convert_activations, name=self.activation))
+
+
+@dataclass(frozen=True)
+class BlurDownsampling(Technique):
+    """Anti-aliased downsampling (arXiv 1904.11486)."""
+
     blur_pool: Annotated[bool, "low-pass filter at every halving of the resolution (arXiv 1904.11486)"] = (
         False
     )
 
-
-def convert_network(network: nn.Module, options: ConversionOptions, input_dim: int) -> nn.Module:
-    """Exchange what the options ask for, in place; parameters keep their names.
-
-    To be called before the weights are initialised or loaded, and before compiling.
-
-    Args:
-        network: ours, timm's or any other.
-        options: what to exchange.
-        input_dim: spatial dimensions of its input.
-
-    Returns:
-        The network; what took its place if `network` is itself one layer.
-
-    Raises:
-        ConfigError: where the network has nothing to exchange.
-    """
-    if options.activation is not None:
-        network = _convert_activations(network, options.activation)
-    if options.blur_pool:
-        network = _blur_downsampling(network, input_dim)
-    return network
+    def attach(self, step: Step) -> None:
+        step.network.append(partial(blur_downsampling, input_dim=step.setting.input_dim))
 
 
 # Activations
@@ -87,8 +80,12 @@ def _is_activation(module: nn.Module) -> bool:
     return type(module).__name__ in _TIMM_ACTIVATIONS and type(module).__module__.startswith("timm.layers.")
 
 
-def _convert_activations(network: nn.Module, name: str) -> nn.Module:
-    """Every activation of the ReLU kind; gates (sigmoid, softmax) stay."""
+def convert_activations(network: nn.Module, name: str) -> nn.Module:
+    """Exchange every activation of the ReLU kind, in place; gates (sigmoid, softmax) stay.
+
+    Raises:
+        ConfigError: where the network has none.
+    """
     found: dict[int, Any] = {id(module): module for module in network.modules() if _is_activation(module)}
     if not found:
         raise ConfigError(
@@ -106,7 +103,7 @@ def _convert_activations(network: nn.Module, name: str) -> nn.Module:
         if like is not None:
             target.to(device=like.device, dtype=like.dtype)
         new[key] = target.train(source.training)
-    return _replace(network, new)
+    return replace_modules(network, new)
 
 
 # Anti-aliased downsampling
@@ -155,7 +152,7 @@ class BlurPool(nn.Module):
         return f"stride={self.stride}, padding={self.padding}, ceil_mode={self.ceil_mode}"
 
 
-def _blur_downsampling(network: nn.Module, input_dim: int) -> nn.Module:
+def blur_downsampling(network: nn.Module, input_dim: int) -> nn.Module:
     """Blur wherever a convolution or a pool halves the resolution; sizes stay.
 
     A strided convolution or max pool runs at stride 1 and is blurred and subsampled after; norm and activation
@@ -193,7 +190,7 @@ def _blur_downsampling(network: nn.Module, input_dim: int) -> nn.Module:
             module.register_forward_pre_hook(_blur_input)
         else:
             module.register_forward_hook(_blur_output)
-    return _replace(network, new)
+    return replace_modules(network, new)
 
 
 def _blur_input(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
@@ -231,12 +228,3 @@ def _positions_lost(pool: Any, stride: tuple[int, ...], input_dim: int) -> int |
 
 def _tuple(value: int | tuple[int, ...], length: int) -> tuple[int, ...]:
     return (value,) * length if isinstance(value, int) else (*value,) * (length // len(value))
-
-
-def _replace(network: nn.Module, new: dict[int, nn.Module]) -> nn.Module:
-    """Put the modules `new`, keyed by the `id` of what they replace, wherever those are."""
-    for parent in list(network.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
-    return new.get(id(network), network)

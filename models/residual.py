@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from crucible.options import ConfigError
 from models.base_model import BaseModel
+from norms import Norm
 
 SE_RD_RATIO = 1 / 16
 
@@ -24,6 +25,10 @@ class ResidualModel(BaseModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if zero_init_residual and self.step.setting.of(Norm).norm == "none":
+            raise ConfigError(
+                "model.zero_init_residual=true needs norms to set to zero; model.norm=none removes them"
+            )
         self.network_options: dict[str, Any] = {
             "num_outputs": self.num_outputs,
             "input_dim": self.input_dim,

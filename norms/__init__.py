@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from crucible.options import ConfigError
+from torch import nn
+
+from crucible.technique import Setting, Step, Technique
 from norms.convert import check_norm_kwargs, convert_norm
 from norms.modules import average_running_statistics
 from norms.online import (
@@ -18,10 +20,9 @@ from norms.online import (
 NormName = Literal["batch", "sync", "ghost", "group", "layer", "instance", "switchable", "online", "none"]
 
 __all__ = [
-    "NormOptions",
+    "Norm",
     "OnlineNorm",
     "average_running_statistics",
-    "check_norm",
     "convert_norm",
     "exclude_streams_from_broadcast",
     "recomputation_contexts",
@@ -30,23 +31,24 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class NormOptions:
-    """The options of the norms."""
+class Norm(Technique):
+    """Another norm in place of the network's batch norms."""
 
-    norm: Annotated[NormName | None, "norm in place of the network's batch norms; null: as built"] = None
+    needs: ClassVar = {"norm_kwargs": ("norm",)}
+
+    norm: Annotated[NormName | None, "in place of the network's batch norms; null: as built"] = None
     norm_kwargs: Annotated[
-        dict | None, "options of that norm, such as {num_groups: 16}; null: its defaults"
+        dict | None,
+        "options of that norm: {alpha_fwd: 0.999}, {num_groups: 16}, {ghost_size: 32}; null: its defaults",
     ] = None
 
+    def check(self, setting: Setting) -> None:
+        assert self.norm is not None
+        check_norm_kwargs(self.norm, self.norm_kwargs or {})
 
-def check_norm(options: NormOptions) -> None:
-    """Refuse options that the norm does not take; needs no network.
+    def attach(self, step: Step) -> None:
+        step.network.append(self._convert)
 
-    Raises:
-        ConfigError: naming the option.
-    """
-    if options.norm is not None:
-        check_norm_kwargs(options.norm, options.norm_kwargs or {})
-    elif options.norm_kwargs:
-        name, value = next(iter(options.norm_kwargs.items()))
-        raise ConfigError(f"model.norm_kwargs.{name}={value!r} needs model.norm")
+    def _convert(self, network: nn.Module) -> nn.Module:
+        assert self.norm is not None
+        return convert_norm(network, self.norm, **(self.norm_kwargs or {}))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from crucible.modules import replace_modules
 from crucible.options import ConfigError, check_value, signature_options, suggest
 from norms.modules import (
     BatchNorm,
@@ -106,15 +107,12 @@ def convert_norm(network: nn.Module, norm: str, **kwargs: Any) -> nn.Module:
                 )
     like = next(network.parameters(), None)
     new = {id(module): _converted(module, norm, checked, like) for module in found.values()}
-    for parent in list(network.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
+    network = replace_modules(network, new)
     if norm == "none":
         in_place: list[Any] = [m for m in network.modules() if getattr(m, "inplace", False) is True]
         for module in in_place:
             module.inplace = False
-    return new.get(id(network), network)
+    return network
 
 
 def _converted(source: Any, norm: str, kwargs: Mapping[str, Any], like: Tensor | None) -> nn.Module:

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
 from crucible.options import ConfigError
+from crucible.technique import Factor, Setting, Step, Technique
+from norms import average_running_statistics
 
-__all__ = ["AveragingOptions", "WeightAverage", "attach_average"]
+NORM_BATCHES = 100  # that SWA's norm statistics come from
 
 
 @dataclass(frozen=True)
-class AveragingOptions:
-    """The options of weight averaging: one of the two averages, or none.
+class Averaging(Technique):
+    """One of two averages of the weights, or none."""
 
-    Raises:
-        ConfigError: for both, or an option of one that is off.
-    """
+    needs: ClassVar = {"ema_warmup": ("ema_decay",), "swa_lr": ("swa_start",)}
 
     ema_decay: Annotated[
         float | None, "(0, 1)", "decay a step of an exponential moving average of the weights; null: none"
@@ -32,33 +34,40 @@ class AveragingOptions:
     swa_start: Annotated[
         float | None,
         "[0, 1)",
-        "part of the training after which each epoch's weights are averaged; null: none",
+        "part of the training after which each epoch's weights are averaged (arXiv 1803.05407); null: none",
     ] = None
     swa_lr: Annotated[
         float | None, "(0, 1]", "from swa_start on the rate is this fraction of lr; null: the schedule's"
     ] = None
 
-    def __post_init__(self) -> None:
+    def check(self, setting: Setting) -> None:
         if self.ema_decay is not None and self.swa_start is not None:
             raise ConfigError(
                 f"model.ema_decay={self.ema_decay} and model.swa_start={self.swa_start}: the weights that are"
                 " evaluated are one average; set one of the two to null"
             )
-        if not self.ema_warmup and self.ema_decay is None:
-            raise ConfigError("model.ema_warmup=false needs model.ema_decay")
-        if self.swa_lr is not None and self.swa_start is None:
-            raise ConfigError(f"model.swa_lr={self.swa_lr} needs model.swa_start")
 
-    @property
-    def on(self) -> bool:
-        """Whether an average is kept."""
-        return self.ema_decay is not None or self.swa_start is not None
+    def attach(self, step: Step) -> None:
+        if self.swa_start is None:
+            step.weights.append(AveragedWeights(self.ema_decay, self.ema_warmup))
+            return
+        step.weights.append(AveragedWeights(is_due=self._ends_a_late_epoch, refresh_norms=True))
+        if self.swa_lr is not None:
+            step.schedule.append(self._hold)
 
-    def hold(self, epochs: float) -> tuple[float, float] | None:
-        """From which epoch on which fraction of the rate is held; None: the schedule goes on."""
-        if self.swa_start is None or self.swa_lr is None:
-            return None
-        return math.floor(self.swa_start * epochs), self.swa_lr
+    def _ends_a_late_epoch(self, module: Any) -> bool:
+        assert self.swa_start is not None
+        trainer = module.trainer
+        last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        return last and module.current_epoch + 1 > self.swa_start * module.epochs
+
+    def _hold(self, factor: Factor, epochs: float) -> Factor:
+        assert self.swa_start is not None and self.swa_lr is not None
+        return partial(_held, factor, math.floor(self.swa_start * epochs), self.swa_lr)
+
+
+def _held(factor: Factor, start: float, value: float, epoch: float) -> float:
+    return value if epoch >= start else factor(epoch)
 
 
 class WeightAverage:
@@ -173,3 +182,77 @@ def attach_average(
     if is_due is None:
         optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
+
+
+class AveragedWeights:
+    """A `WeightAverage` as the weights that are evaluated and shipped (the stage `weights` of a step).
+
+    Args:
+        decay: as of `WeightAverage`.
+        warmup: as of `WeightAverage`.
+        is_due: whether the step just done is one to average after, asked with the model; None: every step.
+        refresh_norms: take batch norms' statistics anew before an evaluation.
+    """
+
+    def __init__(
+        self,
+        decay: float | None = None,
+        warmup: bool = True,
+        is_due: Callable[[Any], bool] | None = None,
+        refresh_norms: bool = False,
+    ) -> None:
+        self._decay, self._warmup, self._is_due, self._refreshes = decay, warmup, is_due, refresh_norms
+        self._saved: tuple[Mapping[str, Tensor], int] | None = None
+        self.average: WeightAverage | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.average is not None
+
+    @property
+    def updates(self) -> int | None:
+        return self.average.updates if self.average is not None and self.average.started else None
+
+    def start(self, module: Any, optimizer: Optimizer) -> None:
+        self.average = WeightAverage(module.model, self._decay, self._warmup)
+        if self._saved is not None:
+            self.average.load_state_dict(*self._saved)
+        is_due = self._is_due
+        attach_average(optimizer, self.average, None if is_due is None else lambda: is_due(module))
+
+    def applied(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def refresh(self, module: Any) -> None:
+        if self._refreshes and self.updates is not None:
+            refresh_norms(module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        self._saved = state, updates
+
+
+def refresh_norms(module: Any) -> None:
+    """Batch norms' statistics anew, as those of averaged weights are no average (arXiv 1803.05407, 3.2).
+
+    From NORM_BATCHES training batches, normalised but neither mixed nor distorted.
+
+    Args:
+        module: the model, attached to a trainer.
+    """
+    data, epoch = module.trainer.datamodule, module.current_epoch
+    module.reseed("norm statistics", epoch)
+
+    def inputs() -> Iterator[Tensor]:
+        for batch in data.training_batches(epoch, NORM_BATCHES):
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
+            yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
+
+    network = module.model
+    training = network.training
+    with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():
+        update_bn(inputs(), network)
+    network.train(training)
+    average_running_statistics(network)

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from crucible.options import ConfigError
+from crucible.technique import Step, Technique
 
-__all__ = ["centralise_gradients", "centralised_weights"]
+__all__ = ["GradientCentralization", "centralise_gradients", "centralised_weights"]
 
 Which = Literal["all", "conv"]
+
+
+@dataclass(frozen=True)
+class GradientCentralization(Technique):
+    """Gradients of weights lose their mean per output."""
+
+    gradient_centralization: Annotated[
+        Which | None,
+        "weights whose gradients lose their mean: of convolutions, or of linear layers too (arXiv 2004.01461)",
+    ] = None
+
+    def attach(self, step: Step) -> None:
+        assert self.gradient_centralization is not None
+        centralisation = _Centralisation(self.gradient_centralization)
+        step.optimizer.append(centralisation.find)
+        step.gradient.append(centralisation.act)
+
+
+class _Centralisation:
+    def __init__(self, which: Which) -> None:
+        self.which = which
+        self.weights: list[nn.Parameter] = []
+
+    def find(self, module: Any, optimizer: Any) -> None:
+        self.weights = centralised_weights(module, self.which)
+
+    def act(self) -> None:
+        centralise_gradients(self.weights)
 
 
 def centralised_weights(module: nn.Module, which: Which) -> list[nn.Parameter]:

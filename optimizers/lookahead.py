@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from crucible.options import ConfigError
+from crucible.technique import Step, Technique
 
-__all__ = ["attach_lookahead"]
+__all__ = ["Lookahead", "attach_lookahead"]
 
 _KEY = "lookahead"
+
+
+@dataclass(frozen=True)
+class Lookahead(Technique):
+    """Every k steps the weights go back a part of the way."""
+
+    needs: ClassVar = {"lookahead_k": ("lookahead",), "lookahead_alpha": ("lookahead",)}
+
+    lookahead: Annotated[bool, "every k steps, go back a part of the way (arXiv 1907.08610)"] = False
+    lookahead_k: Annotated[int, "[1, inf)", "steps between Lookahead's synchronisations"] = 5
+    lookahead_alpha: Annotated[float, "(0, 1]", "the part of the way that Lookahead keeps"] = 0.5
+
+    def attach(self, step: Step) -> None:
+        step.optimizer.append(
+            lambda module, optimizer: attach_lookahead(optimizer, self.lookahead_k, self.lookahead_alpha)
+        )
 
 
 def attach_lookahead(optimizer: Optimizer, k: int, alpha: float) -> None:

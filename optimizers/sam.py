@@ -8,28 +8,34 @@ that every optimizer, precision, clipper, schedule and checkpoint sees an ordina
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from crucible.options import ConfigError
+from crucible.technique import Closure, Setting, Step, Technique
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class SamOptions:
-    """The options of sharpness-aware minimisation."""
+class Sam(Technique):
+    """The gradient is taken where the loss nearby is highest."""
 
-    sam: Annotated[bool, "take the gradient where the loss nearby is highest; doubles a step's cost"] = False
-    adaptive_sam: Annotated[bool, "measure the distance relative to each weight's size (ASAM)"] = False
+    needs: ClassVar = dict.fromkeys(("adaptive_sam", "sam_rho", "sam_sync", "sam_every"), ("sam",))
+
+    sam: Annotated[
+        bool, "take the gradient where the loss nearby is highest; doubles a step's cost (arXiv 2010.01412)"
+    ] = False
+    adaptive_sam: Annotated[
+        bool, "measure the distance relative to each weight's size (arXiv 2102.11600)"
+    ] = False
     sam_rho: Annotated[float | None, "[0, inf)", "length of the ascent; null: 0.05, adaptive 0.5"] = None
     sam_sync: Annotated[
         bool, "one ascent from the gradient over all processes; false: one in each process, as in the paper"
@@ -40,36 +46,27 @@ class SamOptions:
         "steps from one ascent to the next; those between are plain (SAM-k of arXiv 2203.02714)",
     ] = 1
 
+    @property
+    def passes(self) -> float:
+        return 1 + 1 / self.sam_every if self.sam else 1.0
 
-def check_sam(options: SamOptions, accumulate_grad_batches: int = 1) -> None:
-    """Refuse what SAM cannot honour.
+    def check(self, setting: Setting) -> None:
+        if setting.accumulate_grad_batches > 1:
+            raise ConfigError(
+                f"model.sam=true needs trainer.accumulate_grad_batches=1, got {setting.accumulate_grad_batches}:"
+                " the second gradient would be that of the last batch only"
+            )
 
-    Raises:
-        ConfigError: for an option of SAM without SAM, or for gradient accumulation with it.
-    """
-    if not options.sam:
-        for name in ("adaptive_sam", "sam_rho", "sam_sync", "sam_every"):
-            value = getattr(options, name)
-            if value != getattr(SamOptions, name):
-                raise ConfigError(f"model.{name}={value} needs model.sam=True")
-    elif accumulate_grad_batches > 1:
-        raise ConfigError(
-            f"model.sam=True needs trainer.accumulate_grad_batches=1, got {accumulate_grad_batches}:"
-            " the second gradient would be that of the last batch only"
-        )
+    def attach(self, step: Step) -> None:
+        step.closure.append(lambda module, closure: sam_closure(module, closure, self))
 
 
-def sam_closure(
-    module: LightningModule,
-    closure: Callable[[], Any],
-    options: SamOptions,
-    reseed: Callable[[], None],
-) -> Callable[[], Any]:
+def sam_closure(module: Any, closure: Closure, options: Sam) -> Closure:
     """Lightning's closure of one training step, made into the two passes of SAM.
 
     Hand the result on in `LightningModule.optimizer_step`. The first pass is the ordinary step: its loss,
     its log and its buffers stay. The second pass starts from the buffers and the random state of the first,
-    leaves the gradient and nothing else, and runs with `module.sam_pass` at 2 (else 1), so that
+    leaves the gradient and nothing else, and runs with `module.step_pass` at 2 (else 1), so that
     `training_step` can log and count in the first pass only. Hooks around the backward run in both passes,
     `on_before_optimizer_step` once, on the second pass's gradient. With `sam_rho` 0 the step is bitwise the
     plain one. With `sam_every` k only the steps 0, k, 2k, ... of the training are so; on the others the
@@ -79,10 +76,10 @@ def sam_closure(
     same overflow at the same weights, and the loss scaler skips the step.
 
     Args:
-        module: attached to a trainer, with automatic optimization.
+        module: attached to a trainer, with automatic optimization; its `reseed()` sets all random generators to the
+            key of this step, and is called before each pass.
         closure: as Lightning hands it to `optimizer_step`.
         options: those of SAM; `sam` itself is not looked at.
-        reseed: sets all random generators to the key of this step; called before each pass.
     """
     if module.trainer.global_step % options.sam_every:
         return closure
@@ -94,7 +91,7 @@ def sam_closure(
         start = _snapshot(module.buffers())
         strategy = module.trainer.strategy
         per_process = isinstance(strategy, ParallelStrategy) and not options.sam_sync
-        reseed()
+        module.reseed()
         with strategy.block_backward_sync() if per_process else nullcontext():  # type: ignore[attr-defined]
             loss = closure()
         if loss is None:  # training_step skipped the batch
@@ -104,12 +101,12 @@ def sam_closure(
         first = _snapshot(module.buffers())
         weights = ascend(module.parameters(), rho, options.adaptive_sam)
         _copy(start)
-        module.sam_pass = 2  # type: ignore[assignment]
+        module.step_pass = 2
         try:
-            reseed()
+            module.reseed()
             closure()
         finally:
-            module.sam_pass = 1  # type: ignore[assignment]
+            module.step_pass = 1
             restore(weights)
             _copy(first)
         closure._result = result

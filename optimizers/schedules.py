@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from crucible.options import ConfigError
+from crucible.technique import Factor
 
 Scheduler = Literal["CosineAnneal", "MultiStep", "Step"]
 
@@ -144,7 +145,7 @@ def build_scheduler(
     *,
     epochs: float,
     steps_per_epoch: int,
-    hold: tuple[float, float] | None = None,
+    changes: Sequence[Callable[[Factor, float], Factor]] = (),
 ) -> dict[str, Any] | None:
     """The schedule as Lightning's `lr_scheduler` configuration, or None where the rate never changes.
 
@@ -155,16 +156,16 @@ def build_scheduler(
         options: the options of the schedule.
         epochs: length of the training in epochs.
         steps_per_epoch: optimizer steps in an epoch, after gradient accumulation.
-        hold: an epoch and the factor that holds from then on, whatever the schedule (weight averaging).
+        changes: what techniques make of the factor, each with the length of the training (the stage `schedule`).
 
     Raises:
         ConfigError: as `schedule`.
     """
     factor = schedule(options, epochs)
-    if options.scheduler is None and not options.warmstart and hold is None:
+    if options.scheduler is None and not options.warmstart and not changes:
         return None
-    if hold is not None:
-        factor = partial(_held, factor, *hold)
+    for change in changes:
+        factor = change(factor, epochs)
     if options.lr_interval == "step":
         factor = partial(_of_step, factor, steps_per_epoch)
     return {"scheduler": LambdaLR(optimizer, factor), "interval": options.lr_interval}
@@ -176,10 +177,6 @@ def build_scheduler(
 
 def _of_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) -> float:
     return factor(step / steps_per_epoch)
-
-
-def _held(factor: Callable[[float], float], start: float, value: float, epoch: float) -> float:
-    return value if epoch >= start else factor(epoch)
 
 
 def _constant(warm_up: float, epoch: float) -> float:

@@ -27,6 +27,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from technique_runs import TECHNIQUES, built, composed, make_teacher
 
+from docs.generate import refused_pairs
+
 PRECISIONS = ("32-true", "bf16-mixed")
 PAIRS = 40
 STEPS = (
@@ -51,12 +53,6 @@ FRAGMENTS = (
 def machine() -> str:
     """What the bits of a result depend on."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
-
-
-def drawn_pairs(refused: Any) -> list[tuple[str, ...]]:
-    """Forty pairs of techniques that compose, always the same."""
-    pairs = [pair for pair in combinations(TECHNIQUES, 2) if pair not in refused]
-    return sorted(random.Random(0).sample(pairs, PAIRS))
 
 
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
@@ -96,14 +92,18 @@ def trained(techniques: tuple[str, ...], precision: str, folder: Path, teacher: 
     return {"bits": bits, "norm": norm, "logged": logged}
 
 
-def cases(refused: Any) -> list[tuple[tuple[str, ...], str]]:
-    """Each technique, each drawn pair, and none, in each precision."""
-    chosen = [(), *((name,) for name in TECHNIQUES), *drawn_pairs(refused)]
-    return [(techniques, precision) for techniques in chosen for precision in PRECISIONS]
+def new_cases() -> list[str]:
+    """Each technique, forty drawn pairs, and none, in each precision."""
+    pairs = [pair for pair in combinations(TECHNIQUES, 2) if pair not in refused_pairs()]
+    drawn = sorted(random.Random(0).sample(pairs, PAIRS))
+    chosen = [(), *((name,) for name in TECHNIQUES), *drawn]
+    return [f"{'+'.join(names) or 'baseline'} {precision}" for names in chosen for precision in PRECISIONS]
 
 
-def case_name(techniques: tuple[str, ...], precision: str) -> str:
-    return f"{'+'.join(techniques) or 'baseline'} {precision}"
+def train_case(case: str, folder: Path, teacher: Path) -> dict[str, Any]:
+    """What the case of this name comes to."""
+    names, precision = case.split()
+    return trained(() if names == "baseline" else tuple(names.split("+")), precision, folder, teacher)
 
 
 class _Data:
@@ -159,30 +159,24 @@ def command_ids() -> dict[str, str]:
     return found
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """Everything."""
-    from docs.generate import refused_pairs
-
-    teacher = make_teacher(folder / "teaching")
-    states = {case_name(*case): trained(*case, folder, teacher) for case in cases(refused_pairs())}
-    return {"machine": machine(), "states": states, "recipes": recipe_ids(), "commands": command_ids()}
-
-
 def main(action: str, file: Path) -> int:
     """Write the record, or say what differs from it; the exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        now = record(Path(folder))
+    before = {} if action == "write" else json.loads(file.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        teacher = make_teacher(folder / "teaching")
+        states = {case: train_case(case, folder, teacher) for case in before.get("states") or new_cases()}
+    now = {"machine": machine(), "states": states, "recipes": recipe_ids(), "commands": command_ids()}
     if action == "write":
         file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         return 0
-    before = json.loads(file.read_text(encoding="utf-8"))
     differing = 0
     for part in ("states", "recipes", "commands"):
-        for name in before[part].keys() | now[part].keys():
-            if before[part].get(name) != now[part].get(name):
+        for case in before[part]:
+            if before[part][case] != now[part].get(case):
                 differing += 1
-                print(f"{part}: {name}: {before[part].get(name)} -> {now[part].get(name)}")
-        print(f"{part}: {len(now[part])} compared")
+                print(f"{part}: {case}: {before[part][case]} -> {now[part].get(case)}")
+        print(f"{part}: {len(before[part])} compared")
     print(f"{differing} differ ({before['machine']}; now {now['machine']})")
     return int(differing > 0)
 

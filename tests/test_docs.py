@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from crucible.configuration import select
-from docs.generate import PAGE, techniques_page
+from docs.generate import PAGE, TRAIN, techniques_page, with_options_block
 
 TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
 
@@ -36,3 +36,8 @@ def test_the_readme_names_every_choice_of_a_group(group: str) -> None:
     for choice in (ROOT / "cli_configs" / group).iterdir():
         name = f"{choice.name}/" if choice.is_dir() else rf"{choice.stem}\b"
         assert re.search(rf"\b{name}", readme), f"{group}={name}"
+
+
+def test_the_options_in_train_yaml_are_the_generated_ones() -> None:
+    text = TRAIN.read_text()
+    assert text == with_options_block(text), "run python -m docs.generate"

@@ -14,29 +14,30 @@ from torchvision.transforms.v2 import functional as v2F
 
 from augmentation.distortions import (
     ATTEMPTS,
-    DistortionOptions,
+    Distort,
+    Distortions,
     adjust_colors,
-    build_distortions,
-    check_distortions,
     erase,
     erased_boxes,
     keyed_noise,
     rotate,
 )
+from crucible.batch import Batch
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError, read_options
+from crucible.technique import Setting, Step, assemble
 
 EACH = [
-    DistortionOptions(cutout_size=6),
-    DistortionOptions(random_erasing=0.9),
-    DistortionOptions(random_rotation=30),
-    DistortionOptions(color_jitter=0.4),
+    Distort(cutout_size=6),
+    Distort(random_erasing=0.9),
+    Distort(random_rotation=30),
+    Distort(color_jitter=0.4),
 ]
-ALL = DistortionOptions(cutout_size=6, random_erasing=0.9, random_rotation=30, color_jitter=0.4)
+ALL = Distort(cutout_size=6, random_erasing=0.9, random_rotation=30, color_jitter=0.4)
 KEY = stream_key(0, "distortions", 3)
 
 
-def names(options: DistortionOptions) -> str:
+def names(options: Distort) -> str:
     return "+".join(name for name, value in vars(options).items() if value)
 
 
@@ -51,7 +52,28 @@ def floats(n: int = 8, channels: int = 3, size: tuple[int, int] = (16, 20)) -> t
     return torch.randn(n, channels, *size, generator=torch.Generator().manual_seed(n))
 
 
-def distort(options: DistortionOptions, image: torch.Tensor, index: torch.Tensor, key: int = KEY):
+class Parts:
+    """What the technique adds to the stages before and after the policy; `None` of a stage that it leaves alone."""
+
+    def __init__(self, step: Step) -> None:
+        for name, stages in (("before", step.raw), ("after", step.batch)):
+            assert [(s.stream, s.per) for s in stages] in ([], [("distortions", "sample")])
+            setattr(self, name, self._part(stages[0].change) if stages else lambda input, index, key: input)
+
+    def _part(self, change):
+        return lambda input, index, key: change(Batch(input, index, index), key).input
+
+
+def build_distortions(options: Distort, input_dim: int, input_channels: int) -> Parts | None:
+    step = assemble({Distort: options}, Setting("", 0, input_dim, input_channels), torch.nn.Identity())
+    return Parts(step) if step.raw or step.batch else None
+
+
+def check_distortions(options: Distort, data: dict) -> None:
+    assemble({Distort: options}, Setting(data=data), torch.nn.Identity())
+
+
+def distort(options: Distort, image: torch.Tensor, index: torch.Tensor, key: int = KEY):
     """Both parts, with a stand-in for the policy's normalisation between them."""
     made = build_distortions(options, 2, image.shape[1])
     return made.after(made.before(image, index, key).float() / 64 - 2, index, key)
@@ -61,8 +83,8 @@ def distort(options: DistortionOptions, image: torch.Tensor, index: torch.Tensor
 
 
 def test_off_is_none():
-    assert build_distortions(DistortionOptions(), 2, 3) is None
-    assert build_distortions(DistortionOptions(), 1, 3) is None
+    assert build_distortions(Distort(), 2, 3) is None
+    assert build_distortions(Distort(), 1, 3) is None
 
 
 @pytest.mark.parametrize("options", EACH, ids=names)
@@ -74,12 +96,12 @@ def test_input_that_is_no_image_is_refused_by_the_options_name(options, input_di
 
 def test_colours_need_grey_or_rgb():
     with pytest.raises(ConfigError, match=r"model\.color_jitter=0\.4 .*data\.input_channels is 4"):
-        build_distortions(DistortionOptions(color_jitter=0.4), 2, 4)
-    assert build_distortions(DistortionOptions(random_rotation=5), 2, 4) is not None
+        build_distortions(Distort(color_jitter=0.4), 2, 4)
+    assert build_distortions(Distort(random_rotation=5), 2, 4) is not None
 
 
 def test_colours_need_values_of_an_image():
-    made = build_distortions(DistortionOptions(color_jitter=0.4), 2, 3)
+    made = build_distortions(Distort(color_jitter=0.4), 2, 3)
     index = torch.arange(8)
     with pytest.raises(ConfigError, match=r"model\.color_jitter=0\.4 .*uint8 or float in \[0, 1\].* from -"):
         made.before(floats(), index, KEY)
@@ -94,7 +116,7 @@ def test_colours_need_values_of_an_image():
 )
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=rf"model\.{name} must be in "):
-        read_options(DistortionOptions, {name: value})
+        read_options(Distort, {name: value})
 
 
 def data(policy: str = "cifar.BaselineTransform", **further) -> dict:
@@ -103,10 +125,10 @@ def data(policy: str = "cifar.BaselineTransform", **further) -> dict:
 
 
 def test_a_cutout_asked_for_twice_is_refused():
-    options = DistortionOptions(cutout_size=8)
+    options = Distort(cutout_size=8)
     check_distortions(options, data())
     check_distortions(options, data("cifar.BaselineCutoutTransform", cutout_size=0))
-    check_distortions(DistortionOptions(random_erasing=0.5), data("cifar.BaselineCutoutTransform"))
+    check_distortions(Distort(random_erasing=0.5), data("cifar.BaselineCutoutTransform"))
     for again in (data("cifar.BaselineCutoutTransform"), data("cifar.AutoAugmentTransform", cutout_size=4)):
         with pytest.raises(ConfigError, match=r"model\.cutout_size=8: \w+Transform already cuts out \d+ pix"):
             check_distortions(options, again)
@@ -115,11 +137,11 @@ def test_a_cutout_asked_for_twice_is_refused():
 def test_a_cutout_has_to_leave_something():
     for size in (32, 40):
         with pytest.raises(ConfigError, match=rf"model\.cutout_size={size} .*32 pixels"):
-            check_distortions(DistortionOptions(cutout_size=size), data())
+            check_distortions(Distort(cutout_size=size), data())
     with pytest.raises(ConfigError, match=r"model\.cutout_size=2\.5 must be whole pixels"):
-        check_distortions(DistortionOptions(cutout_size=2.5), data())
+        check_distortions(Distort(cutout_size=2.5), data())
     with pytest.raises(ConfigError, match=r"model\.cutout_size=16 .*16 pixels"):
-        distort(DistortionOptions(cutout_size=16), pictures(), torch.arange(8))
+        distort(Distort(cutout_size=16), pictures(), torch.arange(8))
 
 
 # Each image as torchvision would make it
@@ -188,7 +210,7 @@ def test_erasing_is_torchvisions():
 def test_cutout_sets_a_square_to_zero(size, pixels):
     index = torch.arange(400)
     input = torch.ones(400, 2, 16, 20)
-    holes = build_distortions(DistortionOptions(cutout_size=size), 2, 2).after(input, index, KEY) == 0
+    holes = build_distortions(Distort(cutout_size=size), 2, 2).after(input, index, KEY) == 0
     assert torch.equal(holes[:, 0], holes[:, 1])
     heights, widths = (holes[:, 0].any(axis).sum(1) for axis in (2, 1))
     assert torch.equal(heights * widths, holes[:, 0].sum((1, 2))), "not one box"
@@ -247,7 +269,7 @@ def test_noise_is_standard_normal_and_differs_between_pixels_channels_and_sample
 def test_erasing_happens_with_the_asked_probability_and_elsewhere_changes_nothing():
     input, index = torch.zeros(3000, 1, 8, 8), torch.arange(3000)
     for probability in (0.25, 1.0):
-        made = build_distortions(DistortionOptions(random_erasing=probability), 2, 1)
+        made = build_distortions(Distort(random_erasing=probability), 2, 1)
         changed = made.after(input, index, KEY) != 0
         share = changed.flatten(1).any(1)
         assert stats.binomtest(int(share.sum()), 3000, probability).pvalue > 1e-3
@@ -259,7 +281,7 @@ def test_angles_are_uniform():
     n, size = 1500, 41
     input = torch.zeros(n, 1, size, size)
     input[:, 0, 20, 36] = 1
-    turned = build_distortions(DistortionOptions(random_rotation=40), 2, 1).after(input, torch.arange(n), KEY)
+    turned = build_distortions(Distort(random_rotation=40), 2, 1).after(input, torch.arange(n), KEY)
     place = torch.arange(size) - 20.0
     x, y = (turned[:, 0].sum(axis) @ place for axis in (1, 2))
     angle = torch.rad2deg(torch.atan2(-y, x)).numpy()
@@ -269,7 +291,7 @@ def test_angles_are_uniform():
 
 def test_colour_factors_are_uniform_and_independent():
     """Brightness alone acts on a black and white image whose grey is fixed by it."""
-    made, index = build_distortions(DistortionOptions(color_jitter=0.4), 2, 1), torch.arange(2000)
+    made, index = build_distortions(Distort(color_jitter=0.4), 2, 1), torch.arange(2000)
     dark = torch.tensor([0.2, 0.4]).view(1, 1, 1, 2).expand(2000, 1, 2, 2)
     output = made.before(dark, index, KEY)[:, 0, 0].double()
     brightness = output.mean(1) / 0.3
@@ -301,8 +323,8 @@ def test_samples_and_epochs_differ(options):
 
 def test_switching_one_on_leaves_the_draws_of_another():
     input, index = torch.ones(40, 1, 16, 16), torch.arange(40)
-    alone = build_distortions(DistortionOptions(cutout_size=6), 2, 1).after(input, index, KEY)
-    both = build_distortions(DistortionOptions(cutout_size=6, random_erasing=0.5), 2, 1)
+    alone = build_distortions(Distort(cutout_size=6), 2, 1).after(input, index, KEY)
+    both = build_distortions(Distort(cutout_size=6, random_erasing=0.5), 2, 1)
     output = both.after(input, index, KEY)
     unerased = (output * (1 - output) == 0).flatten(1).all(1)
     assert 5 < unerased.sum() < 35
@@ -355,16 +377,17 @@ def test_half_precision_stays_and_is_finite(dtype):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_both_parts_compile_fullgraph_once_for_all_keys(backend):
+def test_both_parts_compile_fullgraph_once_for_all_keys(backend, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    eager, compiled = build_distortions(ALL, 2, 3), build_distortions(ALL, 2, 3)
-    compiled.compile(backend=backend)
-    for key in range(3):
-        index = torch.arange(key * 8, key * 8 + 8)
-        for part, input in (("before", pictures()), ("after", floats())):
-            outputs = (getattr(made, part)(input, index, key) for made in (eager, compiled))
-            assert torch.allclose(*outputs, atol=1e-5)
+    monkeypatch.setattr("augmentation.distortions._on_device", lambda key, input: key)
+    distortions = Distortions(ALL)
+    for key in map(torch.tensor, range(3)):
+        index = torch.arange(int(key) * 8, int(key) * 8 + 8)
+        for part, input in ((distortions.before, pictures()), (distortions.after, floats())):
+            batch = Batch(input, index, index)
+            compiled = torch.compile(part, backend=backend, fullgraph=True)
+            assert torch.allclose(compiled(batch, key).input, part(batch, key).input, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 

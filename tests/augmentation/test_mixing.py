@@ -7,11 +7,23 @@ import pytest
 import torch
 from scipy import stats
 
-from augmentation import MixingOptions, build_mixing
-from augmentation.mixing import check_mixing, class_probabilities, cutmix_batch, mixup_batch
+from augmentation import mixing as mixing_module
+from augmentation.mixing import Mix, class_probabilities, cutmix_batch, mixup_batch
+from crucible.batch import Batch
 from crucible.options import ConfigError
+from crucible.technique import Setting, assemble
 
 K = 10
+
+
+def build_mixing(options: Mix, num_classes: int):
+    """What the technique adds to the batch stage, as `(input, target, key) -> (input, target)`; None for nothing."""
+    stages = assemble({Mix: options}, Setting(num_classes=num_classes), torch.nn.Identity()).batch
+    if not stages:
+        return None
+    (stage,) = stages
+    assert (stage.stream, stage.per) == ("mixing", "batch")
+    return lambda input, target, key: stage.change(Batch(input, target, torch.arange(len(input))), key)[:2]
 
 
 def batch(n: int = 32, shape: tuple[int, ...] = (3, 16, 16)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,11 +37,10 @@ def ids(n: int = 32, spatial: tuple[int, ...] = (16, 16)) -> torch.Tensor:
 
 
 def test_off_is_none():
-    assert build_mixing(MixingOptions(), K) is None
-    assert build_mixing(MixingOptions(mixup_alpha=0.7), K) is None
+    assert build_mixing(Mix(), K) is None
 
 
-@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
+@pytest.mark.parametrize("options", [Mix(mixup=True), Mix(cutmix_alpha=1.0)])
 def test_mixing_needs_classes(options):
     with pytest.raises(ConfigError, match=r"model\.(mixup|cutmix_alpha)=.*num_classes"):
         build_mixing(options, 1)
@@ -37,7 +48,7 @@ def test_mixing_needs_classes(options):
 
 @pytest.mark.parametrize(
     "options",
-    [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0), MixingOptions(mixup=True, cutmix_alpha=0.5)],
+    [Mix(mixup=True), Mix(cutmix_alpha=1.0), Mix(mixup=True, cutmix_alpha=0.5)],
 )
 def test_targets_are_probabilities_whose_largest_is_the_samples_own_label(options):
     mixing = build_mixing(options, K)
@@ -64,7 +75,7 @@ def test_mixup_mixes_input_and_target_with_one_weight_and_one_permutation():
 
 
 def test_the_weight_is_folded_beta():
-    mixing = build_mixing(MixingOptions(mixup=True, mixup_alpha=0.4), K)
+    mixing = build_mixing(Mix(mixup=True, mixup_alpha=0.4), K)
     input, target = torch.zeros(2, 1), torch.tensor([0, 1])
     weights = []
     for key in range(3000):
@@ -111,7 +122,7 @@ def test_cutmix_boxes_lie_anywhere():
 
 
 def test_the_pasted_area_is_that_of_a_beta_distributed_box_with_a_uniform_centre():
-    mixing, size = build_mixing(MixingOptions(cutmix_alpha=1.0), K), 40
+    mixing, size = build_mixing(Mix(cutmix_alpha=1.0), K), 40
     input, target = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, size, size), torch.tensor([0, 1])
     areas = [(mixing(input, target, key)[0] != input)[0].double().mean().item() for key in range(1000)]
     moved = np.asarray([a for a in areas if a > 0])  # own partner, or no pixel: nothing to see
@@ -126,9 +137,7 @@ def test_the_pasted_area_is_that_of_a_beta_distributed_box_with_a_uniform_centre
 
 @pytest.mark.parametrize("chance", [0.0, 0.2, 0.5, 1.0])
 def test_with_both_on_cutmix_gets_its_share_of_the_batches(chance):
-    mixing = build_mixing(
-        MixingOptions(mixup=True, mixup_alpha=5.0, cutmix_alpha=1.0, mix_switch_prob=chance), K
-    )
+    mixing = build_mixing(Mix(mixup=True, mixup_alpha=5.0, cutmix_alpha=1.0, mix_switch_prob=chance), K)
     input, target = ids(8).float(), torch.arange(8)
     cutmix = sum((mixing(input, target, key)[0] % 1 == 0).all().item() for key in range(400))
     assert stats.binomtest(int(cutmix), 400, chance).pvalue > 1e-3
@@ -138,8 +147,8 @@ def test_with_both_on_cutmix_gets_its_share_of_the_batches(chance):
     "options", [{"mixup": True}, {"cutmix_alpha": 1.0}, {"mixup": True, "cutmix_alpha": 1.0}]
 )
 def test_a_share_of_the_batches_is_mixed_and_the_others_are_as_they_were(options):
-    always = build_mixing(MixingOptions(**options), K)
-    sometimes = build_mixing(MixingOptions(**options, mix_prob=0.3), K)
+    always = build_mixing(Mix(**options), K)
+    sometimes = build_mixing(Mix(**options, mix_prob=0.3), K)
     input, target = batch(16)
     mixed = 0
     for key in range(300):
@@ -157,7 +166,7 @@ def test_a_share_of_the_batches_is_mixed_and_the_others_are_as_they_were(options
 
 def test_never_mixing_is_allowed():
     input, target = batch()
-    mixing = build_mixing(MixingOptions(mixup=True, mix_prob=0.0), K)
+    mixing = build_mixing(Mix(mixup=True, mix_prob=0.0), K)
     assert all(mixing(input, target, key)[0] is input for key in range(20))
 
 
@@ -165,19 +174,20 @@ def test_never_mixing_is_allowed():
     ("name", "options"),
     [
         ("mix_prob", {"mix_prob": 0.5}),
-        ("mix_prob", {"mix_prob": 0.0, "mixup_alpha": 0.4}),
+        ("mix_prob", {"mix_prob": 0.0}),
+        ("mixup_alpha", {"mixup_alpha": 0.4}),
+        ("mixup_alpha", {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}),
         ("mix_switch_prob", {"mix_switch_prob": 0.3}),
         ("mix_switch_prob", {"mix_switch_prob": 0.3, "mixup": True}),
         ("mix_switch_prob", {"mix_switch_prob": 0.3, "cutmix_alpha": 1.0}),
     ],
 )
 def test_a_chance_without_what_it_is_of_is_refused(name, options):
-    for refuse in (check_mixing, lambda o: build_mixing(o, K)):
-        with pytest.raises(ConfigError, match=rf"model\.{name}=.* needs "):
-            refuse(MixingOptions(**options))
+    with pytest.raises(ConfigError, match=rf"model\.{name}=.* needs "):
+        build_mixing(Mix(**options), K)
 
 
-@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
+@pytest.mark.parametrize("options", [Mix(mixup=True), Mix(cutmix_alpha=1.0)])
 def test_the_same_key_mixes_the_same_and_another_differently(options):
     mixing = build_mixing(options, K)
     input, target = batch()
@@ -188,13 +198,13 @@ def test_the_same_key_mixes_the_same_and_another_differently(options):
 
 
 def test_probabilities_as_targets_are_mixed_like_indices():
-    mixing = build_mixing(MixingOptions(mixup=True), K)
+    mixing = build_mixing(Mix(mixup=True), K)
     input, target = batch()
     assert torch.equal(mixing(input, target, 4)[1], mixing(input, class_probabilities(target, K), 4)[1])
 
 
 def test_inputs_are_not_changed_in_place():
-    mixing = build_mixing(MixingOptions(mixup=True, cutmix_alpha=1.0), K)
+    mixing = build_mixing(Mix(mixup=True, cutmix_alpha=1.0), K)
     input, target = batch()
     kept, labels = input.clone(), target.clone()
     for key in range(6):
@@ -204,14 +214,14 @@ def test_inputs_are_not_changed_in_place():
 
 
 def test_cutmix_refuses_input_without_space():
-    mixing = build_mixing(MixingOptions(cutmix_alpha=1.0), K)
+    mixing = build_mixing(Mix(cutmix_alpha=1.0), K)
     with pytest.raises(ConfigError, match=r"model\.cutmix_alpha"):
         mixing(torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64), 0)
 
 
 def test_half_precision_input_stays_half_and_targets_float32():
     input, target = batch()
-    for options in (MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)):
+    for options in (Mix(mixup=True), Mix(cutmix_alpha=1.0)):
         mixed, probabilities = build_mixing(options, K)(input.bfloat16(), target, 3)
         assert mixed.dtype == torch.bfloat16
         assert probabilities.dtype == torch.float32
@@ -219,19 +229,22 @@ def test_half_precision_input_stays_half_and_targets_float32():
 
 def test_mixing_draws_nothing_from_the_global_generators():
     state, legacy = torch.default_generator.get_state(), np.random.get_state()[1].copy()
-    build_mixing(MixingOptions(mixup=True), K)(*batch(), 3)
+    build_mixing(Mix(mixup=True), K)(*batch(), 3)
     assert torch.equal(state, torch.default_generator.get_state())
     assert (legacy == np.random.get_state()[1]).all()
 
 
-@pytest.mark.parametrize("options", [MixingOptions(mixup=True), MixingOptions(cutmix_alpha=1.0)])
-def test_mixing_compiles_fullgraph_once_for_all_keys(options):
+@pytest.mark.parametrize("options", [Mix(mixup=True), Mix(cutmix_alpha=1.0)])
+def test_mixing_compiles_fullgraph_once_for_all_keys(options, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    eager, compiled = build_mixing(options, K), build_mixing(options, K)
-    compiled.compile(backend="aot_eager")
+    mix = build_mixing(options, K)
     input, target = batch()
+    eager = [mix(input, target, key) for key in range(4)]
+    for name in ("mixup_batch", "cutmix_batch"):
+        compiled = torch.compile(getattr(mixing_module, name), fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(mixing_module, name, compiled)
     for key in range(4):
-        for a, b in zip(eager(input, target, key), compiled(input, target, key), strict=True):
+        for a, b in zip(eager[key], mix(input, target, key), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -39,7 +39,7 @@ class Small(BaseModel):
         return type(batch)(*(part[:size] for part in batch))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.sam_pass == 1:
+        if self.step_pass == 1:
             self.passes.append([])
         return super().training_step(batch, batch_idx)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from stages import assembled
 
 from crucible.options import ConfigError
-from losses import LossOptions, RegressionLoss, build_criterion, evaluation_criterion
+from losses import RegressionLoss, build_criterion, evaluation_criterion
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 TARGET = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -17,9 +18,9 @@ def test_the_default_is_cross_entropy():
     assert torch.equal(build_criterion()(LOGITS, TARGET), F.cross_entropy(LOGITS, TARGET))
 
 
-def test_options_reach_the_criterion_as_a_dataclass_or_by_name():
+def test_options_reach_the_criterion_by_name_and_as_techniques():
     named = build_criterion(powergrad_alpha=0.3, label_smoothing=0.1)
-    given = build_criterion(LossOptions(powergrad_alpha=0.3, label_smoothing=0.1))
+    given = assembled(powergrad_alpha=0.3, label_smoothing=0.1).criterion
     for criterion in (named, given):
         assert (criterion.alpha, criterion.label_smoothing) == (0.3, 0.1)
 

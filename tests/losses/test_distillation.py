@@ -17,10 +17,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crucible.batch import Batch
 from crucible.options import ConfigError
 from datasets.synthetic import SyntheticDataModule
 from lab.teachers import find_teacher, load_teacher
-from losses.distillation import Distillation, DistillationOptions, distillation_loss
+from losses.distillation import Distil, Distillation, distillation_loss
 from models.base_model import BaseModel
 
 SMALL = [*TINY, "data.input_size=8", "data.num_classes=4", "data.module.noise=0.5"]
@@ -88,12 +89,14 @@ def test_confident_teachers_stay_finite() -> None:
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_the_weight_is_the_teachers_share(weight: float) -> None:
     network = nn.Linear(3, 5).double()
-    distillation = Distillation(network, DistillationOptions("x", weight, 2.0))
+    distillation = Distillation(Distil("x", weight, 2.0))
+    distillation.network = network
     x, student = torch.randn(6, 3, dtype=torch.float64), logits(0)
-    distillation.observe(x)
+    batch = Batch(x, torch.arange(6), torch.arange(6))
+    distillation.observe(batch)
     loss = F.cross_entropy(student, torch.arange(6) % 5)
     expected = (1 - weight) * loss + weight * by_definition(student, network(x), 2.0)
-    torch.testing.assert_close(distillation.loss(student, loss), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(distillation.loss(loss, student, batch), expected, rtol=1e-12, atol=1e-14)
 
 
 # In training
@@ -128,8 +131,8 @@ class Watch(Callback):
         self.network: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.distillation is not None:
-            self.network = pl_module.distillation.network
+        if (taught := pl_module.step.networks.get("teacher")) is not None:
+            self.network = taught.network
             self.network.register_forward_hook(lambda _, inputs, __: self.asked.append(inputs[0]))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -201,7 +204,8 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_students_tree(teacher: Tiny) 
     class Checkpoint(Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             seen.update(
-                trainer._checkpoint_connector.dump_checkpoint(), teacher=pl_module.distillation.network
+                trainer._checkpoint_connector.dump_checkpoint(),
+                teacher=pl_module.step.networks["teacher"].network,
             )
             seen["parameters"] = {id(p) for p in pl_module.parameters()}
 
@@ -211,7 +215,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_students_tree(teacher: Tiny) 
     assert all(p.grad is None for p in teacher.parameters())
     assert seen["state_dict"].keys() == make().state_dict().keys()
     assert not seen["parameters"] & {id(p) for p in teacher.parameters()}
-    assert model.distillation is None, "its memory is free after training"
+    assert model.step.networks["teacher"].network is None, "its memory is free after training"
 
 
 def test_weight_zero_is_bitwise_the_training_without_a_teacher(teacher: Tiny) -> None:
@@ -278,7 +282,9 @@ def test_the_teacher_computes_in_the_trainers_precision(teacher: Tiny) -> None:
 
 @pytest.mark.parametrize("name", ["distillation_weight", "temperature"])
 def test_its_options_need_a_teacher(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.{name}=0.9 needs model.teacher: a run, a run's checkpoint"):
+    with pytest.raises(
+        ConfigError, match=f"model.{name}=0.9 needs model.teacher: .*: a run, a run's checkpoint"
+    ):
         make(**{name: 0.9})
 
 

@@ -10,12 +10,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from network_checks import images
+from stages import assembled
 from timm.layers import BlurPool2d
 from torch import Tensor, nn
 
 from crucible.options import ConfigError, read_options
+from crucible.technique import Setting
 from models.cifar_resnet import CifarResNet
-from models.convert import ACTIVATIONS, BlurPool, ConversionOptions, convert_network
+from models.convert import ACTIVATIONS, ActivationSwap, BlurPool
 from models.dynamic_resnet import ResNet
 from models.layers import AVG_POOL, CONV, MAX_POOL, BasicBlock, Bottleneck
 from norms import convert_norm
@@ -23,8 +25,15 @@ from norms import convert_norm
 TIMM = ["resnet18", "efficientnet_b0", "mobilenetv3_small_100", "convnext_atto"]
 
 
+def convert_network(network: nn.Module, input_dim: int, **values: Any) -> nn.Module:
+    """What the stages of a step for these values make of a network."""
+    for change in assembled(Setting(input_dim=input_dim), **values).network:
+        network = change(network)
+    return network
+
+
 def converted(network: nn.Module, input_dim: int = 2, **options: Any) -> nn.Module:
-    return convert_network(copy.deepcopy(network), ConversionOptions(**options), input_dim)
+    return convert_network(copy.deepcopy(network), input_dim, **options)
 
 
 def resnet(**options: Any) -> ResNet:
@@ -106,21 +115,21 @@ def test_one_module_used_in_many_places_stays_one() -> None:
 
 def test_what_it_is_already_is_left_alone() -> None:
     network = resnet()
-    after = convert_network(network, ConversionOptions(activation="relu"), 2)
+    after = convert_network(network, 2, activation="relu")
     assert after is network and after.act is network.act
 
 
 def test_a_network_without_activation_modules_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^model\.activation=gelu: Linear has no activation module"):
-        convert_network(nn.Linear(2, 2), ConversionOptions(activation="gelu"), 2)
+        convert_network(nn.Linear(2, 2), 2, activation="gelu")
 
 
 def test_options_are_checked_by_name() -> None:
-    assert read_options(ConversionOptions, {"activation": "gelu", "lr": 1.0}) == ConversionOptions("gelu")
+    assert read_options(ActivationSwap, {"activation": "gelu", "lr": 1.0}) == ActivationSwap("gelu")
     with pytest.raises(
         ConfigError, match=r"^model\.activation must be one of relu, .*, got 'geluu'; did you mean"
     ):
-        read_options(ConversionOptions, {"activation": "geluu"})
+        read_options(ActivationSwap, {"activation": "geluu"})
 
 
 # Blur pool
@@ -276,4 +285,4 @@ def test_a_network_that_halves_nothing_is_refused(network: nn.Module) -> None:
     with pytest.raises(
         ConfigError, match=r"^model\.blur_pool=true: .* has no convolution or pool of stride 2"
     ):
-        convert_network(network, ConversionOptions(blur_pool=True), 2)
+        convert_network(network, 2, blur_pool=True)

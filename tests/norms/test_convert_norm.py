@@ -10,11 +10,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from stages import assembled
 from torch import Tensor, nn
 
-from crucible.options import ConfigError, read_options
+from crucible.options import ConfigError
 from models.dynamic_resnet import ResNet18
-from norms import NormOptions, OnlineNorm, check_norm, convert_norm
+from norms import OnlineNorm, convert_norm
 from norms.convert import NORMS
 from norms.modules import GhostBatchNorm, GroupNorm, InstanceNorm, LayerNorm, NoNorm, SwitchNorm
 
@@ -255,15 +256,15 @@ def test_a_refused_conversion_leaves_the_network_as_it_was():
 
 
 def test_options_are_checked_without_a_network():
-    check_norm(read_options(NormOptions, {}))
-    check_norm(read_options(NormOptions, {"norm": "group", "norm_kwargs": {"num_groups": 16}}))
+    assembled()
+    assembled(norm="group", norm_kwargs={"num_groups": 16})
     for values, message in (
         ({"norm": "grup"}, r"model\.norm must be .* did you mean group"),
         ({"norm": "group", "norm_kwargs": {"groups": 16}}, r"model\.norm_kwargs\.groups=16: .*num_groups"),
         ({"norm_kwargs": {"num_groups": 16}}, r"model\.norm_kwargs\.num_groups=16 needs model\.norm"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_norm(read_options(NormOptions, values))
+            assembled(**values)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -274,7 +275,7 @@ def test_a_technique_file_sets_its_norm_and_records_it(technique):
     assert record.pop("model.norm") == config.model.norm
     kwargs = dict(config.model.get("norm_kwargs") or {})
     assert record == {f"model.norm_kwargs.{name}": value for name, value in kwargs.items()}
-    check_norm(NormOptions(config.model.norm, kwargs))
+    assembled(norm=config.model.norm, norm_kwargs=kwargs or None)
 
 
 # The norms themselves

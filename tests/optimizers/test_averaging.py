@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, runs_in
+from stages import assembled
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from crucible.options import ConfigError, read_options
+from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.build import build_data
 from lab.tasks import with_weights
-from optimizers.averaging import AveragingOptions, WeightAverage, attach_average
+from optimizers.averaging import WeightAverage, attach_average
 
 
 def network() -> nn.Module:
@@ -123,7 +124,7 @@ def test_a_step_that_the_loss_scaler_skips_is_no_update() -> None:
 )
 def test_what_has_no_meaning_is_refused(values: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        read_options(AveragingOptions, values)
+        assembled(**values)
 
 
 def rows(run: Path) -> list[dict[str, str]]:

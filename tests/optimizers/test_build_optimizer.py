@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from stages import optimizer_of
 from torch import Tensor, nn
 
 from crucible.options import ConfigError, read_options
@@ -164,8 +165,7 @@ def test_what_cannot_be_honoured_is_refused_when_the_options_are_read(values, me
 
 def test_undecay_norm_spares_norms_biases_and_vectors_by_type_and_shape():
     network = Residual()
-    options = OptimizerOptions(weight_decay=0.01, undecay_norm=True)
-    groups = build_optimizer(network, options).param_groups
+    groups = optimizer_of(network, weight_decay=0.01, undecay_norm=True).param_groups
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
     names = {p: name for name, p in network.named_parameters()}
     decayed, spared = ([names[p] for p in group["params"]] for group in groups)
@@ -192,13 +192,13 @@ def test_without_undecay_norm_everything_decays_in_one_group():
 def test_frozen_parameters_are_left_out(undecay_norm):
     network = Residual()
     network.shortcut.requires_grad_(False)
-    optimizer = build_optimizer(network, OptimizerOptions(undecay_norm=undecay_norm))
+    optimizer = optimizer_of(network, undecay_norm=undecay_norm)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in network.parameters() if p.requires_grad}
 
 
 def test_an_empty_group_is_left_out():
-    (group,) = build_optimizer(nn.BatchNorm2d(3), OptimizerOptions(undecay_norm=True)).param_groups
+    (group,) = optimizer_of(nn.BatchNorm2d(3), undecay_norm=True).param_groups
     assert group["weight_decay"] == 0.0
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from stages import assembled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from crucible.options import ConfigError, read_options
-from optimizers import OptimizerOptions
+from crucible.options import ConfigError
 from optimizers.centralization import centralise_gradients, centralised_weights
-from optimizers.sam import SamOptions, sam_closure
+from optimizers.sam import Sam, sam_closure
 
 
 class Network(nn.Module):
@@ -91,7 +91,7 @@ def test_a_network_without_such_weights_is_refused(network, which, message):
 
 def test_another_value_is_refused():
     with pytest.raises(ConfigError, match=r"model.gradient_centralization must be one of all, conv or null"):
-        read_options(OptimizerOptions, {"gradient_centralization": "linear"})
+        assembled(gradient_centralization="linear")
 
 
 # The step: unscale, statistics, centralise, clip
@@ -102,7 +102,7 @@ CLIP, SCALE = 0.1, 2.0**10
 class Model(LightningModule):
     """A LightningModule that centralises in `on_before_optimizer_step`, as BaseModel does."""
 
-    sam_pass = 1
+    step_pass = 1
 
     def __init__(self, sam: bool) -> None:
         super().__init__()
@@ -111,6 +111,9 @@ class Model(LightningModule):
         self.sam = sam
         self.calls = 0
 
+    def reseed(self) -> None:
+        """Nothing random is in it."""
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
@@ -118,7 +121,7 @@ class Model(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         if self.sam:
-            optimizer_closure = sam_closure(self, optimizer_closure, SamOptions(sam=True), lambda: None)
+            optimizer_closure = sam_closure(self, optimizer_closure, Sam(sam=True))
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from stages import optimizer_of
 from torch import nn
 
-from crucible.options import ConfigError, read_options
+from crucible.options import ConfigError
 from models.dynamic_resnet import ResNet18
-from optimizers import OptimizerOptions, build_optimizer
 from optimizers.schedules import ScheduleOptions, build_scheduler
 
 DECAY, LR = 0.5, 0.08
 
 
 def build(module: nn.Module, **values: Any) -> torch.optim.Optimizer:
-    return build_optimizer(module, read_options(OptimizerOptions, {"lr": LR, "layer_decay": DECAY, **values}))
+    return optimizer_of(module, **{"lr": LR, "layer_decay": DECAY, **values})
 
 
 def scales(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:

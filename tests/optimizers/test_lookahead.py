@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from stages import optimizer_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from crucible.options import ConfigError, read_options
-from optimizers import OptimizerOptions, build_optimizer
+from crucible.options import ConfigError
 
 NAMES = ["SGD", "Adam", "AdamW", "Rmsprop", "Madgrad", "lion", "lamb", "adafactor"]
 A = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
@@ -30,8 +30,8 @@ class Bowl(nn.Module):
         return (self.weight - A.to(self.weight) + self.bias).square().mean()
 
 
-def options(**values: Any) -> OptimizerOptions:
-    return read_options(OptimizerOptions, {"lookahead": True, **values})
+def options(**values: Any) -> dict[str, Any]:
+    return {"lookahead": True, **values}
 
 
 def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -44,10 +44,10 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize(("k", "alpha"), [(1, 0.5), (3, 0.8), (5, 0.5)])
 def test_steps_follow_the_paper_from_the_first_weights_on(name, k, alpha):
     ours, inner = Bowl().double(), Bowl().double()
-    built = build_optimizer(
-        ours, options(optimizer=name, lr=0.3, undecay_norm=True, lookahead_k=k, lookahead_alpha=alpha)
+    built = optimizer_of(
+        ours, **options(optimizer=name, lr=0.3, undecay_norm=True, lookahead_k=k, lookahead_alpha=alpha)
     )
-    plain = build_optimizer(inner, OptimizerOptions(optimizer=name, lr=0.3, undecay_norm=True))
+    plain = optimizer_of(inner, optimizer=name, lr=0.3, undecay_norm=True)
     slow = [p.detach().clone() for p in inner.parameters()]
     for t in range(1, 12):
         step(ours, built)
@@ -64,7 +64,7 @@ def test_steps_follow_the_paper_from_the_first_weights_on(name, k, alpha):
 @pytest.mark.parametrize("off", [{"lookahead": False}, {"lookahead_alpha": 1.0}])
 def test_off_and_alpha_one_are_bitwise_the_plain_optimizer(off):
     ours, other = Bowl(), Bowl()
-    built, plain = build_optimizer(ours, options(**off)), build_optimizer(other, OptimizerOptions())
+    built, plain = optimizer_of(ours, **options(**off)), optimizer_of(other)
     for _ in range(11):
         step(ours, built)
         step(other, plain)
@@ -72,7 +72,7 @@ def test_off_and_alpha_one_are_bitwise_the_plain_optimizer(off):
 
 
 def test_off_leaves_neither_hook_nor_state():
-    optimizer = build_optimizer(Bowl(), OptimizerOptions())
+    optimizer = optimizer_of(Bowl())
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
     assert set(optimizer.state_dict()) == {"state", "param_groups"}
@@ -80,7 +80,7 @@ def test_off_leaves_neither_hook_nor_state():
 
 def test_the_first_weights_are_those_of_the_first_step_not_of_the_builder():
     bowl = Bowl()
-    optimizer = build_optimizer(bowl, options(lookahead_k=1, lr=1e-12, weight_decay=0.0))
+    optimizer = optimizer_of(bowl, **options(lookahead_k=1, lr=1e-12, weight_decay=0.0))
     with torch.no_grad():
         bowl.weight.fill_(7.0)  # as loaded weights would
     step(bowl, optimizer)
@@ -91,13 +91,13 @@ def test_the_first_weights_are_those_of_the_first_step_not_of_the_builder():
 @pytest.mark.parametrize("at", [0, 3, 5, 7])
 def test_a_resumed_copy_goes_on_in_lock_step_and_is_independent(name, at, tmp_path):
     bowl = Bowl()
-    optimizer = build_optimizer(bowl, options(optimizer=name))
+    optimizer = optimizer_of(bowl, **options(optimizer=name))
     for _ in range(at):
         step(bowl, optimizer)
     torch.save((bowl.state_dict(), optimizer.state_dict()), tmp_path / "last.ckpt")
     weights, state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     other = Bowl()
-    resumed = build_optimizer(other, options(optimizer=name))
+    resumed = optimizer_of(other, **options(optimizer=name))
     other.load_state_dict(weights)
     resumed.load_state_dict(state)
     for _ in range(6):
@@ -110,10 +110,10 @@ def test_a_resumed_copy_goes_on_in_lock_step_and_is_independent(name, at, tmp_pa
 
 def test_loading_copies_the_slow_weights():
     bowl = Bowl()
-    optimizer = build_optimizer(bowl, options(lookahead_k=1))
+    optimizer = optimizer_of(bowl, **options(lookahead_k=1))
     step(bowl, optimizer)
     state = copy.deepcopy(optimizer.state_dict())
-    resumed = build_optimizer(other := Bowl(), options(lookahead_k=1))
+    resumed = optimizer_of(other := Bowl(), **options(lookahead_k=1))
     resumed.load_state_dict(state)
     before = state["lookahead"]["slow"][0].clone()
     step(other, resumed)
@@ -122,13 +122,13 @@ def test_loading_copies_the_slow_weights():
 
 def test_a_deep_copy_of_module_and_optimizer_shares_nothing():
     bowl = Bowl()
-    optimizer = build_optimizer(bowl, options(lookahead_k=2))
+    optimizer = optimizer_of(bowl, **options(lookahead_k=2))
     step(bowl, optimizer)
     other, theirs = copy.deepcopy((bowl, optimizer))
     for _ in range(3):
         step(other, theirs)
     expected = Bowl()
-    alone = build_optimizer(expected, options(lookahead_k=2))
+    alone = optimizer_of(expected, **options(lookahead_k=2))
     for _ in range(4):
         step(expected, alone)
     for _ in range(3):
@@ -138,7 +138,7 @@ def test_a_deep_copy_of_module_and_optimizer_shares_nothing():
 
 def test_the_inner_optimizers_state_is_its_own():
     bowl = Bowl()
-    optimizer = build_optimizer(bowl, options())
+    optimizer = optimizer_of(bowl, **options())
     for _ in range(6):
         step(bowl, optimizer)
     assert {key for state in optimizer.state.values() for key in state} == {"momentum_buffer"}
@@ -146,7 +146,7 @@ def test_the_inner_optimizers_state_is_its_own():
 
 def test_a_step_that_the_loss_scaler_skips_does_not_count():
     ours, other = Bowl(), Bowl()
-    built, plain = (build_optimizer(m, options(lookahead_k=2)) for m in (ours, other))
+    built, plain = (optimizer_of(m, **options(lookahead_k=2)) for m in (ours, other))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for t in range(5):
         built.zero_grad()
@@ -170,7 +170,7 @@ class Model(LightningModule):
         return self.bowl() * batch[0].mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self, options(lookahead_k=3))
+        return optimizer_of(self, **options(lookahead_k=3))
 
 
 def train(steps: int, ckpt_path: Path | None = None) -> tuple[Trainer, Model]:
@@ -195,9 +195,9 @@ def test_a_training_resumed_between_synchronisations_ends_bitwise_the_same(tmp_p
 
 
 def test_a_state_without_slow_weights_is_refused():
-    state = build_optimizer(Bowl(), OptimizerOptions()).state_dict()
+    state = optimizer_of(Bowl()).state_dict()
     with pytest.raises(ConfigError, match=r"model.lookahead=true: the training state"):
-        build_optimizer(Bowl(), options()).load_state_dict(state)
+        optimizer_of(Bowl(), **options()).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +211,4 @@ def test_a_state_without_slow_weights_is_refused():
 )
 def test_what_cannot_be_honoured_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        options(**values)
+        optimizer_of(Bowl(), **values)

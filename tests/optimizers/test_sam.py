@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from stages import assembled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from crucible.options import ConfigError, read_options
+from crucible.options import ConfigError
+from crucible.technique import Setting
 from datasets.base_datamodule import Batch
 from datasets.synthetic import SyntheticDataModule
 from models.base_model import BaseModel
-from optimizers.sam import SamOptions, ascend, check_sam, restore, sam_closure
+from optimizers.sam import Sam, ascend, restore, sam_closure
 
 BATCH, STEPS = 8, 3
 LR, MOMENTUM, DECAY = 0.2, 0.9, 0.01
@@ -37,9 +39,9 @@ def network(dropout: float = 0.0) -> nn.Sequential:
 
 
 class Model(LightningModule):
-    sam_pass = 1
+    step_pass = 1
 
-    def __init__(self, net: nn.Module, options: SamOptions | None) -> None:
+    def __init__(self, net: nn.Module, options: Sam | None) -> None:
         super().__init__()
         self.net = net
         self.options = options
@@ -58,14 +60,14 @@ class Model(LightningModule):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
-        self.seen.append((self.sam_pass, loss.item()))
+        self.seen.append((self.step_pass, loss.item()))
         return loss
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         if self.options is not None:
-            optimizer_closure = sam_closure(self, optimizer_closure, self.options, self.reseed)
+            optimizer_closure = sam_closure(self, optimizer_closure, self.options)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -135,7 +137,7 @@ def by_hand(net: nn.Module, dataset: TensorDataset, rho: float, adaptive: bool, 
 def test_training_equals_two_passes_by_hand(adaptive, every):
     net = network().double()
     expected = copy.deepcopy(net)
-    options = SamOptions(sam=True, adaptive_sam=adaptive, sam_rho=0.3, sam_every=every)
+    options = Sam(sam=True, adaptive_sam=adaptive, sam_rho=0.3, sam_every=every)
     train(Model(net, options), data(torch.float64), precision="64-true")
     by_hand(expected, data(torch.float64), 0.3, adaptive, every)
     for (name, a), b in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
@@ -145,8 +147,8 @@ def test_training_equals_two_passes_by_hand(adaptive, every):
 @pytest.mark.parametrize(("adaptive", "rho"), [(False, 0.05), (True, 0.5)])
 def test_the_papers_rho_is_the_default(adaptive, rho):
     one, other = network(), network()
-    train(Model(one, SamOptions(sam=True, adaptive_sam=adaptive)))
-    train(Model(other, SamOptions(sam=True, adaptive_sam=adaptive, sam_rho=rho)))
+    train(Model(one, Sam(sam=True, adaptive_sam=adaptive)))
+    train(Model(other, Sam(sam=True, adaptive_sam=adaptive, sam_rho=rho)))
     assert_equal_state(one, other)
 
 
@@ -154,36 +156,36 @@ def test_the_papers_rho_is_the_default(adaptive, rho):
 def test_rho_zero_is_bitwise_the_plain_step_with_its_dropout_and_statistics(adaptive):
     plain, net = network(0.5), network(0.5)
     train(Model(plain, None))
-    train(Model(net, SamOptions(sam=True, adaptive_sam=adaptive, sam_rho=0.0)))
+    train(Model(net, Sam(sam=True, adaptive_sam=adaptive, sam_rho=0.0)))
     assert_equal_state(net, plain)
 
 
 def test_both_passes_drop_the_same_units():
     net = network(0.5)
-    model = Model(net, SamOptions(sam=True, sam_rho=0.0))
+    model = Model(net, Sam(sam=True, sam_rho=0.0))
     train(model)
     assert [p for p, _ in model.seen] == [1, 2] * STEPS
     assert [loss for p, loss in model.seen if p == 1] == [loss for p, loss in model.seen if p == 2]
 
 
 def test_the_reported_loss_is_the_first_passs():
-    model = Model(network(), SamOptions(sam=True, sam_rho=0.5))
+    model = Model(network(), Sam(sam=True, sam_rho=0.5))
     train(model)
     assert model.reported == [loss for p, loss in model.seen if p == 1]
     assert model.reported != [loss for p, loss in model.seen if p == 2]
 
 
 def test_a_batch_is_one_step_for_the_trainer_the_hooks_and_the_schedule():
-    model = Model(network(), SamOptions(sam=True))
+    model = Model(network(), Sam(sam=True))
     trainer = train(model)
     assert trainer.global_step == STEPS
     assert model.before_step == STEPS
     assert model.rates == pytest.approx([LR / (1 + step) for step in range(STEPS)])
-    assert model.sam_pass == 1
+    assert model.step_pass == 1
 
 
 def test_the_optimizers_state_is_its_own():
-    model = Model(network(), SamOptions(sam=True))
+    model = Model(network(), Sam(sam=True))
     trainer = train(model)
     states = trainer.optimizers[0].state_dict()["state"].values()
     assert {key for state in states for key in state} == {"momentum_buffer"}
@@ -192,20 +194,20 @@ def test_the_optimizers_state_is_its_own():
 def test_clipping_acts_on_the_final_gradient_only():
     plain, net = network(), network()
     train(Model(plain, None), gradient_clip_val=0.1)
-    train(Model(net, SamOptions(sam=True, sam_rho=0.0)), gradient_clip_val=0.1)
+    train(Model(net, Sam(sam=True, sam_rho=0.0)), gradient_clip_val=0.1)
     assert_equal_state(net, plain)
 
 
 @pytest.mark.parametrize(("every", "passes"), [(1, [1, 2] * 3), (2, [1, 2, 1, 1, 2]), (3, [1, 2, 1, 1])])
 def test_the_ascent_is_made_on_each_kth_step_from_the_first_on(every, passes):
-    model = Model(network(), SamOptions(sam=True, sam_every=every))
+    model = Model(network(), Sam(sam=True, sam_every=every))
     trainer = train(model)
     assert [number for number, _ in model.seen] == passes
     assert trainer.global_step == model.before_step == STEPS
 
 
 def test_a_resumed_run_goes_on_counting_to_the_next_ascent(tmp_path):
-    options = SamOptions(sam=True, sam_every=2)
+    options = Sam(sam=True, sam_every=2)
     whole, part, rest = (Model(network(), options) for _ in range(3))
     train(whole, max_epochs=2)
     train(part).save_checkpoint(tmp_path / "half.ckpt")
@@ -229,7 +231,7 @@ class Tiny(BaseModel):
         self.given: list[tuple[int, Tensor, Tensor]] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.given.append((self.sam_pass, batch.input, batch.target))
+        self.given.append((self.step_pass, batch.input, batch.target))
         return super().training_step(batch, batch_idx)
 
 
@@ -281,7 +283,7 @@ class SkippedOnce(nn.Module):
 def test_a_layer_without_a_gradient_in_one_pass_keeps_its_weights():
     net = SkippedOnce()
     before = copy.deepcopy(net)
-    train(Model(net, SamOptions(sam=True, sam_rho=1.0)))
+    train(Model(net, Sam(sam=True, sam_rho=1.0)))
     assert_equal_state(net.branch, before.branch)
     assert_equal_state(net.never, before.never)
     assert not torch.equal(net.always.weight, before.always.weight)
@@ -293,14 +295,14 @@ class Skipping(Model):
 
 
 def test_a_batch_that_training_step_skips_takes_no_second_pass():
-    model = Skipping(network(), SamOptions(sam=True))
+    model = Skipping(network(), Sam(sam=True))
     train(model)
     assert [p for p, _ in model.seen] == [1, 2, 1, 2]
 
 
 class Failing(Model):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        if self.sam_pass == 2:
+        if self.step_pass == 2:
             raise RuntimeError("out of memory")
         return super().training_step(batch, batch_idx)
 
@@ -308,11 +310,11 @@ class Failing(Model):
 def test_a_failure_in_the_second_pass_leaves_the_weights_where_they_were():
     net = network()
     before = [p.detach().clone() for p in net.parameters()]
-    model = Failing(net, SamOptions(sam=True, sam_rho=1.0))
+    model = Failing(net, Sam(sam=True, sam_rho=1.0))
     with pytest.raises(RuntimeError, match="out of memory"):
         train(model)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
-    assert model.sam_pass == 1
+    assert model.step_pass == 1
 
 
 def half_precision(scale: float) -> MixedPrecision:
@@ -321,8 +323,8 @@ def half_precision(scale: float) -> MixedPrecision:
 
 def test_a_scaled_float16_run_follows_the_float32_run():
     wide, half = network(), network()
-    train(Model(wide, SamOptions(sam=True, sam_rho=0.3)))
-    train(Model(half, SamOptions(sam=True, sam_rho=0.3)), plugins=half_precision(1024.0))
+    train(Model(wide, Sam(sam=True, sam_rho=0.3)))
+    train(Model(half, Sam(sam=True, sam_rho=0.3)), plugins=half_precision(1024.0))
     for a, b in zip(half.parameters(), wide.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
 
@@ -331,7 +333,7 @@ def test_an_overflow_leaves_the_weights_unmoved_and_the_statistics_finite():
     net = network()
     before = [p.detach().clone() for p in net.parameters()]
     plugin = half_precision(2.0**40)
-    trainer = train(Model(net, SamOptions(sam=True, sam_rho=0.3)), plugins=plugin)
+    trainer = train(Model(net, Sam(sam=True, sam_rho=0.3)), plugins=plugin)
     assert plugin.scaler.get_scale() == 2.0 ** (40 - STEPS)
     assert trainer.global_step == STEPS
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
@@ -433,23 +435,23 @@ def test_the_ascent_reads_nothing_back_from_the_device(adaptive):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"adaptive_sam": True}, "model.adaptive_sam=True needs model.sam=True"),
-        ({"sam_rho": 0.0}, "model.sam_rho=0.0 needs model.sam=True"),
-        ({"sam_sync": True}, "model.sam_sync=True needs model.sam=True"),
-        ({"sam_every": 5}, "model.sam_every=5 needs model.sam=True"),
+        ({"adaptive_sam": True}, "model.adaptive_sam=true needs model.sam=true"),
+        ({"sam_rho": 0.0}, "model.sam_rho=0.0 needs model.sam=true"),
+        ({"sam_sync": True}, "model.sam_sync=true needs model.sam=true"),
+        ({"sam_every": 5}, "model.sam_every=5 needs model.sam=true"),
         ({"sam": True, "sam_every": 0}, "model.sam_every must be .* got 0"),
         ({"sam": True, "sam_rho": -0.1}, "model.sam_rho must be .* got -0.1"),
     ],
 )
 def test_options_without_effect_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        check_sam(read_options(SamOptions, values))
+        assembled(**values)
 
 
 def test_accumulation_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"accumulate_grad_batches=1, got 4: .* last batch only"):
-        check_sam(SamOptions(sam=True), accumulate_grad_batches=4)
-    check_sam(SamOptions(), accumulate_grad_batches=4)
+        assembled(Setting(accumulate_grad_batches=4), sam=True)
+    assembled(Setting(accumulate_grad_batches=4))
 
 
 class Sharded(Model):
@@ -465,7 +467,7 @@ def test_processes_ascend_on_their_own_or_together(sync):
     w, b = (p.detach().clone().requires_grad_() for p in net.parameters())
     x, y = data(torch.float64)[:BATCH]
     train(
-        Sharded(net, SamOptions(sam=True, sam_rho=0.5, sam_sync=sync)),
+        Sharded(net, Sam(sam=True, sam_rho=0.5, sam_sync=sync)),
         TensorDataset(x, y),
         precision="64-true",
         strategy="ddp_spawn",

@@ -1,0 +1,50 @@
+"""Loss and hits summed on the device over the samples of an epoch, and read at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crucible.machine import wide
+
+
+class Sums:
+    """Sums over samples of the loss, of hits (regression: absolute errors), and of the samples.
+
+    Args:
+        task: what the targets are.
+        device: where the sums are kept.
+        start: what they begin with.
+    """
+
+    def __init__(self, task: str, device: torch.device, start: Iterable[float] = (0.0, 0.0, 0.0)) -> None:
+        self.task = task
+        self.totals = torch.tensor(list(start), dtype=wide(device), device=device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: its mean `loss` (scalar), `logits` (N, K) or (N,), `target` (N,) or (N, K). Nothing waits."""
+        n = logits.shape[0]
+        if self.task == "classification":
+            label = target if target.ndim == 1 else target.argmax(dim=1)
+            second = (logits.argmax(dim=1) == label).sum()
+        else:
+            second = (logits - target).abs().sum()
+        totals = self.totals
+        # filled there: nothing is copied or waited for
+        count = torch.full((), n, dtype=totals.dtype, device=totals.device)
+        totals += torch.stack((loss.detach().to(totals.dtype) * n, second.to(totals.dtype), count))
+
+    def means(self, trainer: Any = None) -> dict[str, Tensor]:
+        """`loss`, and `acc` or `mae`: exact means over all samples; of all ranks (collective) with a trainer."""
+        totals = self.totals
+        if trainer is not None and trainer.world_size > 1:
+            totals = trainer.strategy.reduce(totals.clone(), reduce_op="sum")
+        count = totals[2].clamp(min=1)
+        return {
+            "loss": totals[0] / count,
+            "acc" if self.task == "classification" else "mae": totals[1] / count,
+        }
