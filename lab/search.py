@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.checkpoints import LOWER_IS_BETTER
 from callbacks.pruning import open_study
 from crucible.files import write_atomically
+from crucible.metrics import higher_is_better
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
 from lab.config import SWEEP_OPTIONS
@@ -157,13 +157,15 @@ class Search:
         if probe.job is None:
             raise ConfigError(probe.reason)
         config = probe.job.config
-        self.metric = options.metric or config["checkpoint"]["monitor"]
+        checkpoint = config["checkpoint"]
+        self.metric = options.metric or checkpoint["monitor"]
         if self.metric.startswith("test/"):
             raise ConfigError(
                 f"search.metric={self.metric}: what is chosen on the test set is not tested by it", SEE
             )
-        lower = self.metric.endswith(LOWER_IS_BETTER)
-        self.direction = options.direction or ("minimize" if lower else "maximize")
+        mode = checkpoint["mode"] if self.metric == checkpoint["monitor"] else None
+        higher = higher_is_better(self.metric, mode)
+        self.direction = options.direction or ("maximize" if higher else "minimize")
         text = json.dumps([self.fixed, {n: repr(d) for n, d in self.space.items()}, self.metric])
         name = (
             options.study
