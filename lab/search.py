@@ -64,19 +64,19 @@ def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseD
             raise ConfigError(
                 f"{name}: a search has no use for it; search first, then compare over seeds", see=SEE
             )
-        kind: Any
+        distribution: Any
         if isinstance(value, IntervalSweep):
             whole = isinstance(value.start, int) and isinstance(value.end, int)
-            kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-            found[name] = kind(value.start, value.end, log="log" in value.tags)
+            distribution = distributions.IntDistribution if whole else distributions.FloatDistribution
+            found[name] = distribution(value.start, value.end, log="log" in value.tags)
         elif isinstance(value, RangeSweep) and not value.shuffle:
             steps = [float(v) if "." in str(v) else int(v) for v in value.range()]  # type: ignore[arg-type]
-            kind = (
+            distribution = (
                 distributions.IntDistribution
                 if isinstance(steps[0], int)
                 else distributions.FloatDistribution
             )
-            found[name] = kind(steps[0], steps[-1], step=value.step)
+            found[name] = distribution(steps[0], steps[-1], step=value.step)
         else:
             found[name] = distributions.CategoricalDistribution(
                 [str(v) for v in override.sweep_string_iterator()]

@@ -151,7 +151,7 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     table.together = list(_interactions(table))
     table.warnings = [
         *repeated,
-        *_looks(table),
+        *_remarks(table),
         *(w for c in table.comparisons for w in _difference_warnings(c, table)),
         *_seed_warnings(table),
         *_unplanned_looks(table),
@@ -223,7 +223,7 @@ def _plan(runs: Sequence[Run], request: Request) -> Plan:
     remarks = []
     if request.margin is not None:
         margin: float | None = request.margin
-        asked = f"{metric.show(request.margin)} points"
+        asked = f"{metric.formatted(request.margin)} points"
         if recorded is None:
             remarks.append(f"The margin of {asked} was asked for now; no sweep recorded one before its runs.")
         elif not math.isclose(recorded / metric.scale, request.margin):
@@ -353,12 +353,12 @@ def _verdict(
         return "cannot say", f"cannot say ({pairs})"
     bounds = sorted((metric.sign * float(c.t.low), metric.sign * float(c.t.high)))
     finding = s.findings(bounds[0], bounds[1], c.p_holm, margin, table.plan.level)
-    shown = "" if margin is None else f"{metric.show(margin)}{metric.unit}"
+    shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"
     if finding == "no difference":
         return finding, f"no difference larger than {shown}"
     if finding != "undecided":
         return finding, f"{finding} than {shown}" if " by " in finding else finding
-    low, high = (metric.show(float(bound), signed=True) for bound in (c.t.low, c.t.high))
+    low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
     text = f"undecided: between {low} and {high}{metric.unit}"
     if c.t.low > 0 or c.t.high < 0:
         text += f" (excludes 0 alone, not after correction for {techniques})"
@@ -381,9 +381,7 @@ def _more_seeds(c: Comparison, table: Table, shared: s.Shared | None, techniques
         return ""
     more = s.more_seeds(c.n, margin, shared, table.plan.level / techniques)
     if more.about is None:
-        return (
-            f"; not resolvable at {table.metric.show(margin)}{table.metric.unit} (over {s.MOST_SEEDS} seeds)"
-        )
+        return f"; not resolvable at {table.metric.formatted(margin)}{table.metric.unit} (over {s.MOST_SEEDS} seeds)"
     if techniques == 1 and c.n < 5:  # one sd of so few pairs says next to nothing
         return f"; about {more.about} more seeds (between 5 and 40)"
     high = f"over {s.MOST_SEEDS - c.n}" if more.high is None else str(more.high)
@@ -471,7 +469,7 @@ def _interactions(table: Table) -> Iterable[Together]:
             text = found.finding
             if text == "adds up":
                 half = max(abs(found.points.low), abs(found.points.high))
-                text = f"adds up within ±{table.metric.show(half)}{table.metric.unit}"
+                text = f"adds up within ±{table.metric.formatted(half)}{table.metric.unit}"
             elif text == "cannot say":
                 text = f"cannot say ({len(units)} seed{'' if len(units) == 1 else 's'})"
             yield Together(both.name, arms[1].name, arms[2].name, len(units), found, text)
@@ -519,11 +517,11 @@ def _settings(arms: Mapping[str, Arm], baseline: str) -> Settings:
     return Settings(differing, equal)
 
 
-# What to look at
+# Remarks
 
 
-def _looks(table: Table) -> Iterable[str]:
-    """Runs and counts that deserve a look."""
+def _remarks(table: Table) -> Iterable[str]:
+    """Runs and counts that a reader should go to."""
     for arm in table.arms.values():
         for run in arm.diverged:
             yield f"{arm.name}, {unit_name(run.unit)} diverged: {run.diverged} ({run.path.name})"
@@ -532,9 +530,9 @@ def _looks(table: Table) -> Iterable[str]:
         for run in arm.runs.values():
             if run.remark:
                 yield f"{arm.name}, {unit_name(run.unit)}: {run.remark} ({run.path.name})"
-    few = [f"{arm.name} ({len(arm.runs)})" for arm in table.arms.values() if len(arm.runs) < 5]
-    if few:
-        yield f"fewer than 5 runs: {', '.join(few)}"
+    with_few_runs = [f"{arm.name} ({len(arm.runs)})" for arm in table.arms.values() if len(arm.runs) < 5]
+    if with_few_runs:
+        yield f"fewer than 5 runs: {', '.join(with_few_runs)}"
     base = table.arms[table.baseline]
     for arm in table.arms.values():
         without = sorted(set(arm.runs) - set(base.runs)), sorted(set(base.runs) - set(arm.runs))
@@ -556,7 +554,7 @@ def _looks(table: Table) -> Iterable[str]:
 def _difference_warnings(c: Comparison, table: Table) -> Iterable[str]:
     metric = table.metric
     if _copied(c.differences, table.arms[table.baseline]):
-        yield f"{c.arm}: every pair differs by the same {metric.show(float(c.t.mean), signed=True)}: copied runs?"
+        yield f"{c.arm}: every pair differs by the same {metric.formatted(float(c.t.mean), signed=True)}: copied runs?"
     median = float(np.median(c.differences)) if c.n else 0.0
     if c.n >= 3 and c.t.mean * median < 0:
         yield f"{c.arm}: mean and median of the differences have opposite signs; look at the single runs"
@@ -587,7 +585,7 @@ def _seed_warnings(table: Table) -> Iterable[str]:
     sd, freedom = _run_sd(table)
     if math.isnan(table.floor) or freedom < 4:
         return
-    shown, floor = (table.metric.show(v) for v in (sd, table.floor))
+    shown, floor = (table.metric.formatted(v) for v in (sd, table.floor))
     if 0 < sd < 0.5 * table.floor:
         yield f"seeds hardly vary: sd {shown} of one run, noise floor {floor}; is the seed used?"
     elif sd > 1.5 * table.floor:
@@ -651,11 +649,11 @@ def _notes(table: Table, testable: Sequence[Comparison], shared: s.Shared | None
     metric, level = table.metric, table.plan.level
     if not math.isnan(table.floor):
         sd, freedom = _run_sd(table)
-        known = f"; one run's sd here is {metric.show(sd)}" if freedom else ""
+        known = f"; one run's sd here is {metric.formatted(sd)}" if freedom else ""
         yield (
             f"Noise floor: {table.examples} test images alone make one run's accuracy vary with an sd of "
-            f"{metric.show(table.floor)} points{known}. One difference between two runs is known to at best "
-            f"±{metric.show(2.8 * table.floor)} points."
+            f"{metric.formatted(table.floor)} points{known}. One difference between two runs is known to at best "
+            f"±{metric.formatted(2.8 * table.floor)} points."
         )
     for c in table.comparisons:
         if not math.isnan(c.p_mcnemar):
@@ -682,8 +680,8 @@ def _notes(table: Table, testable: Sequence[Comparison], shared: s.Shared | None
         corrected, alone = (s.detectable_effect(n, a) * sd for a in (level / k, level))
         yield (
             f"With {n} pairs and {k} technique{'' if k == 1 else 's'} this design finds effects above "
-            f"{metric.show(corrected)}{metric.unit} 4 times in 5"
-            + (f" (one technique alone: {metric.show(alone)}{metric.unit})." if k > 1 else ".")
+            f"{metric.formatted(corrected)}{metric.unit} 4 times in 5"
+            + (f" (one technique alone: {metric.formatted(alone)}{metric.unit})." if k > 1 else ".")
         )
     if any(c.finding.startswith(("helps", "hurts")) and c.n <= 5 for c in testable):
         yield "Effects that are significant with 5 pairs or fewer tend to be overstated, by 1.3 to 2 times."

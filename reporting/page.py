@@ -189,7 +189,7 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _metric(table: Table, value: float, signed: bool = False) -> Cell:
-    return table.metric.show(value, signed), value * table.metric.scale
+    return table.metric.formatted(value, signed), value * table.metric.scale
 
 
 def _p(value: float) -> Cell:
@@ -200,7 +200,7 @@ def _p(value: float) -> Cell:
 def _headline(table: Table, request: Request) -> str:
     metric, plan = table.metric, table.plan
     better = "higher" if metric.higher_is_better else "lower"
-    margin = "none" if plan.margin is None else f"{metric.show(plan.margin)}{metric.unit}"
+    margin = "none" if plan.margin is None else f"{metric.formatted(plan.margin)}{metric.unit}"
     percent = " in %" if metric.is_fraction else ""
     scored = "of the weights that were best on validation" if request.best else "of the last epoch"
     planned = f"; planned seeds: {' or '.join(map(str, plan.seeds))}" if plan.seeds else ""
@@ -250,14 +250,14 @@ def _comparison_grid(table: Table) -> Grid:
     head += [*(["flip p"] if flips else []), "Holm p", "detectable", "alone"]
     rows = []
     for c in table.comparisons:
-        interval = metric.show_interval(float(c.t.low), float(c.t.high))
+        interval = metric.formatted_interval(float(c.t.low), float(c.t.high))
         if c.n == 2:
-            interval = "both: " + ", ".join(metric.show(float(d), signed=True) for d in c.differences)
+            interval = "both: " + ", ".join(metric.formatted(float(d), signed=True) for d in c.differences)
         row = [_word(c.arm), _number(c.n, "d"), _metric(table, float(c.t.mean), signed=True)]
         row.append((interval, float(c.t.low)))
         if new:
             low, high = (c.images.low, c.images.high) if c.images else (math.nan, math.nan)
-            row.append((metric.show_interval(low, high), low))
+            row.append((metric.formatted_interval(low, high), low))
         row += [_p(float(c.t.p)), *([_p(c.p_flip)] if flips else []), _p(c.p_holm)]
         rows.append([*row, *(_metric(table, d) for d in c.detectable)])
     return Grid(head, rows, frozenset({"arm"}))
@@ -313,10 +313,10 @@ def _together_grid(table: Table) -> Grid:
         points, logs, best = t.interaction.points, t.interaction.logs, t.interaction.best_single
         row = [_word(t.both), _word(f"{t.one}, {t.other}"), _number(t.n, "d")]
         row.append(_metric(table, float(points.mean), signed=True))
-        row.append((metric.show_interval(float(points.low), float(points.high)), float(points.low)))
+        row.append((metric.formatted_interval(float(points.low), float(points.high)), float(points.low)))
         log = "-" if math.isnan(logs.low) else f"{logs.low:+.3f} to {logs.high:+.3f}"
         row.append((log, float(logs.low)))
-        row.append((metric.show_interval(float(best.low), float(best.high)), float(best.low)))
+        row.append((metric.formatted_interval(float(best.low), float(best.high)), float(best.low)))
         rows.append([*row, _word(t.text)])
     head = [
         "together",
@@ -373,13 +373,13 @@ def _commands(table: Table) -> Iterable[Block]:
     commits = sorted({r.commit + ("+changes" if r.dirty else "") for r in ended if r.commit})
     versions = sorted({f"{name} {v}" for r in ended for name, v in r.versions.items()})
     devices = sorted({r.device for r in ended if r.device})
-    facts = [
+    circumstances = [
         f"{what}: {', '.join(values)}"
         for what, values in (("Commit", commits), ("versions", versions), ("device", devices))
         if values
     ]
-    if facts:
-        yield Text("; ".join(facts) + ".")
+    if circumstances:
+        yield Text("; ".join(circumstances) + ".")
     if without:
         yield Text(f"No overrides are recorded of {len(without)} runs; their config.yaml holds all options.")
 
@@ -442,7 +442,7 @@ def _inline(text: str) -> str:
 
 
 def _verdict_class(text: str) -> str:
-    kinds = (
+    openings = (
         "helps",
         "hurts",
         "no difference",
@@ -453,8 +453,8 @@ def _verdict_class(text: str) -> str:
         "synergy",
         "conflict",
     )
-    kind = next((k for k in kinds if text.startswith(k)), "")
-    return f' class="verdict {kind.split()[0]}"' if kind else ""
+    opening = next((o for o in openings if text.startswith(o)), "")
+    return f' class="verdict {opening.split()[0]}"' if opening else ""
 
 
 def _to_html(block: Block) -> str:
@@ -495,9 +495,9 @@ def _html_grid(grid: Grid) -> str:
             if i == 0:  # long names may break where they have a joint
                 text = re.sub(r"([_+=,/]|\.(?=[a-z]))", r"\1<wbr>", text)
             value = "" if isinstance(key, float) and math.isnan(key) else _escape(str(key))
-            kind = "" if name in grid.words else " class=number"
+            css_class = "" if name in grid.words else " class=number"
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
-            cells.append(f'<{tag}{scope}{kind} data-key="{value}">{text}</{tag}>')
+            cells.append(f'<{tag}{scope}{css_class} data-key="{value}">{text}</{tag}>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'

@@ -65,19 +65,23 @@ class Metric:
 
     @property
     def default_margin(self) -> float | None:
-        """As logged; only accuracies and their kind have one."""
+        """As logged; only accuracies and the like have one."""
         return DEFAULT_MARGIN / self.scale if self.is_fraction and self.higher_is_better else None
 
-    def show(self, value: float, signed: bool = False) -> str:
+    def formatted(self, value: float, signed: bool = False) -> str:
         """A logged value or difference as text; `-` for NaN."""
         if math.isnan(value):
             return "-"
         sign = "+" if signed else ""
         return format(value * self.scale, f"{sign}.2f" if self.is_fraction else f"{sign}.4g")
 
-    def show_interval(self, low: float, high: float) -> str:
+    def formatted_interval(self, low: float, high: float) -> str:
         """Two differences as `+0.10 to +0.52`; `-` for NaN."""
-        return "-" if math.isnan(low) else f"{self.show(low, signed=True)} to {self.show(high, signed=True)}"
+        return (
+            "-"
+            if math.isnan(low)
+            else f"{self.formatted(low, signed=True)} to {self.formatted(high, signed=True)}"
+        )
 
 
 @dataclass(frozen=True)
