@@ -44,6 +44,35 @@ class Arm:
     def techniques(self) -> frozenset[str]:
         return next((run.techniques for run in self.all_runs), frozenset())
 
+    def spread(self) -> dict[str, float]:
+        """Mean, sd, median, min and max of the runs that count, as logged; NaN where there are none."""
+        values = self.values
+        if not len(values):
+            return dict.fromkeys(("mean", "sd", "median", "min", "max"), math.nan)
+        return {
+            "mean": float(values.mean()),
+            "sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+            "median": float(np.median(values)),
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of training, images a second, images seen and MiB at the peak: means over the runs that count."""
+        runs = list(self.runs.values())
+        seen = (r.seconds * r.images_per_s if r.seconds and r.images_per_s else None for r in runs)
+        return {
+            "time_s": _mean(r.seconds for r in runs),
+            "images_per_s": _mean(r.images_per_s for r in runs),
+            "images": _mean(seen),
+            "memory_mb": _mean(r.memory_mb for r in runs),
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [v for v in values if v]
+    return sum(known) / len(known) if known else math.nan
+
 
 class Plan(NamedTuple):
     """What was fixed before the runs: margin as logged (None: none), planned seeds, level of each look."""
