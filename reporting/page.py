@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from reporting.comparison import Comparison, Table, unit_name
+from reporting import remarks
+from reporting.arms import unit_name
+from reporting.comparison import Comparison, Table
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
@@ -130,10 +132,10 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
             Items([f"{c.arm}: {c.verdict}" + (f"; {c.cost}" if c.cost else "") for c in table.comparisons])
         )
         page.add(*picture("differences"))
-    if table.warnings:
-        lines = table.warnings[:WARNINGS_LISTED]
-        if len(table.warnings) > WARNINGS_LISTED:
-            lines = [*lines, f"and {len(table.warnings) - WARNINGS_LISTED} more of the kind"]
+    if warnings := remarks.warnings(table):
+        lines = warnings[:WARNINGS_LISTED]
+        if len(warnings) > WARNINGS_LISTED:
+            lines = [*lines, f"and {len(warnings) - WARNINGS_LISTED} more of the kind"]
         page.add(Heading("Look at", 3), Items(lines), brief=True)
     page.add(Heading("Arms", 3), _arm_grid(table), brief=True)
     page.add(*picture("runs"))
@@ -143,10 +145,10 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
             Heading(f"Against {table.baseline}, paired by seed{unit}", 3), _comparison_grid(table), brief=True
         )
         page.add(Text(_DETECTABLE))
-        page.add(*(Text(note) for note in table.notes), brief=True)
+        page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
-        page.add(*(Text(note) for note in table.notes), brief=True)
+        page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
