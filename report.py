@@ -65,14 +65,14 @@ def _report(arguments: Sequence[str]) -> None:
     from reporting.request import read_arguments
 
     request = read_arguments(arguments)
-    from reporting import comparison, page, plots, records
+    from reporting import comparison, files, page, plots, records, rendering
 
     runs, left_out = records.read_runs(request)
     tables = comparison.compare(runs, request)
     drawn = {table.data: plots.draw_all(table) for table in tables}
     composed = page.compose(tables, drawn, left_out, request)
-    page.write(composed, tables, drawn, request.out)
-    page.to_console(composed)
+    files.write(composed, tables, drawn, request.out)
+    rendering.to_console(composed)
     print(f"\nwritten: {request.out / 'report.md'}, report.html, results.csv, plots/")
     if request.wandb:
         from crucible.loggers import log_report

@@ -13,8 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from crucible.files import replacing
-
-LOWER_IS_BETTER = ("loss", "mse", "mae", "ece")
+from crucible.metrics import higher_is_better
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,6 +38,7 @@ class Checkpoints(Checkpoint):
         every_steps: also every so many optimizer steps.
         keep: `best`: both files; `last`: no best.ckpt; `none`: last.ckpt while the run lasts.
         monitor: the logged value that says which is best; `lab.config.resolve` settles null.
+        mode: which way it is better; null: by the metric (`crucible.metrics.higher_is_better`).
     """
 
     def __init__(
@@ -48,12 +48,14 @@ class Checkpoints(Checkpoint):
         every_steps: Annotated[int, "[1, inf)"] | None = None,
         keep: Literal["best", "last", "none"] = "best",
         monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.every = every
         self.every_steps = every_steps
         self.keep = keep
         self.monitor = monitor
+        self.mode = mode
         self.best: dict[str, float] = {}
         self._improved = False
         self._written_at = -1
@@ -74,7 +76,7 @@ class Checkpoints(Checkpoint):
         ):
             return
         value = float(trainer.callback_metrics[self.monitor])
-        sign = -1.0 if self.monitor.endswith(LOWER_IS_BETTER) else 1.0
+        sign = 1.0 if higher_is_better(self.monitor, self.mode) else -1.0
         if value == value and (
             self.monitor not in self.best or sign * value > sign * self.best[self.monitor]
         ):

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from crucible.files import write_atomically
 
-BINS = 15  # of confidence, as in `crucible.metrics.CalibrationError`
+BINS = 15  # of confidence, as in `crucible.calibration.CalibrationError`
 
 
 class ExampleHits(Metric):

@@ -87,7 +87,7 @@ def describe(error: Exception) -> tuple[str | None, str]:
     mistake = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
     if mistake is not None:
         return str(mistake), mistake.see
-    kind, text, see = type(error).__name__, str(error), "cli_configs/train.yaml"
+    type_name, text, see = type(error).__name__, str(error), "cli_configs/train.yaml"
     chain = " ".join(str(e) for e in _causes(error))
     if match := re.search(r"Environment variable '(\w+)' not found", chain):
         return (
@@ -107,14 +107,14 @@ def describe(error: Exception) -> tuple[str | None, str]:
             f"cli_configs/{group}",
         )
     if (
-        kind in ("OverrideParseException", "LexerNoViableAltException", "HydraException")
+        type_name in ("OverrideParseException", "LexerNoViableAltException", "HydraException")
         or "parsing override" in text
     ):
         return (
             f"cannot read the command line: {text.splitlines()[0]}; options are NAME=VALUE, lists quoted",
             see,
         )
-    if kind in (
+    if type_name in (
         "ConfigCompositionException",
         "MissingConfigException",
         "ConfigAttributeError",

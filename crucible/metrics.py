@@ -1,60 +1,120 @@
-"""The metrics of a run by name: states live on the device, are bounded, and add up exactly over ranks."""
+"""The metrics of a run, in one table: names, which way is better, and what computes them.
+
+States live on the device, are bounded, and add up exactly over ranks. torchmetrics takes seconds to import, so
+that only what builds a metric imports it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from crucible.options import ConfigError, suggest
 
-CLASSIFICATION_METRICS = ("acc", "top5", "f1", "f1_per_class", "precision", "recall", "auroc", "ece")
-REGRESSION_METRICS = ("mse", "mae", "r2")
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torchmetrics import Metric, MetricCollection
+
 AUROC_THRESHOLDS = 200
 
 
-class CalibrationError(Metric):
-    """Expected calibration error: the mean over samples of |confidence - accuracy|, in equal-width bins.
+def _multiclass(name: str, **arguments: Any) -> Callable[[int], Metric]:
+    """Takes probabilities (N, K) and targets (N,)."""
 
-    Guo et al., arXiv 1706.04599, equation 3. The state is three sums a bin, whatever the data's size.
+    def build(num_classes: int) -> Metric:
+        import torchmetrics.classification as tm
 
-    Args:
-        bins: number of bins over the confidence of the predicted class.
+        metric: Metric = getattr(tm, f"Multiclass{name}")(
+            num_classes=num_classes, validate_args=False, **arguments
+        )
+        return metric
+
+    return build
+
+
+def _calibration_error(num_classes: int) -> Metric:
+    from crucible.calibration import CalibrationError
+
+    return CalibrationError()
+
+
+def _regression(name: str) -> Callable[[int], Metric]:
+    """Takes predictions (N,) and targets (N,)."""
+
+    def build(num_classes: int) -> Metric:
+        import torchmetrics.regression as tm
+
+        metric: Metric = getattr(tm, name)()
+        return metric
+
+    return build
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric that Crucible knows.
+
+    Attributes:
+        name: as the option `metrics` takes it.
+        logged: as it is logged, behind the split and a slash.
+        task: that it has a meaning for; None: logged in every run, without being asked for.
+        higher_is_better: else lower is.
+        fraction: within [0, 1], and shown in percent.
+        build: makes it, given the number of classes.
     """
 
-    full_state_update = False
-    confidence: Tensor
-    correct: Tensor
-    count: Tensor
+    name: str
+    logged: str
+    task: Literal["classification", "regression"] | None
+    higher_is_better: bool
+    fraction: bool
+    build: Callable[[int], Metric] | None
 
-    def __init__(self, bins: int = 15) -> None:
-        super().__init__()
-        self.bins = bins
-        for name in ("confidence", "correct", "count"):
-            self.add_state(name, torch.zeros(bins, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, probabilities: Tensor, target: Tensor) -> None:
-        """Add `probabilities` (N, K) float and `target` (N,) int64."""
-        confidence, prediction = probabilities.max(dim=1)
-        bin_index = (confidence * self.bins).long().clamp(0, self.bins - 1)
-        self.confidence.index_add_(0, bin_index, confidence.to(self.confidence.dtype))
-        self.correct.index_add_(0, bin_index, (prediction == target).to(self.correct.dtype))
-        self.count.index_add_(0, bin_index, torch.ones_like(confidence, dtype=self.count.dtype))
+METRICS = (
+    # name, logged, task, higher is better, fraction, build
+    MetricRow("acc", "acc", "classification", True, True, _multiclass("Accuracy", average="micro")),
+    MetricRow("top5", "acc_top5", "classification", True, True, _multiclass("Accuracy", average="micro", top_k=5)),
+    MetricRow("f1", "f1", "classification", True, True, _multiclass("F1Score", average="macro")),
+    MetricRow("f1_per_class", "f1_per_class", "classification", True, True, _multiclass("F1Score", average="none")),
+    MetricRow("precision", "precision", "classification", True, True, _multiclass("Precision", average="macro")),
+    MetricRow("recall", "recall", "classification", True, True, _multiclass("Recall", average="macro")),
+    MetricRow(
+        "auroc", "auroc", "classification", True, True,
+        _multiclass("AUROC", average="macro", thresholds=AUROC_THRESHOLDS),
+    ),
+    MetricRow("ece", "ece", "classification", False, True, _calibration_error),
+    MetricRow("mse", "mse", "regression", False, False, _regression("MeanSquaredError")),
+    MetricRow("mae", "mae", "regression", False, False, _regression("MeanAbsoluteError")),
+    MetricRow("r2", "r2", "regression", True, False, _regression("R2Score")),
+    MetricRow("loss", "loss", None, False, False, None),
+)  # fmt: skip
+_BY_NAME = {row.name: row for row in METRICS}
+_BY_LOGGED_NAME = {row.logged: row for row in METRICS}
 
-    def compute(self) -> Tensor:
-        """The error, 0 to 1."""
-        return ((self.confidence - self.correct).abs().sum() / self.count.sum().clamp(min=1)).float()
+
+def base_name(logged: str) -> str:
+    """A logged name without split and class: `f1_per_class` of `val_raw/f1_per_class/cat`."""
+    return logged.split("/")[1] if "/" in logged else logged
+
+
+def find_metric(logged: str) -> MetricRow | None:
+    """The row of what is logged as `logged`, such as `val/acc`; None for a value that is not in the table."""
+    return _BY_LOGGED_NAME.get(base_name(logged))
+
+
+def higher_is_better(logged: str, mode: Literal["min", "max"] | None = None) -> bool:
+    """Which way the value logged as `logged` is better.
+
+    Args:
+        logged: such as `val/acc`.
+        mode: settles it; None: by the table, where it knows the metric, else higher is better.
+    """
+    if mode is not None:
+        return mode == "max"
+    row = find_metric(logged)
+    return row is None or row.higher_is_better
 
 
 def check_metrics(names: Sequence[str], task: str, num_classes: int) -> None:
@@ -63,7 +123,7 @@ def check_metrics(names: Sequence[str], task: str, num_classes: int) -> None:
     Raises:
         ConfigError: naming `metrics`.
     """
-    known = CLASSIFICATION_METRICS if task == "classification" else REGRESSION_METRICS
+    known = [row.name for row in METRICS if row.task == task]
     for name in names:
         if name not in known:
             raise ConfigError(f"metrics: {name!r} is not a metric for {task}{suggest(name, known)}")
@@ -80,25 +140,11 @@ def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCo
     means over classes. AUROC is binned (200 thresholds), so its memory does not grow with the data.
     Regression metrics take predictions (N,) and targets (N,).
     """
+    from torchmetrics import MetricCollection
+
     check_metrics(names, task, num_classes)
-    common: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
-    builders: dict[str, Callable[[], dict[str, Metric]]] = {
-        "acc": lambda: {"acc": MulticlassAccuracy(average="micro", **common)},
-        "top5": lambda: {"acc_top5": MulticlassAccuracy(average="micro", top_k=5, **common)},
-        "f1": lambda: {"f1": MulticlassF1Score(average="macro", **common)},
-        "f1_per_class": lambda: {"f1_per_class": MulticlassF1Score(average="none", **common)},
-        "precision": lambda: {"precision": MulticlassPrecision(average="macro", **common)},
-        "recall": lambda: {"recall": MulticlassRecall(average="macro", **common)},
-        "auroc": lambda: {"auroc": MulticlassAUROC(average="macro", thresholds=AUROC_THRESHOLDS, **common)},
-        "ece": lambda: {"ece": CalibrationError()},
-        "mse": lambda: {"mse": MeanSquaredError()},
-        "mae": lambda: {"mae": MeanAbsoluteError()},
-        "r2": lambda: {"r2": R2Score()},
-    }
-    metrics: dict[str, Metric] = {}
-    for name in names:
-        metrics.update(builders[name]())
-    return MetricCollection(metrics)  # type: ignore[arg-type]
+    rows = [_BY_NAME[name] for name in names]
+    return MetricCollection({row.logged: row.build(num_classes) for row in rows if row.build is not None})
 
 
 def scalars(values: dict[str, Tensor], class_names: Sequence[str] = ()) -> dict[str, Tensor]:

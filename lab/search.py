@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from callbacks.checkpoints import LOWER_IS_BETTER
 from callbacks.pruning import open_study
 from crucible.files import write_atomically
+from crucible.metrics import higher_is_better
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
 from lab.config import SWEEP_OPTIONS
@@ -64,19 +64,19 @@ def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseD
             raise ConfigError(
                 f"{name}: a search has no use for it; search first, then compare over seeds", see=SEE
             )
-        kind: Any
+        distribution: Any
         if isinstance(value, IntervalSweep):
             whole = isinstance(value.start, int) and isinstance(value.end, int)
-            kind = distributions.IntDistribution if whole else distributions.FloatDistribution
-            found[name] = kind(value.start, value.end, log="log" in value.tags)
+            distribution = distributions.IntDistribution if whole else distributions.FloatDistribution
+            found[name] = distribution(value.start, value.end, log="log" in value.tags)
         elif isinstance(value, RangeSweep) and not value.shuffle:
             steps = [float(v) if "." in str(v) else int(v) for v in value.range()]  # type: ignore[arg-type]
-            kind = (
+            distribution = (
                 distributions.IntDistribution
                 if isinstance(steps[0], int)
                 else distributions.FloatDistribution
             )
-            found[name] = kind(steps[0], steps[-1], step=value.step)
+            found[name] = distribution(steps[0], steps[-1], step=value.step)
         else:
             found[name] = distributions.CategoricalDistribution(
                 [str(v) for v in override.sweep_string_iterator()]
@@ -157,13 +157,15 @@ class Search:
         if probe.job is None:
             raise ConfigError(probe.reason)
         config = probe.job.config
-        self.metric = options.metric or config["checkpoint"]["monitor"]
+        checkpoint = config["checkpoint"]
+        self.metric = options.metric or checkpoint["monitor"]
         if self.metric.startswith("test/"):
             raise ConfigError(
                 f"search.metric={self.metric}: what is chosen on the test set is not tested by it", SEE
             )
-        lower = self.metric.endswith(LOWER_IS_BETTER)
-        self.direction = options.direction or ("minimize" if lower else "maximize")
+        mode = checkpoint["mode"] if self.metric == checkpoint["monitor"] else None
+        higher = higher_is_better(self.metric, mode)
+        self.direction = options.direction or ("maximize" if higher else "minimize")
         text = json.dumps([self.fixed, {n: repr(d) for n, d in self.space.items()}, self.metric])
         name = (
             options.study

@@ -32,7 +32,7 @@ class Layer:
     """What a module and those within it cost; `saved_bytes` for the whole batch, `multiply_adds` likewise."""
 
     name: str
-    kind: str
+    type_name: str
     output: tuple[int, ...] = ()
     parameters: int = 0
     multiply_adds: int = 0
@@ -45,7 +45,7 @@ class Layer:
 
 
 @dataclass
-class Summary:
+class NetworkCosts:
     """A network's costs for one batch.
 
     Attributes:
@@ -136,7 +136,7 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
-def summarise(network: nn.Module, shape: tuple[int, ...]) -> Summary:
+def network_costs(network: nn.Module, shape: tuple[int, ...]) -> NetworkCosts:
     """Count a training step of `network`, which is on the meta device, on a batch of `shape`."""
     layers = {
         module: Layer(name, type(module).__name__, parameters=_size(module))
@@ -177,7 +177,7 @@ def summarise(network: nn.Module, shape: tuple[int, ...]) -> Summary:
     finally:
         for hook in hooks:
             hook.remove()
-    return Summary(
+    return NetworkCosts(
         input=shape,
         layers=[layer for layer in layers.values() if layer.output],
         parameters=_size(network),
@@ -210,36 +210,36 @@ def print_summary(config: Config) -> None:
     built = build_on_meta(config)
     check_input(built, config)
     batch = data["module"]["batch_size"]
-    summary = summarise(built.model, input_shape(config, batch))
+    costs = network_costs(built.model, input_shape(config, batch))
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(_table(summary, config["summary_depth"]))
+    console.print(_table(costs, config["summary_depth"]))
     passes = 1 + sum(t.passes - 1 for t in built.step.setting.techniques.values() if t.on)
-    kept = summary.saved_bytes
+    kept = costs.saved_bytes
     lines = {
-        "network": f"{model['_target_']}, input {_shape(summary.input[1:])} ({data['module']['name']})",
-        "parameters": f"{summary.parameters:,}, {_bytes(4 * summary.parameters)} in float32",
-        "multiply-adds": f"{_count(summary.multiply_adds / batch)} a sample, forward",
+        "network": f"{model['_target_']}, input {_shape(costs.input[1:])} ({data['module']['name']})",
+        "parameters": f"{costs.parameters:,}, {_bytes(4 * costs.parameters)} in float32",
+        "multiply-adds": f"{_count(costs.multiply_adds / batch)} a sample, forward",
         "activations": f"{_bytes(kept / batch)} a sample, {_bytes(kept)} a batch of {batch}: kept for the backward "
         "pass, float32 (about half in bf16)",
-        "step": f"{_count(passes * summary.step_flops)}FLOPs a batch, forward and backward"
+        "step": f"{_count(passes * costs.step_flops)}FLOPs a batch, forward and backward"
         + (f", {passes:.3g} passes" if passes != 1 else ""),
     }
     for name, text in lines.items():
         console.print(f"{name:<14} {text}", soft_wrap=True)
 
 
-def _table(summary: Summary, depth: int) -> Table:
+def _table(costs: NetworkCosts, depth: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
+    table.add_column("type", no_wrap=True)
     for title in ("output", "parameters", "multiply-adds", "activations"):
         table.add_column(title, justify="right", no_wrap=True)
-    batch = summary.input[0]
-    for layer in summary.layers:
-        if layer.depth <= depth and layer.kind != "Identity":
+    batch = costs.input[0]
+    for layer in costs.layers:
+        if layer.depth <= depth and layer.type_name != "Identity":
             table.add_row(
                 "  " * (layer.depth - 1) + layer.name.rpartition(".")[2],
-                layer.kind,
+                layer.type_name,
                 _shape(layer.output[1:]),
                 f"{layer.parameters:,}" if layer.parameters else "-",
                 _count(layer.multiply_adds / batch) if layer.multiply_adds else "-",

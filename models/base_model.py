@@ -156,10 +156,12 @@ class BaseModel(LightningModule):
 
     def _changed(self, batch: Batch, stages: Sequence[BatchStage]) -> Batch:
         for stage in stages:
-            number = (self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,)
-            place = number if stage.per == "batch" else ()
+            place = (self._batch_number(),) if stage.per == "batch" else ()
             batch = stage.change(batch, stream_key(self.seed, stage.stream, self.current_epoch, *place))
         return batch
+
+    def _batch_number(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def as_the_weights(self, batch: Batch) -> Batch:
         """The batch in the memory format and, under 64-true and bf16-true, the precision of the weights."""

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from reporting.comparison import Arm, Table
+from reporting.arms import Arm
+from reporting.comparison import Table
 
 INK = "#1f2328"
 BASELINE_COLOUR = "#7a828e"

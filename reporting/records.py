@@ -158,7 +158,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     final = _numbers(summary.get("final"))
     value = _scored(path, summary, final, request)
     if value is not None and not diverged:
-        diverged = _looks_diverged(value, request.metric, settings.get("data.num_classes"))
+        diverged = _why_diverged(value, request.metric, settings.get("data.num_classes"))
     correctness, remark = (None, "")
     if value is not None and not diverged and request.metric.name == "test/acc":
         correctness, remark = _read_correctness(path, value, request.best)
@@ -235,14 +235,14 @@ def _scored(
     return _numbers(tested.get("metrics")).get(name) if tested.get("checkpoint") == "best.ckpt" else None
 
 
-def _looks_diverged(value: float, metric: Metric, classes: Any) -> str:
+def _why_diverged(value: float, metric: Metric, classes: Any) -> str:
     """Why the final value says that training failed: not a number, or no better than guessing."""
     if not math.isfinite(value):
         return f"{metric.name} is {value}"
     if metric.base == "acc" and isinstance(classes, int) and classes > 1:
         chance = 1 / classes
         if value < chance + 0.02 * (1 - chance):
-            return f"{metric.name} is {metric.show(value)}%, which is guessing among {classes} classes"
+            return f"{metric.name} is {metric.formatted(value)}%, which is guessing among {classes} classes"
     return ""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
@@ -15,9 +16,6 @@ OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "checkpoint", "
 CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
-FRACTIONS = ("acc", "acc_top5", "f1", "precision", "recall", "auroc", "ece")
-HIGHER_IS_BETTER = ("acc", "acc_top5", "f1", "f1_per_class", "precision", "recall", "auroc", "r2")
-LOWER_IS_BETTER = ("loss", "mse", "mae", "ece")
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,15 @@ class Metric:
     name: str
 
     @property
+    def _row(self) -> MetricRow:
+        row = find_metric(self.name)
+        assert row is not None, "read_arguments lets no other through"
+        return row
+
+    @property
     def base(self) -> str:
         """Its name without the split: `acc` of `test/acc`."""
-        return self.name.split("/")[1] if "/" in self.name else self.name
+        return base_name(self.name)
 
     @property
     def split(self) -> str:
@@ -38,7 +42,7 @@ class Metric:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.base in HIGHER_IS_BETTER
+        return self._row.higher_is_better
 
     @property
     def sign(self) -> int:
@@ -47,7 +51,7 @@ class Metric:
 
     @property
     def is_fraction(self) -> bool:
-        return self.base in FRACTIONS
+        return self._row.fraction
 
     @property
     def scale(self) -> float:
@@ -61,19 +65,23 @@ class Metric:
 
     @property
     def default_margin(self) -> float | None:
-        """As logged; only accuracies and their kind have one."""
+        """As logged; only accuracies and the like have one."""
         return DEFAULT_MARGIN / self.scale if self.is_fraction and self.higher_is_better else None
 
-    def show(self, value: float, signed: bool = False) -> str:
+    def formatted(self, value: float, signed: bool = False) -> str:
         """A logged value or difference as text; `-` for NaN."""
         if math.isnan(value):
             return "-"
         sign = "+" if signed else ""
         return format(value * self.scale, f"{sign}.2f" if self.is_fraction else f"{sign}.4g")
 
-    def show_interval(self, low: float, high: float) -> str:
+    def formatted_interval(self, low: float, high: float) -> str:
         """Two differences as `+0.10 to +0.52`; `-` for NaN."""
-        return "-" if math.isnan(low) else f"{self.show(low, signed=True)} to {self.show(high, signed=True)}"
+        return (
+            "-"
+            if math.isnan(low)
+            else f"{self.formatted(low, signed=True)} to {self.formatted(high, signed=True)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     if "runs" not in given:
         raise ConfigError("runs is missing: python report.py runs=experiments/digits", see=SEE)
     metric = Metric(given.get("metric", DEFAULT_METRIC))
-    if metric.base not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
-        hint = suggest(metric.base, HIGHER_IS_BETTER + LOWER_IS_BETTER)
+    if find_metric(metric.name) is None:
+        hint = suggest(metric.base, [row.logged for row in METRICS])
         raise ConfigError(f"metric={metric.name}: not a metric with a better direction{hint}", see=SEE)
     folders = _folders(given["runs"])
     out = Path(given["out"]).expanduser() if "out" in given else _common(folders) / "report"

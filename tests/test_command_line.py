@@ -50,6 +50,7 @@ BAD = {
     "run=nowhere": ["run=nowhere", "no run"],
     "callbacks.progress=5": ["callbacks.progress"],
     "model.adaptive_sam=true": ["model.adaptive_sam", "model.sam"],
+    "checkpoint.mode=lowest": ["checkpoint.mode", "min, max"],
     "checkpoint.monitor=val/accuracy": ["checkpoint.monitor=val/accuracy", "did you mean val/acc"],
     "+trainer.default_root_dir=here": ["trainer.default_root_dir", "exp_dir"],
     "+trainer.callbacks=[]": ["trainer.callbacks", "callbacks.NAME"],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from sklearn import metrics as sk
 
-from crucible.metrics import build_metrics, scalars
+from crucible.metrics import METRICS, build_metrics, find_metric, higher_is_better, scalars
 from crucible.options import ConfigError
 
 SIZES = [7, 16, 1, 30, 149]
@@ -92,3 +96,48 @@ def test_a_metric_without_meaning_is_refused() -> None:
         build_metrics(["r2"], "classification", 8)
     with pytest.raises(ConfigError, match=r"top5.*num_classes=3"):
         build_metrics(["top5"], "classification", 3)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_each_row_of_the_table_can_be_built_and_is_logged_as_it_says(task: str) -> None:
+    rows = [row for row in METRICS if row.task == task]
+    collection = build_metrics([row.name for row in rows], task, 8)
+    assert set(collection) == {row.logged for row in rows}
+
+
+def test_what_torchmetrics_knows_of_a_metric_agrees_with_the_table() -> None:
+    for row in METRICS:
+        if row.build is None:
+            continue
+        metric = row.build(8)
+        if metric.higher_is_better is not None:
+            assert metric.higher_is_better == row.higher_is_better, row.name
+        if row.fraction and metric.plot_upper_bound is not None:
+            assert (metric.plot_lower_bound, metric.plot_upper_bound) == (0.0, 1.0), row.name
+
+
+@pytest.mark.parametrize(
+    ("logged", "mode", "higher"),
+    [
+        ("val/acc", None, True),
+        ("val/loss", None, False),
+        ("val_raw/ece", None, False),
+        ("val/f1_per_class/cat", None, True),
+        ("val_raw/f1_per_class/loss", None, True),  # of a class that is called so
+        ("val/my_error", None, True),
+        ("val/my_error", "min", False),
+        ("val/loss", "max", True),
+    ],
+)
+def test_which_way_is_better_is_a_matter_of_the_metric_or_of_the_mode(logged, mode, higher) -> None:
+    assert higher_is_better(logged, mode) == higher
+
+
+def test_a_value_of_ones_own_is_in_no_table() -> None:
+    assert find_metric("val/my_error") is None
+
+
+def test_the_table_costs_no_import_of_torch() -> None:
+    code = "import sys; import reporting.request; print({'torch', 'torchmetrics'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

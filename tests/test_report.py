@@ -290,6 +290,13 @@ def test_of_a_loss_lower_is_better_and_there_is_no_margin(tmp_path):
     assert "(lower is better); margin none" in text and "points" not in text
 
 
+def test_the_f1_of_a_class_is_shown_in_percent_like_that_of_all(tmp_path):
+    make_arm(tmp_path, "baseline", BASE, metric="test/f1_per_class/cat")
+    make_arm(tmp_path, "mixup", BETTER, metric="test/f1_per_class/cat")
+    _, text = run_report(tmp_path, "metric=test/f1_per_class/cat")
+    assert "test/f1_per_class/cat in % of the last epoch (higher is better); margin 0.30 points" in text
+
+
 # What to look at
 
 

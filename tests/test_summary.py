@@ -15,7 +15,7 @@ from torchvision.models import get_model_weights
 
 from docs import models_page as models_table
 from docs.models_page import Row, models_page, reported, rows
-from lab.summary import build_on_meta, count_multiply_adds, input_shape, summarise
+from lab.summary import build_on_meta, count_multiply_adds, input_shape, network_costs
 from models.dynamic_resnet import ResNet18
 
 
@@ -27,17 +27,17 @@ def test_the_counts_are_those_of_the_layers() -> None:
     network = on_meta(
         nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
     )
-    summary = summarise(network, (2, 3, 6, 6))
+    costs = network_costs(network, (2, 3, 6, 6))
     conv, linear = 2 * 36 * 8 * 3 * 9, 2 * 288 * 5
-    assert summary.multiply_adds == conv + linear
-    assert summary.step_flops == 2 * (conv + linear) + 2 * conv + 4 * linear  # no gradient for the images
-    assert summary.parameters == 8 * 27 + 8 + 288 * 5 + 5
-    assert [(layer.name, layer.output, layer.multiply_adds) for layer in summary.layers] == [
+    assert costs.multiply_adds == conv + linear
+    assert costs.step_flops == 2 * (conv + linear) + 2 * conv + 4 * linear  # no gradient for the images
+    assert costs.parameters == 8 * 27 + 8 + 288 * 5 + 5
+    assert [(layer.name, layer.output, layer.multiply_adds) for layer in costs.layers] == [
         ("0", (2, 8, 6, 6), conv), ("1", (2, 8, 6, 6), 0), ("2", (2, 288), 0), ("3", (2, 5), linear)
     ]  # fmt: skip
     # the images for the convolution's weights, the ReLU's output for itself and the linear layer
-    assert [layer.saved_bytes for layer in summary.layers] == [4 * 2 * 108, 4 * 2 * 288, 0, 0]
-    assert summary.saved_bytes == 4 * 2 * (108 + 288)
+    assert [layer.saved_bytes for layer in costs.layers] == [4 * 2 * 108, 4 * 2 * 288, 0, 0]
+    assert costs.saved_bytes == 4 * 2 * (108 + 288)
 
 
 @pytest.mark.parametrize(
@@ -46,17 +46,17 @@ def test_the_counts_are_those_of_the_layers() -> None:
     ids=["depthwise", "grouped", "transposed"],
 )  # fmt: skip
 def test_the_backward_pass_of_a_convolution_is_twice_the_forward(layer: nn.Module) -> None:
-    summary = summarise(on_meta(nn.Sequential(nn.Conv2d(3, 8, 1), layer)), (2, 3, 6, 6))
-    first, second = (layer.multiply_adds for layer in summary.layers)
-    assert summary.step_flops == 2 * (2 * first + 3 * second)  # no gradient for the images
+    costs = network_costs(on_meta(nn.Sequential(nn.Conv2d(3, 8, 1), layer)), (2, 3, 6, 6))
+    first, second = (layer.multiply_adds for layer in costs.layers)
+    assert costs.step_flops == 2 * (2 * first + 3 * second)  # no gradient for the images
 
 
 def test_a_module_has_the_costs_of_those_within() -> None:
-    summary = summarise(on_meta(ResNet18(cifar_size=True).model), (1, 3, 32, 32))
-    of = {layer.name: layer for layer in summary.layers}
+    costs = network_costs(on_meta(ResNet18(cifar_size=True).model), (1, 3, 32, 32))
+    of = {layer.name: layer for layer in costs.layers}
     for name in ("parameters", "multiply_adds", "saved_bytes"):
         stages = [n for n in of if "." not in n]
-        assert sum(getattr(of[n], name) for n in stages) == getattr(summary, name)
+        assert sum(getattr(of[n], name) for n in stages) == getattr(costs, name)
         assert sum(getattr(of[f"layer3.{i}"], name) for i in (0, 1)) == getattr(of["layer3"], name)
 
 
@@ -73,7 +73,7 @@ def test_activation_memory_is_what_a_real_step_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(x).sum()
     real = sum(t.untyped_storage().nbytes() for t in kept.values())
-    assert summarise(on_meta(network), (2, 3, 16, 16)).saved_bytes == pytest.approx(real, rel=0.01)
+    assert network_costs(on_meta(network), (2, 3, 16, 16)).saved_bytes == pytest.approx(real, rel=0.01)
 
 
 @pytest.mark.slow
@@ -87,11 +87,11 @@ def test_every_family_is_counted_without_memory(family: str, norm: str) -> None:
         pytest.skip("no norm to convert")
     config["model"]["norm"] = None if norm == "as built" else norm
     model = build_on_meta(config)
-    summary = summarise(model.model, input_shape(config, batch=4))
+    costs = network_costs(model.model, input_shape(config, batch=4))
     assert all(p.is_meta for p in model.parameters())
-    assert summary.multiply_adds == 4 * count_multiply_adds(model.model, input_shape(config, batch=1))
-    assert 2.5 < summary.step_flops / (2 * summary.multiply_adds) <= 3.01
-    assert summary.saved_bytes > 0
+    assert costs.multiply_adds == 4 * count_multiply_adds(model.model, input_shape(config, batch=1))
+    assert 2.5 < costs.step_flops / (2 * costs.multiply_adds) <= 3.01
+    assert costs.saved_bytes > 0
 
 
 def test_the_command_prints_a_table_and_leaves_nothing(cli: Any, tmp_path: Path) -> None:

@@ -488,6 +488,22 @@ def test_jobs_of_submitit_are_recorded_as_those_of_a_sweep(tmp_path: Path) -> No
     assert sorted(run["state"] for run in record["runs"]) == ["finished", "finished", "refused", "refused"]
 
 
+@pytest.mark.parametrize(
+    ("options", "aim"),
+    [
+        ("checkpoint.monitor=val/acc", "maximize val/acc"),
+        ("checkpoint.monitor=val/loss", "minimize val/loss"),
+        ("checkpoint.mode=min", "minimize val/acc"),
+        ("checkpoint.mode=min search.metric=val/f1", "maximize val/f1"),
+        ("checkpoint.mode=min search.direction=maximize", "maximize val/acc"),
+    ],
+)
+def test_a_search_takes_the_better_way_of_its_metric_or_the_mode_of_the_monitor(cli, options, aim) -> None:
+    EXTRA("optuna")
+    outcome = cli("-m", "sweep=optuna", "model.lr=0.1,0.2", "dry_run=true", *options.split(), *TINY)
+    assert outcome.status == 0 and f": {aim}," in outcome.out, outcome.err
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(tmp_path: Path) -> None:
     optuna = EXTRA("optuna")

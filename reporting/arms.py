@@ -1,0 +1,220 @@
+"""The arms of one data set: their runs, what was fixed before these, and the options they were run with."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crucible.configuration import is_semantic
+from crucible.options import ConfigError
+from reporting import statistics as s
+from reporting.records import Run, Sweep, Unit
+from reporting.request import DEFAULT_MARGIN, SEE, Request
+
+
+@dataclass
+class Arm:
+    """The runs of one arm by (seed, fold): those that count, and those that diverged or lack the metric."""
+
+    name: str
+    runs: dict[Unit, Run] = field(default_factory=dict)
+    diverged: list[Run] = field(default_factory=list)
+    incomplete: list[Run] = field(default_factory=list)
+    superseded: list[Run] = field(default_factory=list)  # a later run of their seed and fold counts
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The metric of the runs that count, as logged, by seed."""
+        return np.array([run.value for _, run in sorted(self.runs.items())], dtype=np.float64)
+
+    @property
+    def all_runs(self) -> list[Run]:
+        """Runs that ended, diverged or not, one a seed and fold."""
+        return [*self.runs.values(), *self.diverged, *self.incomplete]
+
+    @property
+    def techniques(self) -> frozenset[str]:
+        return next((run.techniques for run in self.all_runs), frozenset())
+
+    def spread(self) -> dict[str, float]:
+        """Mean, sd, median, min and max of the runs that count, as logged; NaN where there are none."""
+        values = self.values
+        if not len(values):
+            return dict.fromkeys(("mean", "sd", "median", "min", "max"), math.nan)
+        return {
+            "mean": float(values.mean()),
+            "sd": float(values.std(ddof=1)) if len(values) > 1 else math.nan,
+            "median": float(np.median(values)),
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of training, images a second, images seen and MiB at the peak: means over the runs that count."""
+        runs = list(self.runs.values())
+        seen = (r.seconds * r.images_per_s if r.seconds and r.images_per_s else None for r in runs)
+        return {
+            "time_s": _mean(r.seconds for r in runs),
+            "images_per_s": _mean(r.images_per_s for r in runs),
+            "images": _mean(seen),
+            "memory_mb": _mean(r.memory_mb for r in runs),
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [v for v in values if v]
+    return sum(known) / len(known) if known else math.nan
+
+
+def unit_name(unit: Unit) -> str:
+    """`seed 3`, or `seed 3 fold 1`."""
+    return f"seed {unit[0]}" + (f" fold {unit[1]}" if unit[1] else "")
+
+
+def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
+    """The arms by name; of several runs of one seed and fold the last that was started counts."""
+    by_arm: dict[str, dict[Unit, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        by_arm[run.arm][run.unit].append(run)
+    arms = {}
+    for name, units in sorted(by_arm.items()):
+        arm = arms[name] = Arm(name)
+        for unit, same in sorted(units.items()):
+            run = max(same, key=lambda r: (r.started, r.path.name))
+            arm.superseded += [r for r in same if r is not run]
+            if run.diverged:
+                arm.diverged.append(run)
+            elif run.value is None:
+                arm.incomplete.append(run)
+            else:
+                arm.runs[unit] = run
+    return arms
+
+
+def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], request: Request) -> str:
+    """As asked for, else as the first sweep recorded it, else the arm `baseline`, else the only arm.
+
+    Raises:
+        ConfigError: where there is no such arm.
+    """
+    first = first_sweep(runs)
+    recorded = first.baseline if first is not None and not request.baseline_given else None
+    for name in (recorded, request.baseline):
+        if name is not None and name in arms:
+            return name
+    if len(arms) > 1 or request.baseline_given:
+        asked = (
+            f"baseline={request.baseline}: no such arm" if request.baseline_given else "baseline is missing"
+        )
+        raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}", see=SEE)
+    return next(iter(arms))
+
+
+# What was fixed before the runs
+
+
+class Plan(NamedTuple):
+    """What was fixed before the runs: margin as logged (None: none), planned seeds, level of each look."""
+
+    margin: float | None
+    seeds: tuple[int, ...]
+    level: float
+    remarks: tuple[str, ...]
+
+
+def first_sweep(runs: Iterable[Run]) -> Sweep | None:
+    """The earliest: only what it fixed was fixed before anything was seen."""
+    sweeps = [run.sweep for run in runs if run.sweep is not None]
+    return min(sweeps, key=lambda w: (w.created, w.folder), default=None)
+
+
+def plan_of(runs: Sequence[Run], request: Request) -> Plan:
+    """Margin and seeds as the first sweep fixed them, where the request does not say otherwise."""
+    metric = request.metric
+    sweeps = {run.sweep.folder: run.sweep for run in runs if run.sweep is not None}
+    first = first_sweep(runs)
+    recorded = first.margin_points if first and metric.default_margin is not None else None
+    remarks = []
+    if request.margin is not None:
+        margin: float | None = request.margin
+        asked = f"{metric.formatted(request.margin)} points"
+        if recorded is None:
+            remarks.append(f"The margin of {asked} was asked for now; no sweep recorded one before its runs.")
+        elif not math.isclose(recorded / metric.scale, request.margin):
+            remarks.append(
+                f"This report was asked for a margin of {asked}; the sweep fixed {recorded:.2f} points before "
+                "its runs. A margin chosen after a look at the results proves nothing."
+            )
+    elif recorded is not None:
+        margin = recorded / metric.scale
+    else:
+        margin = metric.default_margin
+        if margin is not None:
+            remarks.append(
+                f"No sweep recorded a margin before its runs; {DEFAULT_MARGIN:.2f} points is the default."
+            )
+    if len({w.margin_points for w in sweeps.values()}) > 1 and recorded is not None:
+        listed = ", ".join(
+            sorted(f"{w.margin_points:.2f}" for w in sweeps.values() if w.margin_points is not None)
+        )
+        remarks.append(
+            f"The runs come from sweeps with different margins ({listed}); the first sweep's counts."
+        )
+    if any(run.sweep is None for run in runs) and first is not None:
+        outside = sum(run.sweep is None for run in runs)
+        remarks.append(f"{outside} of {len(runs)} runs belong to no recorded sweep.")
+    planned = tuple(sorted(set(first.planned))) if first else ()
+    return Plan(margin, planned, s.ladder_level(planned) if len(planned) > 1 else s.ALPHA, tuple(remarks))
+
+
+# The options
+
+
+@dataclass
+class Settings:
+    """Options of the arms: those that differ between arms, and those that are the same everywhere."""
+
+    differing: dict[str, dict[str, str]]  # option -> arm -> value
+    equal: dict[str, str]
+
+
+def settings_of(arms: Mapping[str, Arm], baseline: str) -> Settings:
+    """The options of the arms' runs; `baseline` names the arm whose values the equal ones are."""
+    usual = {arm.name: _usual(arm) for arm in arms.values()}
+    differing, equal = {}, {}
+    for name in sorted({name for values in usual.values() for name in values}):
+        known = {usual[arm][name] for arm in arms if name in usual[arm]}
+        # what an option was before there was one
+        off = known.pop() if known in ({"null"}, {"false"}) else "absent"
+        values = {arm: usual[arm].get(name, off) for arm in arms}
+        if len(set(values.values())) > 1:
+            differing[name] = values
+        else:
+            equal[name] = values[baseline]
+    return Settings(differing, equal)
+
+
+def _usual(arm: Arm) -> dict[str, str]:
+    """Each option's most frequent value in the arm, as text."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in arm.all_runs:
+        for name, value in run.settings.items():
+            counts[name][as_text(value)] += 1
+    return {name: values.most_common(1)[0][0] for name, values in counts.items() if is_setting(name)}
+
+
+def is_setting(name: str) -> bool:
+    """Whether an option is one of the arm's settings; the fold is what arms are paired by."""
+    return is_semantic(name) and name != "data.module.fold"
+
+
+def as_text(value: Any) -> str:
+    """As one would write it in YAML."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,68 @@
+"""The report's folder: report.md, report.html, results.csv and plots/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crucible.files import write_atomically
+from reporting.comparison import Table
+from reporting.page import Page, plot_file
+from reporting.plots import Plot
+from reporting.rendering import to_html, to_markdown
+
+CSV_COLUMNS = (
+    "data", "arm", "metric", "n", "diverged", "mean", "sd", "median", "min", "max", "time_s", "images_per_s",
+    "images", "memory_mb", "pairs", "difference", "sd_difference", "low", "high", "images_low", "images_high", "p",
+    "p_flip", "p_holm", "correlation", "detectable", "detectable_alone", "time_ratio", "time_ratio_low",
+    "time_ratio_high", "margin", "level", "noise_floor", "verdict", "cost",
+)  # fmt: skip
+
+
+def write(page: Page, tables: Sequence[Table], plots: Mapping[str, Sequence[Plot]], out: Path) -> None:
+    """Write report.md, report.html, results.csv and plots/ into the folder `out`."""
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for data, drawn in plots.items():
+        for plot in drawn:
+            (out / "plots" / plot_file(data, plot)).write_bytes(plot.png)
+    write_atomically(out / "report.md", to_markdown(page))
+    write_atomically(out / "report.html", to_html(page))
+    write_atomically(out / "results.csv", _results_csv(tables))
+
+
+def _results_csv(tables: Sequence[Table]) -> str:
+    """results.csv; empty cells for what there is not."""
+    import pandas
+
+    rows = [row for table in tables for row in _rows(table)]
+    table = pandas.DataFrame(rows, columns=list(CSV_COLUMNS)).astype({"pairs": "Int64"})
+    return str(table.to_csv(index=False, lineterminator="\n"))
+
+
+def _rows(table: Table) -> Iterable[dict[str, Any]]:
+    """A row an arm; values and differences as logged (accuracies are fractions), None where there is none."""
+    against = {c.arm: c for c in table.comparisons}
+    for arm in table.arms.values():
+        row: dict[str, Any] = {"data": table.data, "arm": arm.name, "metric": table.metric.name}
+        row |= {"n": len(arm.runs), "diverged": len(arm.diverged), **arm.spread(), **arm.costs()}
+        row |= {"margin": table.plan.margin, "level": table.plan.level, "noise_floor": table.floor}
+        if c := against.get(arm.name):
+            row |= {
+                "pairs": c.n,
+                "difference": c.t.mean,
+                "sd_difference": c.t.sd,
+                "low": c.t.low,
+                "high": c.t.high,
+            }
+            row |= {"p": c.t.p, "p_flip": c.p_flip, "p_holm": c.p_holm, "correlation": c.correlation}
+            row |= {"detectable": c.detectable[0], "detectable_alone": c.detectable[1]}
+            if c.images is not None:
+                row |= {"images_low": c.images.low, "images_high": c.images.high}
+            row |= {
+                "time_ratio": c.ratio.mean,
+                "time_ratio_low": c.ratio.low,
+                "time_ratio_high": c.ratio.high,
+            }
+            row |= {"verdict": c.verdict, "cost": c.cost}
+        yield row

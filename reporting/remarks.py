@@ -1,0 +1,199 @@
+"""What a table of arms deserves to be told in words: what a reader should look at, and how far its numbers reach."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+
+from reporting import statistics as s
+from reporting.arms import as_text, first_sweep, is_setting, unit_name
+from reporting.comparison import Comparison, Table, is_copied
+
+
+def warnings(table: Table) -> list[str]:
+    """What to look at before the verdicts are believed: runs, differences, seeds, settings, circumstances."""
+    return [
+        *_repeated(table),
+        *_of_the_runs(table),
+        *(w for c in table.comparisons for w in _of_a_difference(c, table)),
+        *_of_the_seeds(table),
+        *_unplanned_looks(table),
+        *_differing_within(table),
+        *_also_differing(table),
+        *_circumstances(table),
+    ]
+
+
+def _repeated(table: Table) -> Iterable[str]:
+    for name, arm in sorted(table.arms.items()):
+        counted = {run.unit: run for run in arm.all_runs}
+        for unit in sorted({run.unit for run in arm.superseded}):
+            others = [run.path.name for run in arm.superseded if run.unit == unit]
+            yield (
+                f"{name}, {unit_name(unit)}: {len(others) + 1} runs; {counted[unit].path.name} counts, "
+                f"not {', '.join(others)}"
+            )
+
+
+def _of_the_runs(table: Table) -> Iterable[str]:
+    """Runs and counts that a reader should go to."""
+    for arm in table.arms.values():
+        for run in arm.diverged:
+            yield f"{arm.name}, {unit_name(run.unit)} diverged: {run.diverged} ({run.path.name})"
+        for run in arm.incomplete:
+            yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name})"
+        for run in arm.runs.values():
+            if run.remark:
+                yield f"{arm.name}, {unit_name(run.unit)}: {run.remark} ({run.path.name})"
+    with_few_runs = [f"{arm.name} ({len(arm.runs)})" for arm in table.arms.values() if len(arm.runs) < 5]
+    if with_few_runs:
+        yield f"fewer than 5 runs: {', '.join(with_few_runs)}"
+    base = table.arms[table.baseline]
+    for arm in table.arms.values():
+        without = sorted(set(arm.runs) - set(base.runs)), sorted(set(base.runs) - set(arm.runs))
+        for units, there, lacks in ((without[0], arm, base), (without[1], base, arm)):
+            if units:
+                listed = ", ".join(map(unit_name, units))
+                yield f"missing pair: {there.name} has {listed}, {lacks.name} has not; not in the difference"
+    arms = list(table.arms.values())
+    for arm, distances in zip(arms, s.outlying([a.values for a in arms]), strict=True):
+        for unit, distance in zip(sorted(arm.runs), distances, strict=True):
+            if distance > s.OUTLIER_SD:
+                where = arm.runs[unit].path.name
+                sds = f"{distance:.0f} sd"
+                yield f"{arm.name}, {unit_name(unit)} lies {sds} from its arm's median: look at this run ({where})"
+    if len({unit[1] for arm in arms for unit in arm.runs}) > 1:
+        yield "folds share training data, so their differences are not independent: intervals are too narrow"
+
+
+def _of_a_difference(c: Comparison, table: Table) -> Iterable[str]:
+    metric = table.metric
+    if is_copied(c.differences, table.arms[table.baseline]):
+        yield f"{c.arm}: every pair differs by the same {metric.formatted(float(c.t.mean), signed=True)}: copied runs?"
+    median = float(np.median(c.differences)) if c.n else 0.0
+    if c.n >= 3 and c.t.mean * median < 0:
+        yield f"{c.arm}: mean and median of the differences have opposite signs; look at the single runs"
+    if not math.isnan(c.p_flip + c.t.p) and (c.p_flip < s.ALPHA) != (c.t.p < s.ALPHA):
+        yield f"{c.arm}: sign-flip test (p {c.p_flip:.3f}) and t test (p {c.t.p:.3f}) disagree about 0.05"
+
+
+def _run_sd(table: Table) -> tuple[float, int]:
+    """The sd of one run, pooled over the arms, and its degrees of freedom."""
+    groups = [arm.values for arm in table.arms.values() if len(arm.runs) > 1]
+    freedom = sum(len(g) - 1 for g in groups)
+    squares = sum(float(((g - g.mean()) ** 2).sum()) for g in groups)
+    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+
+
+def _of_the_seeds(table: Table) -> Iterable[str]:
+    for arm in table.arms.values():
+        if len(arm.runs) > 1 and len(set(arm.values.tolist())) == 1:
+            yield f"{arm.name}: all seeds have the same {table.metric.name}; is the seed used?"
+    sd, freedom = _run_sd(table)
+    if math.isnan(table.floor) or freedom < 4:
+        return
+    shown, floor = (table.metric.formatted(v) for v in (sd, table.floor))
+    if 0 < sd < 0.5 * table.floor:
+        yield f"seeds hardly vary: sd {shown} of one run, noise floor {floor}; is the seed used?"
+    elif sd > 1.5 * table.floor:
+        yield f"training itself is unstable: sd {shown} of one run, noise floor {floor}"
+
+
+def _unplanned_looks(table: Table) -> Iterable[str]:
+    for c in table.comparisons:
+        first = first_sweep(table.arms[c.arm].all_runs)
+        if first is None or not first.planned or c.n in first.planned or c.n < 3:
+            continue
+        planned = " or ".join(map(str, first.planned))
+        when = "before the last" if c.n < max(first.planned) else "after the last"
+        yield (
+            f"{c.arm}: unplanned look: {c.n} pairs, planned were {planned} ({when}); looking until something "
+            "is significant finds it too often (10 of 100 times with 3 to 5 seeds, 17 with 3 to 10)"
+        )
+
+
+def _differing_within(table: Table) -> Iterable[str]:
+    for arm in table.arms.values():
+        runs = arm.all_runs
+        for name in sorted({n for r in runs for n in r.settings}):
+            values = {r.path: as_text(r.settings.get(name)) for r in runs}
+            if len(set(values.values())) == 1 or not is_setting(name):
+                continue
+            units: dict[str, list[str]] = defaultdict(list)
+            for r in runs:
+                units[values[r.path]].append(unit_name(r.unit))
+            listed = "; ".join(f"{value}: {', '.join(who)}" for value, who in units.items())
+            yield f"{arm.name}: its runs differ in {name} ({listed})"
+
+
+def _also_differing(table: Table) -> Iterable[str]:
+    """Options, other than those that make the arm, in which an arm differs from the baseline."""
+    base_owned = {n for r in table.arms[table.baseline].runs.values() for n in r.owned}
+    for arm in table.arms.values():
+        owned = base_owned | {n for r in arm.runs.values() for n in r.owned}
+        found = [
+            f"{name} ({values[arm.name]}, {table.baseline} {values[table.baseline]})"
+            for name, values in table.settings.differing.items()
+            if values[arm.name] != values[table.baseline]
+            and not any(name == own or name.startswith(f"{own}.") for own in owned)
+        ]
+        if found and arm.name not in table.rivals:
+            yield f"{arm.name} differs from {table.baseline} also in {', '.join(found)}"
+
+
+def _circumstances(table: Table) -> Iterable[str]:
+    runs = [r for arm in table.arms.values() for r in (*arm.all_runs, *arm.superseded)]
+    commits, devices = ({getattr(r, what) for r in runs} - {""} for what in ("commit", "device"))
+    if len(commits) > 1:
+        yield f"runs come from {len(commits)} commits of the code: {', '.join(sorted(commits))}"
+    if any(r.dirty for r in runs):
+        yield "the code had uncommitted changes when some of the runs were made"
+    if len(devices) > 1:
+        names = ", ".join(sorted(devices))
+        yield f"runs come from different devices ({names}): time ratios compare these too"
+
+
+def notes(table: Table) -> Iterable[str]:
+    """What the numbers of the table say, and what they do not."""
+    metric, level, tested, shared = table.metric, table.plan.level, table.tested, table.shared
+    if not math.isnan(table.floor):
+        sd, freedom = _run_sd(table)
+        known = f"; one run's sd here is {metric.formatted(sd)}" if freedom else ""
+        yield (
+            f"Noise floor: {table.examples} test images alone make one run's accuracy vary with an sd of "
+            f"{metric.formatted(table.floor)} points{known}. One difference between two runs is known to at best "
+            f"±{metric.formatted(2.8 * table.floor)} points."
+        )
+    for c in table.comparisons:
+        if not math.isnan(c.p_mcnemar):
+            yield (
+                f"{c.arm}: McNemar's p is {c.p_mcnemar:.3f}: whether these two networks differ, not whether the "
+                "technique helps."
+            )
+    if not tested:
+        return
+    k, n = len(tested), min(c.n for c in tested)
+    note = f"Each interval covers its own truth {100 * (1 - level):.3g}% of the time"
+    if k > 1:
+        note += (
+            f"; among {k}, one or more miss in about {100 * (1 - (1 - level) ** k):.0f} of 100 such tables"
+        )
+    yield note + ". They say what holds on this test set, over seeds."
+    if any(c.images is not None for c in table.comparisons):
+        yield "The interval for new images says what holds for other images of the same kind."
+    if len(table.plan.seeds) > 1:
+        looks = ", ".join(map(str, table.plan.seeds))
+        yield f"Looks were planned at {looks} seeds: each is held to {level:.4f}, all together err in 5 of 100."
+    if shared is not None and n > 1:
+        sd = math.sqrt(shared.variance)
+        corrected, alone = (s.detectable_effect(n, a) * sd for a in (level / k, level))
+        yield (
+            f"With {n} pairs and {k} technique{'' if k == 1 else 's'} this design finds effects above "
+            f"{metric.formatted(corrected)}{metric.unit} 4 times in 5"
+            + (f" (one technique alone: {metric.formatted(alone)}{metric.unit})." if k > 1 else ".")
+        )
+    if any(c.finding.startswith(("helps", "hurts")) and c.n <= 5 for c in tested):
+        yield "Effects that are significant with 5 pairs or fewer tend to be overstated, by 1.3 to 2 times."

@@ -1,0 +1,226 @@
+"""A page as Markdown, as one HTML file, and on the console."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import sys
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from reporting.page import Block, Code, Fold, Grid, Heading, Items, Page, Picture, Text
+
+# Markdown
+
+
+def to_markdown(page: Page) -> str:
+    """GitHub's Markdown; pictures are linked from plots/."""
+    return "\n".join([f"# {page.title}", "", *(line for b in page.blocks for line in [*_markdown(b), ""])])
+
+
+def _markdown(block: Block) -> list[str]:
+    match block:
+        case Heading(text, level):
+            return [f"{'#' * level} {text}"]
+        case Text(text, notice):
+            return [f"> **Note:** {text}" if notice else text]
+        case Items(lines):
+            return [f"- {line}" for line in lines]
+        case Code(lines):
+            return ["```sh", *lines, "```"]
+        case Grid(head, rows, words):
+            rule = ["---" if name in words else "---:" for name in head]
+            cells = [list(head), rule, *([shown for shown, _ in row] for row in rows)]
+            return [
+                "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |"
+                for line in cells
+            ]
+        case Picture(plot, file):
+            return [f"![{plot.title}]({file})", "", f"*{plot.title}.* {plot.caption}"]
+        case Fold(title, blocks):
+            inner = [line for b in blocks for line in [*_markdown(b), ""]]
+            return [f"<details><summary>{title}</summary>", "", *inner, "</details>"]
+
+
+# HTML
+
+
+def to_html(page: Page) -> str:
+    """One file with its style, script and pictures in it."""
+    body = "\n".join(_to_html(block) for block in page.blocks)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(page.title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n<h1>{_escape(page.title)}</h1>\n{body}\n</main>\n"
+        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _inline(text: str) -> str:
+    """Escaped, with `code` and *emphasis*."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
+    return re.sub(r"(?<![\w*])\*([a-z][^*<]*)\*(?![\w*])", r"<em>\1</em>", marked)
+
+
+def _verdict_class(text: str) -> str:
+    openings = (
+        "helps",
+        "hurts",
+        "no difference",
+        "no technique",
+        "undecided",
+        "unstable",
+        "cannot say",
+        "synergy",
+        "conflict",
+    )
+    opening = next((o for o in openings if text.startswith(o)), "")
+    return f' class="verdict {opening.split()[0]}"' if opening else ""
+
+
+def _to_html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{_escape(text)}</h{level}>"
+        case Text(text, notice):
+            return f'<p class="notice">{_inline(text)}</p>' if notice else f"<p>{_inline(text)}</p>"
+        case Items(lines):
+            return "<ul>" + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>"
+        case Code(lines):
+            return "<pre><code>" + "\n".join(map(_escape, lines)) + "</code></pre>"
+        case Grid():
+            return _html_grid(block)
+        case Picture(plot):
+            caption = f"<figcaption><b>{_escape(plot.title)}.</b> {_escape(plot.caption)}</figcaption>"
+            return f'<figure><div class="scroll">{plot.svg}</div>{caption}</figure>'
+        case Fold(title, blocks):
+            inner = "\n".join(map(_to_html, blocks))
+            return f"<details><summary>{_escape(title)}</summary>\n{inner}\n</details>"
+
+
+def _html_grid(grid: Grid) -> str:
+    head = "".join(
+        f'<th scope="col"{"" if name in grid.words else " class=number"} aria-sort="none">'
+        f'<button type="button">{_escape(name)}</button></th>'
+        for name in grid.head
+    )
+    lines = []
+    for row in grid.rows:
+        cells = []
+        for i, (name, (shown, key)) in enumerate(zip(grid.head, row, strict=True)):
+            text = (
+                f"<span{_verdict_class(shown)}>{_escape(shown)}</span>"
+                if name in ("verdict", "so")
+                else _escape(shown)
+            )
+            if i == 0:  # long names may break where they have a joint
+                text = re.sub(r"([_+=,/]|\.(?=[a-z]))", r"\1<wbr>", text)
+            value = "" if isinstance(key, float) and math.isnan(key) else _escape(str(key))
+            css_class = "" if name in grid.words else " class=number"
+            tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
+            cells.append(f'<{tag}{scope}{css_class} data-key="{value}">{text}</{tag}>')
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{chr(10).join(lines)}\n</tbody></table></div>"
+    )
+
+
+_STYLE = """
+:root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0;--shade:#f6f8fa;
+--good:#1a7f37;--bad:#cf222e;--open:#9a6700;--link:#0969da}
+@media (prefers-color-scheme:dark){:root{--page:#0d1117;--ink:#e6edf3;--soft:#9aa4af;--line:#30363d;
+--shade:#161b22;--good:#3fb950;--bad:#ff7b72;--open:#d29922;--link:#4493f8}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",
+Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
+main{max-width:62rem;margin:0 auto;padding:1rem 1rem 4rem}
+h1{font-size:1.7rem;margin:.5rem 0}
+h2{font-size:1.35rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
+h3{font-size:1.08rem;margin:1.8rem 0 .5rem}
+p,li{max-width:48rem}
+ul{padding-left:1.25rem}
+code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--shade);border-radius:4px}
+code{padding:.1em .3em;overflow-wrap:anywhere}
+pre{padding:.7rem .9rem;overflow-x:auto}
+pre code{padding:0;background:none;overflow-wrap:normal}
+.notice{border-left:4px solid var(--open);background:var(--shade);padding:.5rem .8rem;border-radius:0 4px 4px 0}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .65rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;white-space:nowrap}
+td .verdict,td:last-child{white-space:normal}
+td:last-child:not(.number){min-width:11rem}
+td .verdict{display:inline-block;min-width:13rem}
+.number{text-align:right}
+thead th{padding:0;background:var(--shade)}
+thead button{all:unset;display:block;box-sizing:border-box;width:100%;padding:.35rem .65rem;cursor:pointer;
+font-weight:600}
+thead button:focus-visible{outline:2px solid var(--link);outline-offset:-2px}
+thead button::after{content:"\\2195";margin-left:.3em;color:var(--soft);opacity:.45;font-weight:400}
+th[aria-sort=ascending] button::after{content:"\\2191";opacity:1}
+th[aria-sort=descending] button::after{content:"\\2193";opacity:1}
+tbody th{font-weight:600;position:sticky;left:0;background:var(--page);white-space:normal;min-width:9rem}
+.verdict.helps,.verdict.synergy{color:var(--good);font-weight:600}
+.verdict.hurts,.verdict.conflict,.verdict.unstable{color:var(--bad);font-weight:600}
+.verdict.undecided,.verdict.cannot{color:var(--open)}
+figure{margin:1.2rem 0}
+figure svg{display:block;width:100%;max-width:42rem;height:auto;font-family:inherit}
+figcaption{color:var(--soft);font-size:.9rem;max-width:48rem;margin-top:.3rem}
+details{margin:.6rem 0}
+summary{cursor:pointer;color:var(--link)}
+@media (max-width:40rem){body{font-size:15px}main{padding:.5rem .75rem 3rem}th,td{padding:.3rem .5rem}
+thead button{padding:.35rem .5rem}td .verdict{min-width:0;width:9.5rem}
+tbody th{min-width:6rem}td:last-child:not(.number){min-width:6rem}}
+@media print{thead button::after{content:""}figure{break-inside:avoid}}
+"""
+
+_SCRIPT = """
+for (const table of document.querySelectorAll("table")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach(other => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const numeric = head.classList.contains("number"), key = row => row.cells[column].dataset.key;
+    const rows = [...body.rows].sort((a, b) => {
+      const x = key(a), y = key(b);
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = numeric ? Number(x) - Number(y) : x.localeCompare(y, undefined, {numeric: true});
+      return down ? -order : order;
+    });
+    body.append(...rows);
+  }));
+}
+"""
+
+
+# The console
+
+
+def to_console(page: Page) -> None:
+    """Print what the page says in brief: verdicts, tables, notes, warnings."""
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    for block in page.brief:
+        match block:
+            case Heading(text):
+                console.print(f"\n{text}", style="bold")
+            case Text(text):
+                console.print(text, soft_wrap=True)
+            case Items(lines):
+                for line in lines:
+                    console.print(f"  - {line}", soft_wrap=True)
+            case Grid(head, rows, words):
+                grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+                for name in head:
+                    grid.add_column(name, justify="left" if name in words else "right", overflow="fold")
+                for row in rows:
+                    grid.add_row(*(shown for shown, _ in row))
+                console.print(grid)
