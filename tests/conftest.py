@@ -30,6 +30,17 @@ TINY = [
 ]  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--user-dir", help="a folder of techniques of one's own, for every matrix of techniques")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if user_dir := config.getoption("--user-dir"):
+        from technique_runs import add_techniques
+
+        add_techniques(Path(user_dir).resolve())
+
+
 @dataclass
 class Outcome:
     """What a command came to."""

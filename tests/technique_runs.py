@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,24 @@ from torch.nn import functional as F
 
 from crucible import configuration
 from crucible.run import RunDirectory
-from docs.generate import merged, technique_names, technique_settings
+from docs.generate import FILES, merged, technique_names, technique_settings
 from lab.build import build_data, build_model, build_trainer
 from lab.config import check, resolve
 from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
 TECHNIQUES = technique_names()
+FOLDERS: dict[str, Path] = {}  # where the files of techniques from a user's folder are
+
+
+def add_techniques(user_dir: Path) -> None:
+    """Put the techniques of a user's folder into every matrix, `pytest --user-dir=FOLDER`."""
+    sys.path.insert(1, str(user_dir))
+    folder = user_dir / ("cli_configs/technique" if (user_dir / "cli_configs").is_dir() else "technique")
+    FOLDERS.update(dict.fromkeys(technique_names(folder), folder))
+    TECHNIQUES.extend(FOLDERS)
+
+
 STEPS = 30
 SMALL = [
     "model=resnet", "data=digits", "data.module.batch_size=16", "model.lr=0.01", "model.warmstart=0",
@@ -42,7 +54,8 @@ def composed(*techniques: str, teacher: Path | None = None, options: tuple[str, 
     """
     config = copy.deepcopy(_without_techniques(options))
     for technique in techniques:
-        config = merged(config, technique_settings(technique))
+        folder = FOLDERS.get(technique, FILES)
+        config = merged(config, technique_settings(technique, folder))
     if "distillation" in techniques:
         config["model"]["teacher"] = str(teacher)
     check(config, [])
