@@ -17,6 +17,7 @@ import platform
 import random
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from technique_runs import TECHNIQUES, built, composed, make_teacher
 
+from crucible import configuration
 from docs.generate import refused_pairs
+from lab.config import SWEEP_OPTIONS, check, resolve
+from lab.experiment import Examiner, identity, kind
 
 PRECISIONS = ("32-true", "bf16-mixed")
 PAIRS = 40
@@ -51,8 +55,12 @@ FRAGMENTS = (
 
 
 def machine() -> str:
-    """What the bits of a result depend on."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    """What the bits of a result depend on: torch, and the processor with all that it can."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.is_file() else [platform.processor()]
+    kind = sorted({line for line in lines if line.startswith(("model", "stepping", "cpu family", "flags"))})
+    processor = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
+    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, processor {processor}"
 
 
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
@@ -127,9 +135,6 @@ def composed_for(overrides: list[str]) -> Any:
 
 def recipe_ids() -> dict[str, str]:
     """The identity of every recipe, with stand-in data."""
-    from crucible import configuration
-    from lab.config import SWEEP_OPTIONS, check, resolve
-    from lab.experiment import identity, kind
 
     found = {}
     folder = ROOT / "cli_configs" / "recipe"
@@ -146,16 +151,17 @@ def recipe_ids() -> dict[str, str]:
     return found
 
 
-def command_ids() -> dict[str, str]:
-    """Run id, kind and arm of each command line, on its real data."""
-    from lab.experiment import Examiner
+def command_lines() -> list[str]:
+    """Sixty of them."""
+    return [" ".join([*base.split(), *fragment.split()]) for base in BASES for fragment in FRAGMENTS]
 
+
+def command_ids(commands: Sequence[str]) -> dict[str, str]:
+    """Run id, kind and arm of each command line, on its real data."""
     found = {}
-    for base in BASES:
-        for fragment in FRAGMENTS:
-            overrides = [*base.split(), *fragment.split()]
-            job = Examiner().examine(composed_for(overrides), overrides)
-            found[" ".join(overrides)] = " | ".join(str(job.facts[k]) for k in ("run_id", "kind", "arm"))
+    for command in commands:
+        job = Examiner().examine(composed_for(command.split()), command.split())
+        found[command] = " | ".join(str(job.facts[k]) for k in ("run_id", "kind", "arm"))
     return found
 
 
@@ -166,7 +172,12 @@ def main(action: str, file: Path) -> int:
         folder = Path(name)
         teacher = make_teacher(folder / "teaching")
         states = {case: train_case(case, folder, teacher) for case in before.get("states") or new_cases()}
-    now = {"machine": machine(), "states": states, "recipes": recipe_ids(), "commands": command_ids()}
+    now = {
+        "machine": machine(),
+        "states": states,
+        "recipes": recipe_ids(),
+        "commands": command_ids(command_lines()),
+    }
     if action == "write":
         file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         return 0

@@ -10,3 +10,9 @@ class TinyResNet(ResNetModel):
     """Two residual blocks, the second one strided; 0.08 M parameters."""
 
     block, layers, width = BasicBlock, (1, 1), 32
+
+
+class NarrowResNet(TinyResNet):
+    """Its shape with a quarter of the channels, for recorded runs."""
+
+    width = 8
