@@ -1,0 +1,213 @@
+"""Techniques attach themselves: nobody else names their options, what is off adds nothing, one graph serves."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from stages import assembled
+from torch import Tensor, nn
+
+from crucible.batch import Batch
+from crucible.options import ConfigError
+from crucible.seams import insert_seams
+from crucible.technique import Setting, Step, Technique
+from models.base_model import BaseModel
+from models.techniques import TECHNIQUES
+
+CODE = (
+    "crucible",
+    "lab",
+    "reporting",
+    "models",
+    "datasets",
+    "augmentation",
+    "losses",
+    "norms",
+    "optimizers",
+    "callbacks",
+)
+# words that name other things too: arguments of networks, statistics, the policies' own cutout
+FREE = {"norm", "activation", "cutout_size"}
+STAGES = (
+    "network", "raw", "batch", "ready", "loss", "closure", "gradient", "groups", "optimizer", "schedule", "weights",
+    "networks",
+)  # fmt: skip
+DIGITS = Setting(num_classes=3)
+
+
+def home(kind: type[Technique]) -> Path:
+    return Path(kind.__module__.replace(".", "/"))
+
+
+def named_in(file: Path) -> set[str]:
+    """The names in a file that may be options: attributes, keywords, and texts, with or without `model.`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg:
+            found.add(node.arg)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value.removeprefix("model.").partition("=")[0])
+    return found
+
+
+def test_each_techniques_options_are_named_in_its_own_file_only() -> None:
+    elsewhere = []
+    for room in CODE:
+        for file in (ROOT / room).rglob("*.py"):
+            here = file.relative_to(ROOT).with_suffix("")
+            names = named_in(file)
+            for kind in TECHNIQUES:
+                own = here in (home(kind), home(kind) / "__init__")
+                options = {f.name for f in fields(kind)} - FREE
+                elsewhere += [f"{file.relative_to(ROOT)}: {n}" for n in names & options if not own]
+    assert not elsewhere
+
+
+def test_base_model_is_short() -> None:
+    assert len((ROOT / "models" / "base_model.py").read_text().splitlines()) < 400
+
+
+def test_off_adds_nothing() -> None:
+    step = assembled(DIGITS)
+    assert not any(getattr(step, stage) for stage in STAGES) and not step.input_gradient
+
+
+@pytest.mark.parametrize("kind", TECHNIQUES)
+def test_an_option_without_the_one_that_it_needs_is_refused(kind: type[Technique]) -> None:
+    for name in kind.needs:
+        default = kind.__dataclass_fields__[name].default
+        value: Any = {"sam_rho": 0.1, "norm_kwargs": {"eps": 1e-3}, "swa_lr": 0.5}.get(name)
+        if value is None:
+            value = (
+                not default
+                if isinstance(default, bool)
+                else 1 + (default or 0)
+                if isinstance(default, int)
+                else 0.7
+            )
+        with pytest.raises(ConfigError, match=rf"model\.{name}.* needs model\."):
+            assembled(DIGITS, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "passes"), [({}, 1.0), ({"sam": True}, 2.0), ({"sam": True, "sam_every": 5}, 1.2)]
+)
+def test_the_passes_of_a_step_are_told(values: dict[str, Any], passes: float) -> None:
+    techniques = assembled(DIGITS, **values).setting.techniques.values()
+    assert 1 + sum(t.passes - 1 for t in techniques) == pytest.approx(passes)
+
+
+class Net(BaseModel):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, self.num_outputs))
+
+
+def test_in_a_notebook_the_same_rules_hold() -> None:
+    with pytest.raises(ConfigError, match=r"model\.mixup=true mixes class probabilities"):
+        Net(task="regression", mixup=True)
+    assert Net(compile=True).step.setting.compile is True
+    with pytest.raises(ConfigError, match="did you mean mixup"):
+        Net(mixupp=True)
+
+
+def operations(step: Step, x: Tensor, target: Tensor, net: nn.Module) -> int:
+    """Operations of the compiled forward pass and loss; fails on a graph break."""
+    counts: list[int] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        counts.append(sum(n.op in ("call_function", "call_method") for n in graph.graph.nodes))
+        return graph.forward
+
+    def forward(step: Step, x: Tensor, target: Tensor) -> Tensor:
+        logits = net(x)
+        loss = step.criterion(logits, target)
+        for term in step.loss:
+            loss = term(loss, logits, Batch(x, target, target))
+        return loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(forward, step), backend=count, fullgraph=True)
+    torch.testing.assert_close(compiled(x, target), forward(step, x, target))
+    (only,) = counts
+    return only
+
+
+def test_the_compiled_step_of_what_is_off_has_no_operation_more() -> None:
+    net, x, target = nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    plain = operations(Step(criterion=assembled(DIGITS).criterion), x, target, net)
+    assert operations(assembled(DIGITS, mixup=True, sam=True, ema_decay=0.9), x, target, net) == plain
+
+
+# Seams
+
+
+def test_a_seam_mixes_the_features_of_its_place_and_leaves_the_others() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, partner = torch.randn(6, 4).double(), torch.randperm(6)
+    plain = network(x)
+    seams = insert_seams(network, 2)
+    assert len(seams) == 3
+    for place in range(3):
+        for number, seam in enumerate(seams):
+            seam.set(0.7 if number == place else 1.0, partner)
+        h = x
+        for number, part in enumerate(network):
+            if (place, number) in ((0, 0), (1, 1), (2, 3)):
+                h = 0.7 * h + 0.3 * h[partner]
+            h = nn.functional.linear(h, part.weight, part.bias) if isinstance(part, nn.Linear) else h.tanh()
+        torch.testing.assert_close(network(x), h)
+    for seam in seams:
+        seam.set(1.0, partner)
+    assert torch.equal(network(x), plain), "weight 1 leaves the features bit by bit"
+    seams[0].set(0.5, partner)
+    assert torch.equal(network.eval()(x), plain), "nothing in evaluation"
+
+
+def test_one_graph_serves_every_layer() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    seams = insert_seams(network, 2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 4)
+    for place in range(3):
+        for number, seam in enumerate(seams):
+            seam.set(0.6 if number == place else 1.0, torch.randperm(6))
+        torch.testing.assert_close(compiled(x), network(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_manifold_mixup_mixes_targets_as_features_and_draws_its_layer_on_the_host() -> None:
+    step = assembled(DIGITS, manifold_mixup=True)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    for change in step.network:
+        change(network)
+    (stage,) = step.batch
+    seams = stage.change.seams  # type: ignore[attr-defined]
+    places = set()
+    for key in range(60):
+        batch = stage.change(Batch(torch.randn(8, 4), torch.arange(8) % 3, torch.arange(8)), key)
+        mixed = [n for n, seam in enumerate(seams) if float(seam.weight) < 1]
+        assert len(mixed) == 1
+        places.add(mixed[0])
+        weight = seams[mixed[0]].weight
+        assert float(weight) >= 0.5 and torch.allclose(batch.target.sum(1), torch.ones(8))
+        own = torch.eye(3)[torch.arange(8) % 3]
+        torch.testing.assert_close(batch.target, weight * own + (1 - weight) * own[seams[0].partner])
+    assert places == {0, 1, 2}
+
+
+@pytest.mark.parametrize("other", [{"mixup": True}, {"cutmix_alpha": 1.0}])
+def test_manifold_mixup_does_not_go_with_another_mixing(other: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.manifold_mixup=true .* does not go with model\.mixup"):
+        assembled(DIGITS, manifold_mixup=True, **other)
