@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -105,12 +106,37 @@ def sample_name(raw: Any, index: int) -> str:
     return str(index) if names is None else names[index]
 
 
+def _once(setup: Callable[..., None]) -> Callable[..., None]:
+    """`setup` that does nothing on a data module that is set up; one that failed may be tried again."""
+
+    @functools.wraps(setup)
+    def once(self: BaseDataModule, *args: Any, **kwargs: Any) -> None:
+        if self._set_up == "under way":  # called by super()
+            setup(self, *args, **kwargs)
+        elif self._set_up == "no":
+            self._set_up = "under way"
+            try:
+                setup(self, *args, **kwargs)
+                if self.train_dataset is None:
+                    raise ConfigError(
+                        f"data.module._target_: the setup of {type(self).__name__} must set self.train_dataset, "
+                        f"whatever the stage",
+                        "docs/extending.md",
+                    )
+            except BaseException:
+                self._set_up = "no"
+                raise
+            self._set_up = "done"
+
+    return once
+
+
 class BaseDataModule(LightningDataModule):
     """What every data set shares: splits, order, augmentation, workers, checks.
 
-    A subclass defines `setup` and sets `train_dataset` and, where it has them, `val_dataset` and
-    `test_dataset`: raw data sets that return `(input, target)` with a PIL image, a uint8 tensor or a float
-    tensor as input, untransformed.
+    A subclass defines `setup`, which runs once for each data module whoever calls it, and sets
+    `train_dataset` and, where it has them, `val_dataset` and `test_dataset`: raw data sets that return
+    `(input, target)` with a PIL image, a uint8 tensor or a float tensor as input, untransformed.
 
         class MyData(BaseDataModule):
             def setup(self, stage: str) -> None:
@@ -150,6 +176,15 @@ class BaseDataModule(LightningDataModule):
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
+    _set_up: Literal["no", "under way", "done"] = "no"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let the `setup` of each subclass run once for each data module."""
+        super().__init_subclass__(**kwargs)
+        owner = next(c for c in cls.__mro__ if "setup" in vars(c))
+        # one inherited from another data module is wrapped already; a mixin's is not
+        if owner is cls or not issubclass(owner, BaseDataModule):
+            setattr(cls, "setup", _once(vars(owner)["setup"]))  # noqa: B010  # to mypy, methods are constants
 
     def __init__(
         self,
@@ -299,15 +334,15 @@ class BaseDataModule(LightningDataModule):
             self.train_dataset, self.test_dataset = raw.subset(kept), raw.subset(held)
 
     def setup(self, stage: str) -> None:
-        """Set the raw data sets; a subclass defines it.
+        """Set the raw data sets of all splits; a subclass defines it.
 
         Args:
-            stage: Lightning's fit, validate, test or predict; all splits may be set at once.
+            stage: Lightning's fit, validate, test or predict, whichever is first. There is no second call.
         """
         raise NotImplementedError(f"{type(self).__name__} must define setup and set self.train_dataset")
 
     def _load(self) -> None:
-        if self.train_dataset is None:
+        if self._set_up == "no":
             self.setup("fit")
 
     def _train_targets(self) -> np.ndarray:

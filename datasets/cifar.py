@@ -62,8 +62,6 @@ class _CifarDataModule(BaseDataModule):
         return (root / self.source.base_folder).is_dir() or (root / "train").is_dir()
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         root = self.data_path
         if (root / self.source.base_folder).is_dir():
             self.train_dataset, self.test_dataset = (self._original(root, train) for train in (True, False))

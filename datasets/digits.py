@@ -18,8 +18,6 @@ class DigitsDataModule(BaseDataModule):
     """
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         digits = load_digits()
         # 0 to 16 in the source
         images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]

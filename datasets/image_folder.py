@@ -66,8 +66,6 @@ class ImageFolderDataModule(BaseDataModule):
         self.test_split = test_split
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         root = self.data_path
         split = (root / "train").is_dir()
         train = class_folders(root / "train" if split else root, self.input_channels)

@@ -42,8 +42,6 @@ class ImageRegressionDataModule(BaseDataModule):
         self.test_split = test_split
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         root = self.data_path
         names, values = self._read(root)
         targets = np.asarray(values, dtype=np.float32)

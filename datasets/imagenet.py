@@ -15,8 +15,6 @@ class ImagenetDataModule(BaseDataModule):
     """
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         train = class_folders(self.data_path / "train", self.input_channels)
         test = class_folders(self.data_path / "val", self.input_channels, train.classes)
         missing = set(range(len(train.classes))) - set(test.targets.tolist())

@@ -35,8 +35,6 @@ class PosterRegressionDataModule(BaseDataModule):
         self.test_split = test_split
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         root = self.data_path
         names = [name for name in image_files(root) if name.lower().endswith(".jpg")]
         if not names:

@@ -43,8 +43,6 @@ class SyntheticDataModule(BaseDataModule):
         self.noise = noise
 
     def setup(self, stage: str) -> None:
-        if self.train_dataset is not None:
-            return
         if self.task == "classification" and self.num_classes is None:
             raise ConfigError("data.num_classes is missing: how many classes to make up")
         draw = torch.Generator().manual_seed(stream_key(self.split_seed, "synthetic"))

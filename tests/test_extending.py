@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,15 @@ def test_the_models_own_options_are_checked_like_any_other(cli, tmp_path: Path) 
     outcome = cli("user_dir=mine", "model=tiny", "model.width=0", *QUICK)
     assert outcome.status != 0
     assert "model.width" in outcome.err and "[1, 512]" in outcome.err and "0" in outcome.err
+
+
+def test_the_data_module_is_set_up_once_a_run(cli, tmp_path: Path) -> None:
+    write_examples(tmp_path / "mine")
+    file = tmp_path / "mine" / "stripes.py"
+    counted = 'def setup(self, stage: str) -> None:\n        open("set-ups", "a").write("1")\n'
+    file.write_text(file.read_text().replace("def setup(self, stage: str) -> None:\n", counted))
+    sys.modules.pop("stripes", None)
+    outcome = cli("user_dir=mine", "model=tiny", "data=stripes", "trainer.max_epochs=1", *QUICK)
+    assert outcome.status == 0, outcome.err
+    # the module that is examined, and the one that trains, validates and tests
+    assert (tmp_path / "set-ups").read_text() == "11"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 from types import SimpleNamespace
@@ -90,6 +91,80 @@ def test_a_subclass_that_sets_train_dataset_has_all_loaders():
     assert [b.index.tolist() for b in module.test_dataloader()] == [
         b.index.tolist() for b in module.val_dataloader()
     ]
+
+
+class Counting(Mine):
+    """Counts how often it is set up."""
+
+    times = 0
+
+    def setup(self, stage: str) -> None:
+        self.times += 1
+        super().setup(stage)
+
+
+class Heir(Counting):
+    """Has no setup of its own."""
+
+
+def test_a_data_module_is_set_up_once_whoever_asks():
+    class Extended(Heir):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.test_dataset = Pictures(20)
+
+    for kind in (Counting, Heir, Extended):
+        module = kind(num_classes=4)
+        module.check()
+        for stage in ("fit", "validate", "test", "predict"):
+            module.setup(stage=stage)
+        for other in (
+            copy.copy(module),
+            pickle.loads(pickle.dumps(module)) if kind is not Extended else module,
+        ):
+            other.setup("fit")
+            other.check()
+            assert other.times == 1
+
+
+def test_a_setup_that_failed_is_tried_again():
+    class Late(Counting):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            if self.times == 1:
+                raise OSError("not yet")
+
+    module = Late()
+    with pytest.raises(OSError, match="not yet"):
+        module.check()
+    module.check()
+    assert module.times == 2
+
+
+def test_a_setup_that_comes_from_a_mixin_runs_once_too():
+    class Reads:
+        times = 0
+
+        def setup(self, stage: str) -> None:
+            self.times += 1
+            self.train_dataset = Pictures(100)
+
+    class Mixed(Reads, BaseDataModule):
+        pass
+
+    module = Mixed(name="mixed")
+    module.check()
+    module.setup("fit")
+    assert module.times == 1
+
+
+def test_a_setup_without_training_samples_is_refused():
+    class Empty(BaseDataModule):
+        def setup(self, stage: str) -> None:
+            pass
+
+    with pytest.raises(ConfigError, match=r"data\.module\._target_: the setup of Empty must set"):
+        Empty(name="empty").check()
 
 
 def test_batches_are_in_the_storage_dtype_with_indices_of_the_raw_data():
