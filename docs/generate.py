@@ -11,9 +11,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from crucible import configuration
 from crucible.options import ConfigError, signature_options
+from docs import models_page, reproducing_page
+from lab.config import check, resolve_network
+from models.base_model import BaseModel
+from models.dynamic_resnet import ResNetModel
+from models.layers import BasicBlock
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "techniques.md"
@@ -56,16 +65,6 @@ def technique_settings(name: str) -> dict[str, Any]:
 @cache
 def refused_pairs() -> dict[tuple[str, str], str]:
     """The pairs of techniques that are refused, with the line that says why; tried on a small ResNet."""
-    import torch
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from crucible import configuration
-    from lab.config import check, resolve_network
-    from models.base_model import BaseModel
-    from models.dynamic_resnet import ResNetModel
-    from models.layers import BasicBlock
-
     class SmallResNet(ResNetModel):
         block, layers = BasicBlock, (1, 1)
 
@@ -132,8 +131,6 @@ def _refusals() -> str:
 
 
 if __name__ == "__main__":
-    from docs import models_page, reproducing_page
-
     PAGE.write_text(techniques_page(), encoding="utf-8")
     models_page.PAGE.write_text(models_page.models_page(), encoding="utf-8")
     reproducing_page.PAGE.write_text(reproducing_page.reproducing_page(), encoding="utf-8")
