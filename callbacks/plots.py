@@ -5,20 +5,20 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
 from crucible.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAX_CLASSES = 2000
 NAMED_CLASSES = 40
@@ -222,10 +222,6 @@ def draw_confusion(counts: Any, names: Sequence[str], title: str) -> Figure:
         names: K class names.
         title: what the samples are.
     """
-    import numpy as np
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
     k, total = len(names), max(int(counts.sum()), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     named, counted = k <= NAMED_CLASSES, k <= COUNTED_CLASSES
@@ -257,16 +253,12 @@ def draw_confusion(counts: Any, names: Sequence[str], title: str) -> Figure:
 
 
 def _largest_of_blocks(share: Any, block: int) -> Any:
-    import numpy as np
-
     cells = -(-len(share) // block)
     padded = np.pad(share, (0, cells * block - len(share)))
     return padded.reshape(cells, block, cells, block).max(axis=(1, 3))
 
 
 def _worst(counts: Any, names: Sequence[str], listed: int = 30) -> str:
-    import numpy as np
-
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(wrong, axis=None, kind="stable")[::-1][:listed]
     rows, columns = np.unravel_index(order, wrong.shape)
@@ -288,8 +280,6 @@ def draw_predictions(points: Tensor, r2: float, mae: float, count: int, title: s
         count: number of all samples.
         title: what the samples are.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6, 6), layout="constrained")
     axes = figure.subplots()
     finite = points[points.isfinite().all(dim=1)].numpy()

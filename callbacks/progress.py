@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-
-if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 REDRAW_S = 0.1
 _SECOND = ("acc", "mae", "mse", "r2")
@@ -230,11 +231,6 @@ def _on_terminal() -> bool:
 
 
 def _live_line() -> RichProgress:
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as RichProgress
-    from rich.table import Column
-
     text = Column(no_wrap=True)
     return RichProgress(
         TextColumn("{task.description}", table_column=text),

@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 import socket
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from crucible.options import ConfigError
@@ -131,8 +133,6 @@ def _check_tensorboard() -> None:
 
 def build_loggers(nodes: dict[str, Any], folder: Path, facts: dict[str, Any]) -> list[Logger]:
     """The loggers of the configuration's `logger` group; those of Crucible are told about the run."""
-    from hydra.utils import instantiate
-
     loggers = []
     for node in nodes.values():
         if not node:
@@ -184,8 +184,6 @@ def log_report(folder: Path, project: str, arguments: list[str]) -> str:
 
 def close_loggers(status: int) -> None:
     """End the W&B run, so that the next one in this process is its own."""
-    import sys
-
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=status)

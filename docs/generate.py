@@ -16,11 +16,18 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from crucible import configuration
 from crucible.options import ConfigError, option_range, option_text, signature_options
 from docs import models_page, reproducing_page
-from models.base_model import BASICS
+from lab.config import check, resolve_network
+from models.base_model import BASICS, BaseModel
+from models.dynamic_resnet import ResNetModel
+from models.layers import BasicBlock
 from models.techniques import TECHNIQUES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,15 +77,6 @@ def technique_settings(name: str, folder: Path = FILES) -> dict[str, Any]:
 @cache
 def refused_pairs() -> dict[tuple[str, str], str]:
     """The pairs of techniques that are refused, with the line that says why; tried on a small ResNet."""
-    import torch
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from crucible import configuration
-    from lab.config import check, resolve_network
-    from models.base_model import BaseModel
-    from models.dynamic_resnet import ResNetModel
-    from models.layers import BasicBlock
 
     class SmallResNet(ResNetModel):
         block, layers = BasicBlock, (1, 1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torchvision.ops  # noqa: F401  registers the operators that are counted
 from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
@@ -113,7 +114,6 @@ def check_input(model: BaseModel, config: Config) -> None:
 def _counter() -> FlopCounterMode:
     """torch's counter, with what it lacks: it takes the backward pass of a grouped convolution for a full one
     (torch 2.15), and knows no deformable convolution."""
-    import torchvision.ops  # noqa: F401  registers the operators
 
     def deformable(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from crucible.options import ConfigError
 from models.layers import (
@@ -146,8 +147,6 @@ class ResNet(nn.Module):
 
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """torchvision's best ImageNet weights of the ResNet `name`, downloaded once into torch's cache."""
-    from torchvision.models import get_model_weights
-
     weights = get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch's download waits for ever where nobody answers

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
+import timm
+from timm.layers import DropPath
+from timm.models.resnest import ResNestBottleneck
 from torch import nn
 
 from crucible.options import ConfigError
@@ -44,8 +47,6 @@ def build_timm(
         ConfigError: for a name timm does not have, an option this network cannot honour, data that are not
             2-D, or weights that cannot be fetched.
     """
-    import timm
-
     if model.input_dim != 2:
         raise ConfigError(f"data.input_dim={model.input_dim}: the networks of timm are for 2-D input")
     if not timm.is_model(name):
@@ -89,9 +90,6 @@ def _option(argument: str) -> str:
 
 
 def _drops_paths(network: nn.Module) -> bool:
-    from timm.layers import DropPath
-    from timm.models.resnest import ResNestBottleneck
-
     def acts(block: nn.Module) -> bool:
         # without a shortcut nothing calls a block's DropPath; ResNeSt's drops some shortcuts, not the branches
         return getattr(block, "has_skip", True) and not isinstance(block, ResNestBottleneck)

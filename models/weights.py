@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crucible.options import ConfigError
@@ -90,13 +91,9 @@ def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> str
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training files hold one
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise ConfigError(f"model.init_from={path}: needs the package safetensors") from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"model.init_from={path}: damaged, or holds objects other than weights, which are not loaded"
