@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -23,6 +25,27 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Inductor compiles in the test's process; what it made is shared by the session's workers and goes with it.
+
+    The techniques of a user's folder join every matrix.
+    """
+    if not hasattr(config, "workerinput"):
+        cache = tempfile.TemporaryDirectory(prefix="inductor")
+        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache.name}
+        config.add_cleanup(cache.cleanup)
+    if user_dir := config.getoption("--user-dir"):
+        from technique_runs import add_techniques
+
+        add_techniques(Path(user_dir).resolve())
+
+
+def nightly(*values: Any) -> list[Any]:
+    """Parameters of a test that belong to its long form."""
+    return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
+
+
 # a run of a second or two: learnable, no files, no trackers
 TINY = [
     "data=synthetic", "data.module.num_samples=96", "data.module.batch_size=16", "trainer.max_epochs=1",
@@ -32,13 +55,6 @@ TINY = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--user-dir", help="a folder of techniques of one's own, for every matrix of techniques")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if user_dir := config.getoption("--user-dir"):
-        from technique_runs import add_techniques
-
-        add_techniques(Path(user_dir).resolve())
 
 
 @dataclass
@@ -100,6 +116,14 @@ def shell(tmp_path: Path) -> Callable[..., Outcome]:
         return Outcome(process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to distil from."""
+    from technique_runs import make_teacher  # imports this file
+
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def end_group(process: subprocess.Popen[str]) -> None:

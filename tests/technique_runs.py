@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
@@ -18,7 +21,8 @@ from torch.nn import functional as F
 
 from crucible import configuration
 from crucible.run import RunDirectory
-from docs.generate import FILES, merged, technique_names, technique_settings
+from datasets.digits import DigitsDataModule
+from docs.generate import FILES, PAGE, merged, technique_names, technique_settings
 from lab.build import build_data, build_model, build_trainer
 from lab.config import check, resolve
 from lab.teachers import hand_in_teacher
@@ -42,6 +46,34 @@ SMALL = [
     "trainer.max_epochs=-1", f"trainer.max_steps={STEPS}", "trainer.limit_val_batches=0",
     "trainer.enable_progress_bar=false", "callbacks.progress=null", "callbacks.plots=null", "logger.wandb=null",
 ]  # fmt: skip
+# 8 steps on the same sixteen images: whatever works learns them, also what slows learning down
+QUICK = (
+    "data.module._target_=technique_runs.SixteenDigits", "trainer.max_steps=8",
+    "model.optimizer=AdamW", "model.lr=0.002",
+)  # fmt: skip
+
+
+class SixteenDigits(DigitsDataModule):
+    """Sixteen training images, each eight times; validated on the test split."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.val_dataset = self.test_dataset
+        self.train_dataset = self.train_dataset.subset(np.tile(np.arange(16), 8))
+
+
+def refused_on_the_page() -> dict[tuple[str, str], str]:
+    """The pairs that docs/techniques.md lists as refused, each with what its refusal says, whole or in part."""
+    refused = {}
+    section = PAGE.read_text().split("## Pairs that are refused")[1].split("## ")[0]
+    for line in re.findall(r"^- (.*)$", section, re.M):
+        if shared := re.fullmatch(r"one of (.*): they set `(\S+)` to different values", line):
+            names = re.findall(r"`(\w+)`", shared[1])
+            refused |= dict.fromkeys(combinations(sorted(names), 2), f"they set {shared[2]} to")
+        else:
+            first, second, reason = re.fullmatch(r"`(\w+)` with `(\w+)`: (.*)", line).groups()  # type: ignore[union-attr]
+            refused[first, second] = reason
+    return refused
 
 
 def composed(*techniques: str, teacher: Path | None = None, options: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -96,7 +128,7 @@ def train(config: dict[str, Any], folder: Path) -> tuple[float, float]:
     model, data, trainer = built(config, folder)
     before = plain_loss(model, data)
     trainer.fit(model, datamodule=data)
-    assert trainer.global_step == STEPS
+    assert trainer.global_step == config["trainer"]["max_steps"]
     return before, plain_loss(model, data)
 
 

@@ -7,15 +7,18 @@ import re
 import pytest
 import yaml
 from conftest import ROOT
+from technique_runs import refused_on_the_page
 
 from crucible.configuration import select
-from docs.generate import PAGE, TRAIN, techniques_page, with_options_block
+from docs.generate import PAGE, TRAIN, refused_pairs, techniques_page, with_options_block
 
 TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
 
 
 def test_the_table_of_techniques_is_the_generated_one() -> None:
     assert PAGE.read_text() == techniques_page(), "run python -m docs.generate"
+    read, refused = refused_on_the_page(), refused_pairs()  # what the tests read is what is
+    assert read.keys() == refused.keys() and all(read[pair] in refused[pair] for pair in refused)
 
 
 @pytest.mark.parametrize("file", TECHNIQUES, ids=lambda f: f.stem)

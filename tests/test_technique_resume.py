@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nightly
 from lightning.pytorch.callbacks import Callback
-from technique_runs import TECHNIQUES, built, composed, make_teacher
-
-from docs.generate import refused_pairs
+from technique_runs import TECHNIQUES, built, composed, refused_on_the_page
 
 # those that carry state, or draw random numbers in the step
 STATEFUL = ("sam", "online_norm", "ema", "swa", "lookahead", "mixup", "stochastic_depth")
-PAIRS = [p for p in combinations(sorted(STATEFUL), 2) if p not in refused_pairs()]
+PAIRS = [p for p in combinations(sorted(STATEFUL), 2) if p not in refused_on_the_page()]
+FIRST_PAIRS = [("mixup", "sam"), ("ema", "lookahead")]  # random numbers and a second pass; two averages
+OTHER_PAIRS = [p for p in PAIRS if p not in FIRST_PAIRS]
 OPTIONS = ("trainer.max_steps=11", "trainer.limit_train_batches=5", "model.optimizer=Adam", "model.lr=0.003")
 STOP = 7  # inside the second epoch of 5 steps
 
@@ -29,11 +30,6 @@ class SaveAt(Callback):
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == STOP:
             trainer.save_checkpoint(self.file)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
@@ -51,7 +47,9 @@ def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("techniques", [*((t,) for t in TECHNIQUES), *PAIRS], ids="+".join)
+@pytest.mark.parametrize(
+    "techniques", [*((t,) for t in TECHNIQUES), *FIRST_PAIRS, *nightly(*OTHER_PAIRS)], ids="+".join
+)
 def test_resume_equals_no_interruption(techniques: tuple[str, ...], tmp_path: Path, teacher: Path) -> None:
     whole, stopped = tmp_path / "whole.ckpt", tmp_path / "stopped.ckpt"
     final: list[dict[str, torch.Tensor]] = []
