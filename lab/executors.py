@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
 from lab.planning import SEE, Planned
 from lab.processes import HELD, Process, on_signals
+from lab.warm import THREADS, Cold, WarmParent
 
 POLL_S = 0.05
 
@@ -89,6 +91,8 @@ class LocalExecutor:
 
     def __init__(self, n_jobs: int | Literal["auto"], trainer: Mapping[str, Any]) -> None:
         self._each = device_count(trainer)
+        self._asked = False
+        self._warm: WarmParent | None = None
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
         self._gpus = [gpu for gpu in gpus if gpu] if device_kind(trainer["accelerator"]) == "cuda" else []
@@ -124,7 +128,18 @@ class LocalExecutor:
         assert planned.job is not None
         run = replace(planned.job, facts={**planned.job.facts, "sweep": facts}).record()
         output = run.path / "console.log" if self.slots > 1 else None
-        return LocalHandle(run, Process(run, self._environment(slot), output, planned.trial))
+        environment = self._environment(slot)
+        process = Process(run, environment, output, planned.trial, self._warm_parent(environment))
+        return LocalHandle(run, process)
+
+    def _warm_parent(self, environment: Mapping[str, str]) -> WarmParent | None:
+        """What starts this sweep's jobs. It is asked for with the first one, which would have to load as much."""
+        if not self._asked:
+            self._asked = True
+            threads = {name: value for name, value in environment.items() if name == THREADS}
+            with contextlib.suppress(Cold):
+                self._warm = WarmParent({**os.environ, **threads})
+        return self._warm
 
 
 @dataclass

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from crucible.handover import received
 from crucible.run import RunDirectory
+from lab.warm import Cold, Started, WarmParent
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 HELD = 75  # exit status of a job whose run another live process holds
@@ -28,6 +29,7 @@ class Process:
         environment: added to this process's.
         trial: the trial of a search that the run is.
         output: where the process's lines go; None: where ours go.
+        warm: starts the process where it can; without one, or where it cannot, the start is a real one.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Process:
         environment: Mapping[str, str] | None = None,
         output: Path | None = None,
         trial: Mapping[str, Any] | None = None,
+        warm: WarmParent | None = None,
     ) -> None:
         self.run = run
         self._stopped = False
@@ -46,17 +49,15 @@ class Process:
         self._logged = log_file.stat().st_size if log_file.is_file() else 0
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(output.open("ab")) if output else None
-            self._process = subprocess.Popen(
-                [sys.executable, str(MAIN), f"run={run.path}"],
-                env={**os.environ, **(environment or {}), **told.environment()},
-                start_new_session=True, stdout=stream, stderr=subprocess.STDOUT if output else None,
-            )  # fmt: skip
+            everything = {**os.environ, **(environment or {}), **told.environment()}
+            self._process = _started([str(MAIN), f"run={run.path}"], everything, stream, warm)
 
     def signal(self, number: int) -> None:
         """Hand a signal on to the run and its ranks."""
         self._stopped = True
         if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # a warm parent may not have told us yet of its end
+                os.killpg(self._process.pid, number)
 
     def ended(self, timeout: float = 0.0) -> bool:
         """Whether it has ended, after waiting for at most `timeout` seconds."""
@@ -69,7 +70,7 @@ class Process:
     def outcome(self) -> int:
         """Clean up after its end, record a death that it could not record itself; the exit status."""
         _end_group(self._process.pid)
-        run, status = self.run, self._process.returncode
+        run, status = self.run, self._process.wait()
         outcome = run.summary().get("status")
         if outcome not in ("finished", "interrupted", "pruned") and status != HELD:
             reason = (
@@ -81,6 +82,19 @@ class Process:
             run.update_summary(status=ended, reason=reason, ended=time.time())
             run.release(self._process.pid)
         return status if status >= 0 else 128 - status
+
+
+def _started(
+    arguments: list[str], environment: dict[str, str], stream: BinaryIO | None, warm: WarmParent | None
+) -> subprocess.Popen[bytes] | Started:
+    if warm is not None:
+        with contextlib.suppress(Cold):
+            output = stream.fileno() if stream else None
+            return warm.start(arguments, environment, output, output)
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, start_new_session=True,
+        stdout=stream, stderr=subprocess.STDOUT if stream else None,
+    )  # fmt: skip
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
