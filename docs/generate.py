@@ -65,6 +65,7 @@ def technique_settings(name: str) -> dict[str, Any]:
 @cache
 def refused_pairs() -> dict[tuple[str, str], str]:
     """The pairs of techniques that are refused, with the line that says why; tried on a small ResNet."""
+
     class SmallResNet(ResNetModel):
         block, layers = BasicBlock, (1, 1)
 

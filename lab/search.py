@@ -18,6 +18,7 @@ from rich.table import Table
 
 from callbacks.checkpoints import LOWER_IS_BETTER
 from callbacks.pruning import open_study
+from crucible import private
 from crucible.files import write_atomically
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
@@ -234,7 +235,7 @@ class Search:
     def _of_trial(self, planned: Planned, trial: Any) -> Planned:
         self._trials[id(planned)] = trial
         if self.options.pruner is not None:
-            planned.trial = {**self.spec, "trial": trial._trial_id}
+            planned.trial = {**self.spec, "trial": private.trial_in_storage(trial)}
         return planned
 
     def _orphans(self) -> list[optuna.trial.FrozenTrial]:

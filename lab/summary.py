@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from crucible import private
 from crucible.configuration import Config
 from crucible.options import ConfigError
 from lab.config import resolve_network
@@ -113,6 +114,7 @@ def check_input(model: BaseModel, config: Config) -> None:
 def _counter() -> FlopCounterMode:
     """torch's counter, with what it lacks: it takes the backward pass of a grouped convolution for a full one
     (torch 2.15), and knows no deformable convolution."""
+
     def deformable(input: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
@@ -141,7 +143,7 @@ def summarise(network: nn.Module, shape: tuple[int, ...]) -> Summary:
         for name, module in network.named_modules(remove_duplicate=True)
         if name
     }
-    held = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+    held = {private.storage_identity(t) for t in (*network.parameters(), *network.buffers())}
     running: list[tuple[Layer, int]] = []
     saved: dict[int, Tensor] = {}  # alive, so that no address comes twice
     counter = _counter()
@@ -158,8 +160,9 @@ def summarise(network: nn.Module, shape: tuple[int, ...]) -> Summary:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held and storage._cdata not in saved:
-            saved[storage._cdata] = tensor
+        identity = private.storage_identity(tensor)
+        if identity not in held and identity not in saved:
+            saved[identity] = tensor
             for layer, _ in running:
                 layer.saved_bytes += storage.nbytes()
         return tensor
