@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoints import Checkpoints
+from crucible import private
 from crucible.run import RunDirectory
 
 
@@ -157,7 +158,7 @@ class GracefulStop(Callback):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         # Lightning's own vote, a collective and a wait for the device in every step, has nothing left to decide
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        private.end_sigterm_votes(trainer)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:

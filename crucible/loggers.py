@@ -15,6 +15,7 @@ from typing import Any, Literal
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from crucible import private
 from crucible.options import ConfigError
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -98,7 +99,7 @@ class Wandb(WandbLogger):
             mode=wandb_mode(mode),
             resume="allow",
         )
-        self._wandb_init.pop("anonymous", None)  # Lightning passes what W&B warns of
+        private.drop_wandb_argument(self, "anonymous")  # Lightning passes what W&B warns of
 
 
 class TensorBoard(TensorBoardLogger):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks.pruning import open_study
+from crucible import private
 from crucible.files import write_atomically
 from crucible.metrics import higher_is_better
 from crucible.options import ConfigError, read_options
@@ -236,7 +237,7 @@ class Search:
     def _of_trial(self, planned: Planned, trial: Any) -> Planned:
         self._trials[id(planned)] = trial
         if self.options.pruner is not None:
-            planned.trial = {**self.spec, "trial": trial._trial_id}
+            planned.trial = {**self.spec, "trial": private.trial_in_storage(trial)}
         return planned
 
     def _orphans(self) -> list[optuna.trial.FrozenTrial]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from crucible import private
 from crucible.configuration import Config
 from crucible.options import ConfigError
 from lab.config import resolve_network
@@ -143,7 +144,7 @@ def network_costs(network: nn.Module, shape: tuple[int, ...]) -> NetworkCosts:
         for name, module in network.named_modules(remove_duplicate=True)
         if name
     }
-    held = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers())}
+    held = {private.storage_identity(t) for t in (*network.parameters(), *network.buffers())}
     running: list[tuple[Layer, int]] = []
     saved: dict[int, Tensor] = {}  # alive, so that no address comes twice
     counter = _counter()
@@ -160,8 +161,9 @@ def network_costs(network: nn.Module, shape: tuple[int, ...]) -> NetworkCosts:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held and storage._cdata not in saved:
-            saved[storage._cdata] = tensor
+        identity = private.storage_identity(tensor)
+        if identity not in held and identity not in saved:
+            saved[identity] = tensor
             for layer, _ in running:
                 layer.saved_bytes += storage.nbytes()
         return tensor

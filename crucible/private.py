@@ -1,0 +1,46 @@
+"""Private names of other packages that Crucible leans on, each with what it is taken to mean.
+
+An upgrade may move them. tests/test_private.py says so by name, before a run does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.conv import _ConvNd as AnyConvolution
+from torch.optim import Optimizer
+
+__all__ = [
+    "AnyBatchNorm", "AnyConvolution", "FOREACH", "drop_wandb_argument", "end_sigterm_votes", "storage_identity",
+    "trial_in_storage", "unscale_outside_the_step",
+]  # fmt: skip
+
+# of torch, used where they stand: one kernel for many tensors
+FOREACH = ("_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sub_")  # fmt: skip  # noqa: E501
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """The address of the tensor's storage object: equal for views of one storage, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def unscale_outside_the_step(optimizer: Optimizer) -> None:
+    """Have the gradient scaler unscale before the step, which a fused optimizer would do within it."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+
+
+def end_sigterm_votes(trainer: Any) -> None:
+    """Lightning's ranks no longer vote in every step whether one got a SIGTERM."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def drop_wandb_argument(logger: Any, name: str) -> None:
+    """Take from Lightning's W&B logger an argument that it would hand to `wandb.init`."""
+    logger._wandb_init.pop(name, None)
+
+
+def trial_in_storage(trial: Any) -> int:
+    """The number of an Optuna trial in its storage, with which another process opens it."""
+    return trial._trial_id
