@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from crucible.handover import VARIABLE, pass_on, received
 from crucible.options import ConfigError, suggest
 
@@ -145,7 +147,6 @@ def _siblings(key: str) -> list[str]:
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_dir
-    from omegaconf import OmegaConf
 
     groups = r"^(env|model|data|recipe|technique|sweep|debug|hydra\.searchpath)=(\[.*\]|[^,]+)$"
     arguments = [a for a in sys.argv[1:] if re.match(groups, a) and not a.startswith(f"{key}=")]

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from crucible.configuration import Config
@@ -56,6 +54,8 @@ def find_teacher(text: str) -> Teacher:
         ConfigError: where there is no such run, file or network.
     """
     if text.startswith("timm:"):
+        import timm
+
         name, at, file = text.removeprefix("timm:").partition("@")
         teacher = Teacher(Path(file).expanduser().resolve() if at else None, name)
         if not timm.is_model(name):
@@ -144,6 +144,8 @@ def _run_config(teacher: Teacher) -> dict[str, Any]:
 
 
 def _of_timm(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
+    import timm
+
     _check_fit(teacher, {"input dimensions": 2}, here)
     arguments: dict[str, Any] = {"num_classes": here["classes"], "in_chans": here["input channels"]}
     if teacher.file is None:
@@ -172,6 +174,8 @@ def _of_timm(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
 
 def _pretrained(teacher: Teacher) -> Any:
     """What timm knows of its weights of this name."""
+    from timm.models import get_pretrained_cfg
+
     return get_pretrained_cfg(teacher.timm)
 
 

@@ -27,6 +27,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from crucible.machine import core_count
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = (
     "lab.jobs", "lab.tasks", "lab.sweeps", "datasets.digits", "datasets.synthetic", "models.dynamic_resnet",
@@ -262,10 +268,6 @@ def _report_the_ended(connection: socket.socket) -> None:
 
 def _become(request: Mapping[str, Any]) -> None:
     """Take on what a real start of the process would have found."""
-    import numpy
-    import torch
-    from threadpoolctl import threadpool_limits
-
     before, wanted = dict(os.environ), request["environment"]
     os.environ.clear()
     os.environ.update(wanted)
@@ -279,10 +281,10 @@ def _become(request: Mapping[str, Any]) -> None:
     if wanted.get(THREADS) not in (None, before.get(THREADS)):
         torch.set_num_threads(int(wanted[THREADS]))
     if "OPENBLAS_NUM_THREADS" not in wanted:
-        threads = int(wanted.get(THREADS, 0)) or len(os.sched_getaffinity(0))
+        threads = int(wanted.get(THREADS, 0)) or core_count()
         if threads > 1:
             threadpool_limits(threads, user_api="blas")
-    numpy.random.seed()  # all forks would draw the same
+    np.random.seed()  # all forks would draw the same
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream is sys.stderr or stream.isatty())  # type: ignore[union-attr]
 
@@ -318,8 +320,6 @@ def _end(status: int) -> None:
 
 def _not_forkable() -> str:
     """Why forks of this process could go wrong; empty: they cannot."""
-    import torch
-
     if (threads := threading.active_count()) > 1 or (threads := _system_threads()) > 1:
         return f"{threads} threads run in the warm parent"
     return "CUDA is initialised in the warm parent" if torch.cuda.is_initialized() else ""

@@ -19,7 +19,7 @@ FLOORS = (
     ("datasets", "models"),
     ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.experiment"),
     ("lab.tasks",),
-    ("lab.processes", "lab.jobs"),
+    ("lab.warm", "lab.processes", "lab.jobs"),
     ("lab.planning", "lab.executors", "lab.cluster", "lab.search", "lab.sweeps"),
     ("docs", "hydra_plugins", "main", "report"),
 )
@@ -30,7 +30,7 @@ LATE = {
     ("crucible/loggers.py", "wandb"): "a second, and only where a report goes to W&B",
     ("lab/tasks.py", "pandas"): "a quarter of a second that only notebooks need",
     ("crucible/command_line.py", "hydra"): "report.py explains its errors without Hydra",
-    ("crucible/command_line.py", "omegaconf"): "report.py explains its errors without Hydra",
+    ("lab/teachers.py", "timm"): "a second, only where a teacher is timm's",
     ("optimizers/__init__.py", "timm"): "only for optimizers and layers of timm's",
     ("optimizers/groups.py", "timm"): "only for networks of timm's",
     ("crucible/metrics.py", "torch"): "types; the report reads the table of metrics without torch",
