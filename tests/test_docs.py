@@ -8,6 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from technique_runs import refused_on_the_page
+from test_floors import FLOORS
 
 from crucible.configuration import select
 from docs.generate import PAGE, TRAIN, refused_pairs, techniques_page, with_options_block
@@ -44,3 +45,20 @@ def test_the_readme_names_every_choice_of_a_group(group: str) -> None:
 def test_the_options_in_train_yaml_are_the_generated_ones() -> None:
     text = TRAIN.read_text()
     assert text == with_options_block(text), "run python -m docs.generate"
+
+
+def test_the_page_of_the_architecture_names_what_there_is() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:[\w]+/)+(?:[\w.]+)?)`", page)) | set(re.findall(r"\[(\w+/\w+\.py)", page))
+    assert len(named) > 15
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_floors_on_the_page_are_those_that_are_kept() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text().split("## Floors")[1].split("## ")[0]
+    rows = [
+        tuple(re.findall(r"`([\w.]+)`", line.split("|")[1]))
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
+    assert [set(row) for row in reversed(rows)] == [set(floor) for floor in FLOORS]
