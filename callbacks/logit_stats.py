@@ -66,7 +66,7 @@ class _LogitMeans:
         """Collective."""
         total = torch.cat((self.sums, self.sums.new_tensor([self.samples])))
         if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total, reduce_op="sum")  # type: ignore[assignment]
+            total = trainer.strategy.reduce(total, reduce_op="sum")
         return {f"{prefix}/{name}": value for name, value in zip(NAMES, total[:4] / total[4], strict=True)}
 
 

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def absolute(text: str) -> str:
+    """A path made absolute; what has a scheme, such as `s3://bucket/data`, stays as typed."""
+    return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no other process, here or on another machine, uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")

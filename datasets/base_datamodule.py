@@ -236,7 +236,6 @@ class BaseDataModule(LightningDataModule):
         self._resume: dict[str, int] = {}
         self._divided: tuple[Any, np.ndarray, np.ndarray] | None = None
         self._unlabelled: ImageFiles | None = None
-        self._compile_options: dict[str, Any] | None = None
         self._on_device: dict[tuple[str, torch.device], Policy] = {}
 
     # Checks, before anything else is built
@@ -527,11 +526,6 @@ class BaseDataModule(LightningDataModule):
 
     # The device part
 
-    def compile_batch_transforms(self, **options: Any) -> None:
-        """Compile the batch part of the policies with fullgraph; `options` are `torch.compile`'s."""
-        self._compile_options = options
-        self._on_device.clear()
-
     def batch_transform(self, batch: Batch, stage: Literal["train", "eval"], epoch: int) -> Batch:
         """The policy's batch part on the device that the batch is on; input becomes float32.
 
@@ -548,8 +542,6 @@ class BaseDataModule(LightningDataModule):
             with torch.inference_mode(False):
                 policy = copy.deepcopy(self.train_transforms if stage == "train" else self.test_transforms)
                 policy.to(device)
-            if self._compile_options is not None:
-                policy.compile(fullgraph=True, **self._compile_options)
             self._on_device[stage, device] = policy
         key = torch.full((), stream_key(self.seed, "batch", epoch), dtype=torch.int64, device=device)
         return batch._replace(input=policy(batch.input, batch.index, key))

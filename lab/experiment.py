@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from crucible import configuration
 from crucible.configuration import Config, find_target, flatten, is_semantic
+from crucible.files import absolute
 from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank, world_size
@@ -201,10 +202,10 @@ class Examiner:
         name = f"{identity(config, contents)}-s{config['seed']}"
         folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name
         if config["user_dir"]:
-            config["user_dir"] = str(Path(config["user_dir"]).expanduser().resolve())
+            config["user_dir"] = absolute(config["user_dir"])
         for key in ("data_root_dir", "predict_dir"):
-            path = config["data"]["module"].get(key)
-            config["data"]["module"][key] = str(Path(path).expanduser().resolve()) if path else path
+            if (path := config["data"]["module"].get(key)) is not None:
+                config["data"]["module"][key] = absolute(path)
         facts = {
             "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
             "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),

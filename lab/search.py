@@ -71,7 +71,7 @@ def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseD
             distribution = distributions.IntDistribution if whole else distributions.FloatDistribution
             found[name] = distribution(value.start, value.end, log="log" in value.tags)
         elif isinstance(value, RangeSweep) and not value.shuffle:
-            steps = [float(v) if "." in str(v) else int(v) for v in value.range()]  # type: ignore[arg-type]
+            steps = [float(v) if "." in str(v) else int(v) for v in value.range()]
             distribution = (
                 distributions.IntDistribution
                 if isinstance(steps[0], int)

@@ -429,7 +429,7 @@ def stretch(config: Mapping[str, Any], ratio: float) -> list[str]:
     for name in _EPOCHS:
         value = model.get(name)
         if isinstance(value, list):
-            longer[f"model.{name}"] = [round(v * ratio, 3) for v in value]  # type: ignore[assignment]
+            longer[f"model.{name}"] = [round(v * ratio, 3) for v in value]
         elif value:
             longer[f"model.{name}"] = round(value * ratio, 3)
     return [f"{name}={value}" for name, value in longer.items()]

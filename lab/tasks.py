@@ -126,7 +126,7 @@ def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseD
     data = build_data(config)
     trainer = build_trainer({**config, "trainer": options}, folder, [], [])
     batches = trainer.predict(with_weights(config, checkpoint), datamodule=data) or []
-    columns = [torch.cat([batch[name].cpu() for batch in batches]) for name in ("scores", "target", "index")]  # type: ignore[index, call-overload]
+    columns = [torch.cat([batch[name].cpu() for batch in batches]) for name in ("scores", "target", "index")]  # type: ignore[call-overload]
     order = columns[2].argsort()
     return Scores(*(column[order] for column in columns)), data
 

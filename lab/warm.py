@@ -302,7 +302,7 @@ def _run(request: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         status = 130
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         status = 1
     return status
 

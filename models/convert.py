@@ -199,7 +199,7 @@ def _blur_input(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 def _extend_end(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
     """One position more at the end of each strided dimension, for the window that sticks out there."""
-    padding = [amount for s in reversed(module.blur.stride) for amount in (0, s - 1)]  # type: ignore[union-attr, arg-type]
+    padding = [amount for s in reversed(module.blur.stride) for amount in (0, s - 1)]  # type: ignore[arg-type]
     return F.pad(args[0], padding, value=-math.inf)
 
 

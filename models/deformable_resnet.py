@@ -42,7 +42,7 @@ class DeformableConv2d(nn.Conv2d):
         nn.init.zeros_(self.offset_bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        moved = F.conv2d(input, self.offset_weight, self.offset_bias, self.stride, self.padding)  # type: ignore[arg-type]
+        moved = F.conv2d(input, self.offset_weight, self.offset_bias, self.stride, self.padding)
         dtype = self.weight.dtype
         offset, mask = moved.to(dtype).split((2 * self.taps, self.taps), dim=1)
         out = deform_conv2d(
@@ -50,8 +50,8 @@ class DeformableConv2d(nn.Conv2d):
             offset,
             self.weight,
             None,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
+            self.stride,
+            self.padding,
             mask=mask.sigmoid(),
         )
         return out.to(moved.dtype)

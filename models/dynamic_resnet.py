@@ -147,7 +147,7 @@ class ResNet(nn.Module):
 
 def _imagenet_weights(name: str) -> dict[str, Tensor]:
     """torchvision's best ImageNet weights of the ResNet `name`, downloaded once into torch's cache."""
-    weights = get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    weights = get_model_weights(name).DEFAULT
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch's download waits for ever where nobody answers
     try:

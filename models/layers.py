@@ -57,7 +57,7 @@ class _Scale(torch.autograd.Function):
         return x * forward_factor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (backward_factor,) = ctx.saved_tensors
         return grad * backward_factor, None, None
 

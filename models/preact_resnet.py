@@ -182,7 +182,7 @@ class PreActResNet(nn.Module):
         initialise(self)
         if zero_init_residual:
             for module in self.blocks:
-                nn.init.zeros_(module.branch[-1].weight)  # type: ignore[union-attr, index, arg-type]
+                nn.init.zeros_(module.branch[-1].weight)  # type: ignore[union-attr, index]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm(self.blocks(self.stem(x))))

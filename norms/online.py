@@ -182,7 +182,7 @@ class _OnlineNormFunction(Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -238,7 +238,7 @@ class _OnlineNormFunction(Function):
         return out.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, inv, y1, y2, r = ctx.saved_tensors
         dtype, native, gain = mean.dtype, ctx.native, 1 - ctx.alpha_bkw
         w, b = weight.to(dtype), bias.to(dtype)

@@ -92,7 +92,7 @@ def sam_closure(module: Any, closure: Closure, options: Sam) -> Closure:
         strategy = module.trainer.strategy
         per_process = isinstance(strategy, ParallelStrategy) and not options.sam_sync
         module.reseed()
-        with strategy.block_backward_sync() if per_process else nullcontext():  # type: ignore[attr-defined]
+        with strategy.block_backward_sync() if per_process else nullcontext():
             loss = closure()
         if loss is None:  # training_step skipped the batch
             return None

@@ -441,3 +441,14 @@ def test_the_batch_has_the_precision_of_the_weights(cli, precision: str) -> None
         *TINY, f"trainer.precision={precision}", "trainer.limit_train_batches=2", "technique=[mixup,swa]"
     )
     assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize(("typed", "recorded"), [("s3://bucket/x", "s3://bucket/x"), ("here", None)])
+def test_a_data_root_that_is_a_url_reaches_the_data_as_typed(
+    cli, tmp_path: Path, typed: str, recorded: str | None
+) -> None:
+    outcome = cli(*TINY, f"+data.module.data_root_dir={typed}")
+    assert outcome.status == 0, outcome.err
+    (run,) = runs_in(tmp_path)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["module"]["data_root_dir"] == (recorded or str(tmp_path / typed))

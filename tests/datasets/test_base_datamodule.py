@@ -319,17 +319,6 @@ def test_the_batch_part_may_run_first_in_inference_mode_and_then_in_training():
     assert weight.grad is not None
 
 
-def test_the_compiled_batch_part_is_the_same():
-    module, compiled = (
-        Mine(raw=arrays(), train_transforms=cifar.BaselineCutoutTransform()) for _ in range(2)
-    )
-    compiled.compile_batch_transforms(backend="aot_eager")
-    batch = drawn(module)[0]
-    for epoch in (0, 1):
-        expected = module.batch_transform(batch, "train", epoch).input
-        assert torch.allclose(compiled.batch_transform(batch, "train", epoch).input, expected, atol=1e-6)
-
-
 def test_samples_pickle_also_after_the_batch_part_ran():
     module = Mine(raw=arrays(), train_transforms=cifar.RandAugmentTransform())
     module.batch_transform(drawn(module)[0], "train", 0)
