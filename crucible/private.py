@@ -18,7 +18,10 @@ __all__ = [
 ]  # fmt: skip
 
 # of torch, used where they stand: one kernel for many tensors
-FOREACH = ("_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sub_")  # fmt: skip  # noqa: E501
+FOREACH = (
+    "_foreach_add_", "_foreach_copy_", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm",
+    "_foreach_sub_",
+)  # fmt: skip
 
 
 def storage_identity(tensor: Tensor) -> int:

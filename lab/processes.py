@@ -71,6 +71,8 @@ class Process:
         """Clean up after its end, record a death that it could not record itself; the exit status."""
         _end_group(self._process.pid)
         run, status = self.run, self._process.wait()
+        if run.state() == "running":  # another process holds it; a warm parent that has died cannot say so
+            return HELD
         outcome = run.summary().get("status")
         if outcome not in ("finished", "interrupted", "pruned") and status != HELD:
             reason = (

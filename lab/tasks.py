@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,8 +226,9 @@ def device_name(kind: str) -> str:
     return f"{model}, {torch.get_num_threads()} threads" if kind == "cpu" else f"{model} ({kind})"
 
 
+@cache
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout, and whether it has changes."""
+    """Commit of the checkout, and whether it has changes; as it was when this process, or its warm parent, asked."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:

@@ -336,6 +336,7 @@ def main(descriptor: int) -> int:
         connection.set_inheritable(False)
         for name in HEAVY:
             importlib.import_module(name)
+        importlib.import_module("lab.tasks").git_state()  # that of the code loaded here
         if reason := _not_forkable():
             connection.send(json.dumps({"refused": reason}).encode())
             return 1

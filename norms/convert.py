@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from crucible.modules import replace_modules
 from crucible.options import ConfigError, check_value, signature_options, suggest
+from crucible.private import AnyBatchNorm
 from norms.modules import (
     BatchNorm,
     GhostBatchNorm,
@@ -36,7 +36,7 @@ NORMS: dict[str, type[nn.Module]] = {
     "online": OnlineNorm,
     "none": NoNorm,
 }
-_CONVERTIBLE: tuple[type, ...] = (_BatchNorm, *NORMS.values())
+_CONVERTIBLE: tuple[type, ...] = (AnyBatchNorm, *NORMS.values())
 
 
 def norm_options(norm: str) -> dict[str, tuple[Any, Any]]:
@@ -138,7 +138,7 @@ def _converted(source: Any, norm: str, kwargs: Mapping[str, Any], like: Tensor |
         with torch.no_grad():
             for mine, theirs in zip(new, old, strict=True):
                 mine.copy_(theirs)
-    if isinstance(target, _BatchNorm) and getattr(source, "num_batches_tracked", None) is not None:
+    if isinstance(target, AnyBatchNorm) and getattr(source, "num_batches_tracked", None) is not None:
         target.num_batches_tracked.copy_(source.num_batches_tracked)  # type: ignore[union-attr]
     if isinstance(getattr(source, "act", None), nn.Module):
         target.drop, target.act = getattr(source, "drop", nn.Identity()), source.act

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from crucible.private import AnyBatchNorm
 
 Eps = Annotated[float, "(0, inf)", "added to the variance"]
 Momentum = Annotated[
@@ -19,7 +20,7 @@ Momentum = Annotated[
 ]
 
 
-class BatchNorm(_BatchNorm):
+class BatchNorm(AnyBatchNorm):
     """Batch normalisation (arXiv 1502.03167) for any number of spatial dimensions."""
 
     running_mean: Tensor  # always tracked
@@ -224,7 +225,7 @@ def average_running_statistics(network: nn.Module) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     buffers = [
-        b for m in network.modules() if isinstance(m, _BatchNorm) for b in (m.running_mean, m.running_var)
+        b for m in network.modules() if isinstance(m, AnyBatchNorm) for b in (m.running_mean, m.running_var)
     ]
     tensors = [b for b in buffers if b is not None]
     if tensors:

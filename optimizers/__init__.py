@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from crucible.options import ConfigError, signature_options, suggest
+from crucible.private import unscale_outside_the_step
 
 __all__ = ["OptimizerOptions", "build_optimizer"]
 
@@ -86,7 +87,7 @@ def _construct(options: OptimizerOptions, parameters: list[Any]) -> Optimizer:
         ) from error
     if arguments.get("fused"):
         # A fused step would unscale by itself: too late for what reads or clips the gradients before it.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        unscale_outside_the_step(optimizer)
     return optimizer
 
 

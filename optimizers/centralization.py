@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from crucible.options import ConfigError
+from crucible.private import AnyConvolution
 from crucible.technique import Step, Technique
 
 __all__ = ["GradientCentralization", "centralise_gradients", "centralised_weights"]
@@ -58,7 +58,7 @@ def centralised_weights(module: nn.Module, which: Which) -> list[nn.Parameter]:
     """
     found: list[nn.Parameter] = []
     for part in module.modules():
-        if isinstance(part, _ConvNd) or (which == "all" and isinstance(part, nn.Linear)):
+        if isinstance(part, AnyConvolution) or (which == "all" and isinstance(part, nn.Linear)):
             found.append(part.weight)  # type: ignore[arg-type]
         elif which == "all" and isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
             found.append(part.in_proj_weight)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import nightly
 from lightning.pytorch.callbacks import Callback
+from record import tensors
 from technique_runs import TECHNIQUES, built, composed, refused_on_the_page
 
 # those that carry state, or draw random numbers in the step
@@ -30,20 +31,6 @@ class SaveAt(Callback):
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == STOP:
             trainer.save_checkpoint(self.file)
-
-
-def tensors(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a nested state."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return {k: v for key, part in items for k, v in tensors(part, f"{name}.{key}").items()}
 
 
 @pytest.mark.slow

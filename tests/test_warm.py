@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from crucible.run import RunDirectory
-from lab.processes import Process
+from lab.processes import HELD, Process
 from lab.warm import Cold, Started, WarmParent
 
 Start = Callable[..., Started]
@@ -157,3 +157,27 @@ def test_a_parent_ends_with_its_client_however_that_ends(tmp_path: Path) -> None
     parent = WarmParent()
     parent.close()
     assert gone(parent.pid)
+
+
+def test_a_run_that_another_process_holds_is_left_to_it_whatever_the_status_says(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.record({}, [])
+    run.update_summary(status="running", reason="")
+    process = Process(run)  # ends at once: the record is no configuration
+    assert process.ended(60)
+    run.claim()
+    try:
+        assert process.outcome() == HELD
+        assert run.summary()["status"] == "running" and run.state() == "running"
+    finally:
+        run.release()
+
+
+def test_a_process_knows_the_commit_of_the_code_that_it_was_loaded_with(start: Start, tmp_path: Path) -> None:
+    process = start(
+        "import subprocess",
+        "subprocess.run = None  # nothing is asked any more",
+        "from lab.tasks import git_state",
+        "sys.exit(0 if 'commit' in git_state() else 3)",
+    )
+    assert process.wait(60) == 0, (tmp_path / "said").read_text()
