@@ -22,10 +22,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from crucible import configuration
-from crucible.options import ConfigError, option_range, option_text, signature_options
+from crucible.options import ConfigError, option_range, option_text
 from docs import models_page, reproducing_page
 from lab.config import check, resolve_network
-from models.base_model import BASICS, BaseModel
+from models.base_model import BASICS
 from models.dynamic_resnet import ResNetModel
 from models.layers import BasicBlock
 from models.techniques import TECHNIQUES
@@ -88,18 +88,14 @@ def refused_pairs() -> dict[tuple[str, str], str]:
         )
     resolve_network(base)
     settings = {name: technique_settings(name) for name in technique_names()}
-    of_the_network = signature_options(ResNetModel).keys() - signature_options(BaseModel).keys()
     refused: dict[tuple[str, str], str] = {}
     for pair in combinations(settings, 2):
         config = merged(merged(base, settings[pair[0]]), settings[pair[1]])
         try:
             check(config, [])
-            if all(any(name in of_the_network for name in settings[t].get("model", {})) for t in pair):
-                given = {
-                    k: v for k, v in config["model"].items() if k not in ("_target_", "init_from", "compile")
-                }
-                with torch.device("meta"):
-                    SmallResNet(**given).convert()
+            given = {k: v for k, v in config["model"].items() if k not in ("_target_", "init_from")}
+            with torch.device("meta"):
+                SmallResNet(**given).convert()
         except ConfigError as error:
             refused[pair] = str(error)
     return refused

@@ -19,6 +19,7 @@ from crucible.command_line import describe
 from lab.build import build_data, build_model, build_trainer
 from lab.config import check, resolve
 from lab.summary import check_input
+from lab.teachers import hand_in_teacher
 
 TECHNIQUES = {
     file.stem: yaml.safe_load(file.read_text())
@@ -94,6 +95,7 @@ def outcome(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     data.check()
     resolve(config, data)
     model = build_model(config)
+    hand_in_teacher(model, config)
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     config["trainer"]["enable_checkpointing"] = False  # hundreds of runs' weights would fill a disk
     trainer = build_trainer(config, folder, callbacks, [])
