@@ -41,6 +41,7 @@ HEAVY = (
 LARGEST = 160_000  # bytes of a request: what a socket takes as one message
 UNKNOWN = 1  # the exit status of a process whose parent died first
 THREADS = "OMP_NUM_THREADS"
+SET_BY_IMPORTS = {"KMP_INIT_AT_FORK"}  # by scikit-learn, in the parent too
 READ_AT_LOADING = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "LD_", "PYTHONHASHSEED", "TORCH_")
 
 
@@ -128,7 +129,7 @@ class WarmParent:
         if not self._alive:
             raise Cold("the warm parent has died")
         names = {n for n in {*environment, *self.environment} if n.startswith(READ_AT_LOADING)}
-        differing = {n for n in names if environment.get(n) != self.environment.get(n)}
+        differing = {n for n in names if environment.get(n) != self.environment.get(n)} - SET_BY_IMPORTS
         if environment.get(THREADS, "").isdigit():
             differing.discard(THREADS)
         if differing:

@@ -123,6 +123,10 @@ def test_what_libraries_have_read_already_needs_a_real_start(start: Start) -> No
         start("pass", environment={"MKL_NUM_THREADS": "3"})
 
 
+def test_what_an_import_sets_in_either_process_needs_none(start: Start) -> None:
+    assert start("pass", environment={"KMP_INIT_AT_FORK": "FALSE"}).wait(60) == 0
+
+
 def test_a_killed_parent_takes_no_process_with_it_and_the_next_start_is_a_real_one(
     start: Start, tmp_path: Path
 ) -> None:
