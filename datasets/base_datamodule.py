@@ -6,104 +6,30 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
 from crucible.batch import Batch
-from crucible.keyed import keyed_rng, stream_key
+from crucible.keyed import stream_key
 from crucible.machine import core_count
 from crucible.options import ConfigError
-from datasets.images import Arrays, ImageFiles, SampleError, fingerprint, image_files
-from datasets.sampling import (
-    EpochSampler,
-    EvalSampler,
-    FrozenEpochSampler,
-    KeyedBatch,
-    fold_out,
-    hold_out,
-)
+from datasets.images import Arrays, ImageFiles, fingerprint, image_files
+from datasets.samples import Samples, naming, sample_name
+from datasets.sampling import EpochSampler, EvalSampler, FrozenEpochSampler, fold_out, hold_out
 
 Split = Literal["train", "val", "test", "predict"]
 _MOST_WORKERS = 16
 
 
-class Samples(Dataset):
-    """Some samples of a raw data set with a policy's sample part; an item is a whole batch.
-
-    Args:
-        raw: gives `(input, target)` by number.
-        indices: the numbers in `raw` of the samples, or None for all.
-        policy: its `sample` is applied to each input.
-        stream: name of the random stream.
-        seed: of the random stream.
-    """
-
-    def __init__(self, raw: Any, indices: np.ndarray | None, policy: Policy, stream: str, seed: int) -> None:
-        self.raw = raw
-        self.indices = indices
-        self.policy = policy
-        self.stream = stream
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.raw) if self.indices is None else len(self.indices)
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the samples lie in memory and need no work of their own."""
-        return isinstance(self.raw, Arrays) and self.policy.keeps(self.raw.inputs)
-
-    def __getitem__(self, batch: KeyedBatch) -> Batch:
-        epoch, places = batch
-        indices = np.asarray(places, dtype=np.int64)
-        if self.indices is not None:
-            indices = self.indices[indices]
-        index = torch.from_numpy(indices)
-        if self.keeps:
-            return Batch(self.raw.inputs[index], _targets(self.raw.targets[indices]), index)
-        inputs, targets = zip(*(self._sample(epoch, i) for i in indices.tolist()), strict=True)
-        return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
-
-    def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
-        with _naming(self.raw, index):
-            input, target = self.raw[index]
-            with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
-                return self.policy.sample(input), target
-
-
-@contextmanager
-def _naming(raw: Any, index: int) -> Iterator[None]:
-    """Errors name the sample in their text: from a worker, nothing but the text arrives."""
-    try:
-        yield
-    except SampleError:
-        raise
-    except Exception as error:
-        raise SampleError(f"sample {sample_name(raw, index)}: {type(error).__name__}: {error}") from error
-
-
-def _targets(values: np.ndarray) -> Tensor:
-    kind = np.float32 if values.dtype.kind == "f" else np.int64
-    return torch.from_numpy(values.astype(kind, copy=False))
-
-
 def _hand_on(batch: Any) -> Any:
     return batch
-
-
-def sample_name(raw: Any, index: int) -> str:
-    """The file of a sample, relative to the data's folder; for data without files, its number."""
-    names = getattr(raw, "names", None)
-    return str(index) if names is None else names[index]
 
 
 def _once(setup: Callable[..., None]) -> Callable[..., None]:
@@ -350,7 +276,7 @@ class BaseDataModule(LightningDataModule):
         if targets is None:
             targets = []
             for index in range(len(raw)):
-                with _naming(raw, index):
+                with naming(raw, index):
                     targets.append(raw[index][1])
         return np.asarray(targets)
 

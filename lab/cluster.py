@@ -85,8 +85,15 @@ class ClusterJob:
     def _end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(SAVE_S)
+        deadline = time.monotonic() + SAVE_S
+        while time.monotonic() < deadline and not self._has_ended():
+            time.sleep(0.05)
+
+    def _has_ended(self) -> bool:
+        # in a signal's handler Popen.wait would not see it: the wait that the signal interrupts has its lock
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return True
 
     def checkpoint(self) -> Any:
         """Called by submitit on preemption or timeout: what is queued instead."""

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from lab.warm import Cold, Started, WarmParent
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -46,10 +49,11 @@ def nightly(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
 
 
-# a run of a second or two: learnable, no files, no trackers
+# a run of half a second: learnable, no files, no trackers
 TINY = [
     "data=synthetic", "data.module.num_samples=96", "data.module.batch_size=16", "trainer.max_epochs=1",
-    "logger.wandb=null", "callbacks.plots=null", "trainer.enable_progress_bar=false",
+    "model=cifar_resnet", "logger.wandb=null", "callbacks.plots=null",
+    "trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
 
@@ -96,26 +100,120 @@ def cli(
     return run
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Callable[..., Outcome]:
-    """Run `python main.py ARGUMENTS` as a user does, in a process group of its own that ends with the test."""
+class Command:
+    """`python SCRIPT ARGUMENTS` as a user types it, in a process group of its own.
 
-    def run(
-        *arguments: str, script: str = "main.py", timeout: float = 240, env: dict[str, str] | None = None
-    ) -> Outcome:
-        environment = {**os.environ, **(env or {})}
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=tmp_path, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+    Args:
+        folder: where it is typed.
+        arguments: of the script.
+        script: of the checkout.
+        env: added to this process's.
+        warm: starts the process; None: a real start.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        script: str = "main.py",
+        env: Mapping[str, str] | None = None,
+        warm: WarmParent | None = None,
+    ) -> None:
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # as long as the command
+        command, environment = [str(ROOT / script), *arguments], {**os.environ, **(env or {})}
+        outputs = self._out.fileno(), self._err.fileno()
+        self._process: subprocess.Popen[bytes] | Started | None = None
+        if warm is not None:
+            with contextlib.suppress(Cold):
+                self._process = warm.start(command, environment, *outputs, cwd=folder)
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, *command], cwd=folder, env=environment, start_new_session=True,
+                stdout=outputs[0], stderr=outputs[1],
+            )  # fmt: skip
+        self.pid = self._process.pid
+        self.poll, self.wait = self._process.poll, self._process.wait
+
+    @property
+    def said(self) -> tuple[str, str]:
+        """Its output and its errors so far."""
+        return tuple(os.pread(f.fileno(), 1 << 24, 0).decode() for f in (self._out, self._err))  # type: ignore[return-value]
+
+    def outcome(self, timeout: float = 240) -> Outcome:
+        """What it came to; nothing that it started is left."""
         try:
-            out, err = process.communicate(timeout=timeout)
+            status = self.wait(timeout)
         finally:
-            end_group(process)
-        return Outcome(process.returncode, out, err)
+            self.end()
+        return Outcome(status, *self.said)
+
+    def end(self) -> None:
+        """Kill it, and whatever it left running."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait(20)
+
+
+@pytest.fixture(scope="session")
+def warm_parent() -> Iterator[WarmParent]:
+    """What the tests' commands are forked from."""
+    parent = WarmParent()
+    yield parent
+    parent.close()
+
+
+@pytest.fixture
+def launch(tmp_path: Path, warm_parent: WarmParent) -> Iterator[Callable[..., Command]]:
+    """Start `python main.py ARGUMENTS`; `real=True` for a start as the shell makes it. It ends with the test."""
+    commands = []
+
+    def start(*arguments: str, folder: Path = tmp_path, real: bool = False, **options: Any) -> Command:
+        commands.append(Command(folder, *arguments, warm=None if real else warm_parent, **options))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        command.end()
+
+
+@pytest.fixture
+def shell(launch: Callable[..., Command]) -> Callable[..., Outcome]:
+    """Run `python main.py ARGUMENTS` to its end."""
+
+    def run(*arguments: str, timeout: float = 240, **options: Any) -> Outcome:
+        return launch(*arguments, **options).outcome(timeout)
 
     return run
+
+
+@pytest.fixture
+def ranks(launch: Callable[..., Command]) -> Callable[..., list[Outcome]]:
+    """Run `python main.py ARGUMENTS` as two processes of one job, which torchrun would have started."""
+
+    def run(*arguments: str, timeout: float = 240, **options: Any) -> list[Outcome]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared |= {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        both = [
+            launch(*arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            for rank in range(2)
+        ]
+        return [rank.outcome(timeout) for rank in both]
+
+    return run
+
+
+@pytest.fixture
+def on_two_processes(ranks: Callable[..., list[Outcome]]) -> Callable[..., None]:
+    """Call a function of a test file, with texts, in both of two processes."""
+
+    def call(function: Callable[..., None], *arguments: object) -> None:
+        file = function.__code__.co_filename
+        both = ranks(file, function.__name__, *map(str, arguments), script="tests/rank.py")
+        assert [rank.status for rank in both] == [0, 0], both[0].err + both[1].err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_the_cluster_environment_names_the_variable_that_is_not_set(
 
 
 def test_help_shows_groups_options_and_examples_without_heavy_imports(shell) -> None:
-    outcome = shell("--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    outcome = shell("--help", env={"PYTHONPROFILEIMPORTTIME": "1"}, real=True)
     assert outcome.status == 0
     for part in ("model:", "technique:", "mixup", "model.lr", "Examples", "python main.py -m"):
         assert part in outcome.out, outcome.out
@@ -173,6 +173,6 @@ def test_two_techniques_that_fight_over_an_option_are_refused(cli, tmp_path: Pat
 
 
 def test_the_tracebacks_are_there_for_who_wants_them(shell) -> None:
-    outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"})
+    outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"}, real=True)
     assert outcome.status != 0
     assert "Traceback" in outcome.err and "ConfigError" in outcome.err

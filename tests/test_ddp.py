@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Outcome, end_group, runs_in
+from conftest import ROOT, TINY, Command, Outcome, end_group, runs_in
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +56,7 @@ def mine(tmp_path: Path) -> list[str]:
     (folder / "cli_configs" / "model").mkdir(parents=True)
     (folder / "plain.py").write_text(PLAIN_NETWORK)
     (folder / "cli_configs" / "model" / "plain.yaml").write_text("_target_: plain.Plain\n")
-    return [f"user_dir={folder}", "model=plain", *TINY, "+callbacks.probe._target_=plain.Probe"]
+    return [f"user_dir={folder}", *TINY, "model=plain", "+callbacks.probe._target_=plain.Probe"]
 
 
 def summary_of(run: Path) -> dict:
@@ -72,7 +74,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_one_step_of_two_processes_equals_one_step_of_one(shell, tmp_path: Path, mine: list[str]) -> None:
     step = ["trainer.limit_train_batches=1", "test_after_training=false"]
     one = shell(*mine, *step, "data.module.batch_size=16")
-    two = shell(*mine, *step, "data.module.batch_size=8", "trainer.devices=2")
+    two = shell(*mine, *step, "data.module.batch_size=8", "trainer.devices=2", real=True)
     assert one.status == 0 and two.status == 0, one.err + two.err
     runs = {len(ranks_of(run)): run for run in runs_in(tmp_path / "experiments")}
     assert set(runs) == {1, 2}
@@ -83,10 +85,10 @@ def test_one_step_of_two_processes_equals_one_step_of_one(shell, tmp_path: Path,
 
 
 def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(
-    shell, tmp_path: Path, mine: list[str]
+    shell, ranks, tmp_path: Path, mine: list[str]
 ) -> None:
     sizes = ["data.module.num_samples=203", "data.module.batch_size=7", "metrics=[acc,f1,auroc,ece]"]
-    outcome = shell(*mine, *sizes, "trainer.devices=2")
+    outcome, _ = ranks(*mine, *sizes, "trainer.devices=2")
     assert outcome.status == 0, outcome.err
     (run,) = runs_in(tmp_path / "experiments")
     final = summary_of(run)["final"]
@@ -125,18 +127,20 @@ def test_torchrun_makes_one_run(tmp_path: Path, mine: list[str]) -> None:
     assert len(ranks_of(run)) == 2 and summary_of(run)["status"] == "finished"
 
 
-def test_slurm_makes_one_run_and_the_same_command_again_leaves_it(tmp_path: Path, mine: list[str]) -> None:
+def test_slurm_makes_one_run_and_the_same_command_again_leaves_it(
+    launch, tmp_path: Path, mine: list[str]
+) -> None:
     for attempt in range(2):
-        ranks = srun(tmp_path, *mine, "trainer.devices=2")
+        ranks = srun(launch, *mine, "trainer.devices=2")
         assert [rank.status for rank in ranks] == [0, 0], ranks[0].err + ranks[1].err
         (run,) = runs_in(tmp_path / "experiments")
         assert len(ranks_of(run)) == 2 and summary_of(run)["status"] == "finished"
         assert ("finished before" in ranks[0].out) == (attempt == 1)
 
 
-def srun(folder: Path, *arguments: str) -> list[Outcome]:
+def srun(launch: Callable[..., Command], *arguments: str) -> list[Outcome]:
     """Start two ranks with the variables that SLURM sets."""
-    processes = []
+    ranks = []
     for rank in range(2):
         variables = {
             "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2",
@@ -144,23 +148,8 @@ def srun(folder: Path, *arguments: str) -> list[Outcome]:
             "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost",
             "SLURM_STEP_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
         }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "main.py"), *arguments],
-                cwd=folder,
-                text=True,
-                start_new_session=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **variables},
-            )
-        )
-    try:
-        said = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            end_group(process)
-    return [Outcome(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
+        ranks.append(launch(*arguments, env=variables))
+    return [rank.outcome() for rank in ranks]
 
 
 def test_torchrun_with_other_devices_is_refused(tmp_path: Path, mine: list[str]) -> None:
@@ -205,20 +194,14 @@ def test_a_rank_that_dies_fails_the_run_and_not_the_sweep(shell, tmp_path: Path,
     assert "rank 1 is gone" in statuses["failed"]["reason"]
 
 
-def test_sigterm_ends_both_ranks_with_their_state_saved(tmp_path: Path, mine: list[str]) -> None:
-    command = [*mine, "trainer.devices=2", "trainer.max_epochs=300", "checkpoint.every_steps=2"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command], cwd=tmp_path, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(os.environ),
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
-            time.sleep(0.1)
-        process.terminate()
-        assert process.wait(60) == 143, process.communicate()[0]
-    finally:
-        end_group(process)
+def test_sigterm_ends_both_ranks_with_their_state_saved(launch, tmp_path: Path, mine: list[str]) -> None:
+    process = launch(*mine, "trainer.devices=2", "trainer.max_epochs=300", "checkpoint.every_steps=2")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    ended = process.outcome(60)
+    assert ended.status == 143, ended.err
     (run,) = runs_in(tmp_path / "experiments")
     assert summary_of(run)["status"] == "interrupted"
     assert not (run / "claim").exists()

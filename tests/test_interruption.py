@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, end_group, runs_in
+from conftest import TINY, Command, runs_in
+
+from lab.warm import WarmParent
 
 # dropout, mixing and drop paths draw random numbers; online norm and momentum carry state
 STATEFUL = [
@@ -29,15 +29,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=folder, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> Path:
+def wait_for_step(folder: Path, process: Command, step: int) -> Path:
     """Wait until last.ckpt of the run holds at least `step` optimizer steps."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -46,29 +38,29 @@ def wait_for_step(folder: Path, process: subprocess.Popen[str], step: int) -> Pa
             if file.is_file() and torch.load(file, weights_only=True)["global_step"] >= step:
                 return run
         time.sleep(0.02)
-    pytest.fail(
-        f"never reached step {step}: {process.communicate()[0] if process.poll() is not None else 'too slow'}"
-    )
+    pytest.fail(f"never reached step {step}: {process.said if process.poll() is not None else 'too slow'}")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, warm_parent: WarmParent) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    process = launch(folder, *STATEFUL)
-    assert process.wait(240) == 0, process.communicate()[0]
+    whole = Command(folder, *STATEFUL, warm=warm_parent).outcome()
+    assert whole.status == 0, whole.err
     return runs_in(folder)[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 4, 8])
-def test_kill_minus_9_loses_nothing(tmp_path: Path, uninterrupted: Path, step: int) -> None:
-    process = launch(tmp_path, *STATEFUL)
+@pytest.mark.parametrize(("step", "real"), [(2, False), (4, False), (8, True)], ids=["2", "4", "8"])
+def test_kill_minus_9_loses_nothing(
+    launch, shell, tmp_path: Path, uninterrupted: Path, step: int, real: bool
+) -> None:
+    process = launch(*STATEFUL, real=real)
     run = wait_for_step(tmp_path, process, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert json.loads((run / "summary.json").read_text())["status"] == "running"
-    resumed = launch(tmp_path, f"run={run}", "data.module.num_workers=2")
-    assert resumed.wait(240) == 0, resumed.communicate()[0]
+    resumed = shell(f"run={run}", "data.module.num_workers=2", real=real)
+    assert resumed.status == 0, resumed.err
     assert equal(weights(run), weights(uninterrupted))
     rows = (run / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
@@ -77,38 +69,32 @@ def test_kill_minus_9_loses_nothing(tmp_path: Path, uninterrupted: Path, step: i
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
-    tmp_path: Path, uninterrupted: Path, number: int
+    launch, shell, tmp_path: Path, uninterrupted: Path, number: int
 ) -> None:
-    process = launch(tmp_path, *STATEFUL)
+    process = launch(*STATEFUL)
     run = wait_for_step(tmp_path, process, 3)
     os.kill(process.pid, number)
-    assert process.wait(60) == 128 + number
-    end_group(process)
+    assert process.outcome(60).status == 128 + number
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted" and signal.Signals(number).name in summary["reason"]
     assert not (run / "claim").exists()
-    resumed = launch(tmp_path, *STATEFUL)
-    assert resumed.wait(240) == 0, resumed.communicate()[0]
+    resumed = shell(*STATEFUL)
+    assert resumed.status == 0, resumed.err
     assert equal(weights(run), weights(uninterrupted))
 
 
 @pytest.mark.slow
-def test_a_run_in_progress_is_left_alone(tmp_path: Path) -> None:
-    process = launch(tmp_path, *TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
-    try:
-        wait_for_step(tmp_path, process, 2)
-        second = launch(tmp_path, *TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
-        out, _ = second.communicate(timeout=120)
-        assert second.returncode != 0 and "in progress" in out
-    finally:
-        end_group(process)
-        process.wait()
+def test_a_run_in_progress_is_left_alone(launch, shell, tmp_path: Path) -> None:
+    process = launch(*TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
+    wait_for_step(tmp_path, process, 2)
+    second = shell(*TINY, "trainer.max_epochs=500", "checkpoint.every_steps=2")
+    assert second.status != 0 and "in progress" in second.err
 
 
 @pytest.mark.slow
-def test_worker_count_does_not_change_the_result(cli, tmp_path: Path, uninterrupted: Path) -> None:
-    process = launch(tmp_path, *STATEFUL, "data.module.num_workers=2")
-    assert process.wait(240) == 0, process.communicate()[0]
+def test_worker_count_does_not_change_the_result(shell, tmp_path: Path, uninterrupted: Path) -> None:
+    outcome = shell(*STATEFUL, "data.module.num_workers=2")
+    assert outcome.status == 0, outcome.err
     assert equal(weights(runs_in(tmp_path)[0]), weights(uninterrupted))
 
 

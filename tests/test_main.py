@@ -316,7 +316,7 @@ def test_the_debug_groups_run(cli, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_main_job_learns_the_digits(shell, tmp_path: Path) -> None:
-    outcome = shell()
+    outcome = shell(real=True)
     assert outcome.status == 0, outcome.err
     assert summary_of(only_run(tmp_path))["final"]["test/acc"] >= 0.97
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, Outcome, end_group, runs_in
+from conftest import ROOT, TINY, Command, Outcome, runs_in
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
@@ -296,10 +296,11 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
 ) -> None:
     arguments = [
         "-m",
+        *TINY,
+        "model=resnet",
         "technique=powergrad,mixup,group_norm,layer_norm",
         "design=pairs",
         "seed=range(3)",
-        *TINY,
     ]
     outcome = cli(*arguments, "dry_run=true", "sweep=ablation")
     assert outcome.status == 0, outcome.err
@@ -331,11 +332,10 @@ def test_the_yaml_files_state_the_defaults() -> None:
 # for real
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), "-m", *TINY, *arguments], cwd=folder, text=True,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+@pytest.fixture
+def start(launch: Callable[..., Command]) -> Callable[..., Command]:
+    """Start a sweep of tiny runs."""
+    return lambda *arguments, **options: launch("-m", *TINY, *arguments, **options)
 
 
 def starts_of(run: Path) -> int:
@@ -348,7 +348,7 @@ def sweeps_in(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(tmp_path: Path) -> None:
+def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(start, tmp_path: Path) -> None:
     command = [
         "sweep=[ablation,joblib]",
         "n_jobs=2",
@@ -357,9 +357,8 @@ def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(tmp_path
         "equal_time=true",
     ]
     command += ["trainer.max_epochs=4", "planned_seeds=5", "margin_points=0.5", "data.module.num_samples=400"]
-    both = [start(tmp_path, *command) for _ in range(2)]
-    said = [process.communicate(timeout=580)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said[0] + said[1]
+    both = [process.outcome(580) for process in [start(*command) for _ in range(2)]]
+    assert [outcome.status for outcome in both] == [0, 0], both[0].err + both[1].err
     runs = runs_in(tmp_path / "experiments" / "synthetic")
     assert [starts_of(run) for run in runs] == [1] * len(runs), "nothing runs twice"
     summaries = [summary_of(run) for run in runs]
@@ -377,14 +376,13 @@ def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(tmp_path
     assert record["rivals"] == {"sam": rival}
     assert {Path(run["run"]).name for run in record["runs"]} == {run.name for run in runs}
     assert summaries[0]["sweep"]["margin_points"] == 0.5
-    again = start(tmp_path, *command)
-    out = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and "nothing is left to run" in out
+    again = start(*command).outcome()
+    assert again.status == 0 and "nothing is left to run" in again.out
     assert [starts_of(run) for run in runs] == [1] * len(runs)
 
 
 @pytest.mark.slow
-def test_failures_are_listed_and_retried_when_asked_and_ctrl_c_loses_nothing(tmp_path: Path) -> None:
+def test_failures_are_listed_and_retried_when_asked_and_ctrl_c_loses_nothing(start, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "bomb.py").write_text(
@@ -397,50 +395,44 @@ def test_failures_are_listed_and_retried_when_asked_and_ctrl_c_loses_nothing(tmp
     )
     (tmp_path / "bomb").touch()
     bomb = ["user_dir=mine", "+callbacks.bomb._target_=bomb.Bomb", "seed=0,1,2", "trainer.max_epochs=3"]
-    first = start(tmp_path, *bomb, "n_jobs=2")
-    out = first.communicate(timeout=300)[0]
-    assert first.returncode == 1
-    assert "1 of the sweep's jobs did not finish" in out and "the roof is on fire" in out
+    first = start(*bomb, "n_jobs=2", real=True).outcome()
+    assert first.status == 1
+    assert "1 of the sweep's jobs did not finish" in first.err and "the roof is on fire" in first.err
     statuses = {
         s["seed"]: s["status"] for s in map(summary_of, runs_in(tmp_path / "experiments" / "synthetic"))
     }
     assert statuses == {0: "finished", 1: "failed", 2: "finished"}
-    again = start(tmp_path, *bomb)
-    out = again.communicate(timeout=200)[0]
-    assert again.returncode == 1 and "0 of 3 runs to do" in out and "retry_failed=true" in out
+    again = start(*bomb).outcome()
+    assert again.status == 1 and "0 of 3 runs to do" in again.out and "retry_failed=true" in again.err
     (tmp_path / "bomb").unlink()
-    retried = start(tmp_path, *bomb, "retry_failed=true")
-    out = retried.communicate(timeout=300)[0]
-    assert retried.returncode == 0, out
+    retried = start(*bomb, "retry_failed=true").outcome()
+    assert retried.status == 0, retried.err
     runs = runs_in(tmp_path / "experiments" / "synthetic")
     assert all(summary_of(run)["status"] == "finished" for run in runs)
     assert "resumes: " in (next(r for r in runs if r.name.endswith("s1")) / "main.log").read_text()
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(start, tmp_path: Path) -> None:
     command = ["seed=range(3)", "n_jobs=2", "trainer.max_epochs=40", "checkpoint.every_steps=2"]
-    process = start(tmp_path, *command)
-    try:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and len(list(tmp_path.rglob("last.ckpt"))) < 2:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out = process.communicate(timeout=100)[0]
-    finally:
-        end_group(process)
-    assert process.returncode == 130 and "0 of 3 runs are finished" in out, out
+    process = start(*command)
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and len(list(tmp_path.rglob("last.ckpt"))) < 2:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    stopped = process.outcome(100)
+    assert stopped.status == 130 and "0 of 3 runs are finished" in stopped.out + stopped.err, stopped
     runs = runs_in(tmp_path / "experiments" / "synthetic")
     assert [summary_of(run)["status"] for run in runs] == ["interrupted"] * 2
     assert not list(tmp_path.rglob("claim"))
-    planned = start(tmp_path, *command, "dry_run=true").communicate(timeout=200)[0]
+    planned = start(*command, "dry_run=true").outcome().out
     assert "to resume" in planned and "3 of 3 runs to do" in planned
 
 
 @pytest.mark.slow
 def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = EXTRA("submitit")
-    from lab.cluster import ClusterJob
+    from lab import cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
@@ -453,12 +445,14 @@ def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: 
     ]
     executor = submitit.AutoExecutor(tmp_path / "submitit", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(ClusterJob(command, {}))
+    job = executor.submit(cluster.ClusterJob(command, {}))
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
         time.sleep(0.05)
+    warned = time.monotonic()
     os.kill(child_of(job), signal.SIGUSR2)
     assert job.result() == 0
+    assert time.monotonic() - warned < cluster.SAVE_S, "it ends as soon as its state is saved"
     (run,) = runs_in(tmp_path / "experiments")
     log = (run / "main.log").read_text()
     assert summary_of(run)["status"] == "finished"
@@ -474,13 +468,13 @@ def child_of(job: Any) -> int:
 
 
 @pytest.mark.slow
-def test_jobs_of_submitit_are_recorded_as_those_of_a_sweep(tmp_path: Path) -> None:
+def test_jobs_of_submitit_are_recorded_as_those_of_a_sweep(start, tmp_path: Path) -> None:
     EXTRA("submitit")
-    process = start(
-        tmp_path, "sweep=submitit", "cluster.executor=local", "model.lr=0.01,-1", "technique=baseline,mixup"
-    )
-    out = process.communicate(timeout=400)[0]
-    assert process.returncode == 1 and out.count("model.lr must be in") >= 2, out
+    outcome = start(
+        "sweep=submitit", "cluster.executor=local", "model.lr=0.01,-1", "technique=baseline,mixup"
+    ).outcome()
+    said = outcome.out + outcome.err
+    assert outcome.status == 1 and said.count("model.lr must be in") >= 2, said
     summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")]
     assert {s["arm"] for s in summaries} == {"lr=0.01", "mixup lr=0.01"}
     assert all(s["status"] == "finished" and s["sweep"]["folder"] for s in summaries)
@@ -505,15 +499,14 @@ def test_a_search_takes_the_better_way_of_its_metric_or_the_mode_of_the_monitor(
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(tmp_path: Path) -> None:
+def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(start, tmp_path: Path) -> None:
     optuna = EXTRA("optuna")
     command = [
         "sweep=optuna", "model.lr=1e-7,1e-6,0.02,0.03", "model.label_smoothing=interval(0, 0.1)", "search.n_trials=10",
         "search.study=shared", "search.sampler=random", "trainer.max_epochs=3", "data.module.num_samples=200",
     ]  # fmt: skip
-    both = [start(tmp_path, *command) for _ in range(2)]
-    said = [process.communicate(timeout=580)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said[0] + said[1]
+    both = [process.outcome(580) for process in [start(*command) for _ in range(2)]]
+    assert [outcome.status for outcome in both] == [0, 0], both[0].err + both[1].err
     folder = tmp_path / "experiments" / "searches" / "shared"
     study = optuna.load_study(study_name="shared", storage=f"sqlite:///{folder / 'study.db'}")
     states = [trial.state.name for trial in study.trials]
@@ -525,10 +518,9 @@ def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(tmp_path: Pa
         if trial.state.name == "COMPLETE":
             assert trial.value == pytest.approx(summary["final"]["val/acc"])
         assert len(trial.intermediate_values) == summary["epochs"]
-    assert study.best_trial.user_attrs["run"] in said[0] + said[1]
+    assert study.best_trial.user_attrs["run"] in both[0].out + both[1].out
     runs = [trial.user_attrs["run"] for trial in study.trials]
     assert len(set(runs)) == len(runs), "no two trials are one run"
-    again = start(tmp_path, *command)
-    again.communicate(timeout=200)
+    start(*command).outcome()
     assert len(optuna.load_study(study_name="shared", storage=study._storage).trials) == len(states)
     shutil.rmtree(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from torchvision.transforms.v2 import functional as v2F
 from crucible.keyed import keyed_uniform
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
-Probability = Annotated[float | None, "[0, 1]"]
 Pixels = Annotated[int | None, "[0, inf)"]
 
 
@@ -84,28 +83,27 @@ class ImagePolicy(Policy):
     hundredth of the cost per image; whatever resamples or recolours acts on the sample.
 
     Args:
-        mean: a value a channel, on the scale 0 to 1.
-        std: a value a channel, on the scale 0 to 1.
+        own: the options of the subclass by name; None means the policy's own default.
         size: height and width of the output in pixels.
         channels: 1 makes grey images, 3 colour ones; null leaves them as they come.
-        options: the further options by name; None means the policy's own default.
+        normalisation: mean and std, a value a channel, on the scale 0 to 1.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
+        own: Mapping[str, Any],
+        /,
         *,
-        mean: list[float] | None,
-        std: list[float] | None,
-        size: int,
-        channels: int | None,
-        options: Mapping[str, Any],
+        size: Annotated[int, "[1, inf)"],
+        channels: Literal[1, 3] | None = None,
+        **normalisation: Any,
     ) -> None:
-        super().__init__(mean=mean, std=std)
+        super().__init__(**normalisation)
         self.size = size
         self.channels = channels
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in own.items() if value is not None}
         self.unused_options = {n: v for n, v in given.items() if n not in self.defaults and v}
         self.options = self.defaults | {n: v for n, v in given.items() if n in self.defaults}
         self.cutout_size: int = self.options.get("cutout_size", 0)
@@ -147,6 +145,33 @@ class ImagePolicy(Policy):
             input = shift_and_flip(input, draws[:, :3], self.shift_by, self.flip_chance)
         output = self.normalize(input)
         return cutout(output, draws[:, 3:], self.cutout_size) if self.cutout_size else output
+
+
+class PhotographPolicy(ImagePolicy):
+    """A policy for colour images, which a mirror image and other colours leave what they are.
+
+    Args:
+        own: the options of the subclass by name.
+        flip: probability of the mirror image.
+        cutout_size: side of the square that is cut out, in pixels (paper: 16 for CIFAR-10, 8 for CIFAR-100).
+        num_ops: operations of RandAugment.
+        magnitude: strength of RandAugment's operations, of 30.
+        common: what every image policy takes.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, Any],
+        /,
+        *,
+        flip: Annotated[float | None, "[0, 1]"] = None,
+        cutout_size: Pixels = None,
+        num_ops: Annotated[int | None, "[1, inf)"] = None,
+        magnitude: Annotated[int | None, "[0, 30]"] = None,
+        **common: Any,
+    ) -> None:
+        shared = {"flip": flip, "cutout_size": cutout_size, "num_ops": num_ops, "magnitude": magnitude}
+        super().__init__({**own, **shared}, **common)
 
 
 def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) -> Tensor:

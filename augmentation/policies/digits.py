@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from augmentation.policies.base import ImagePolicy, Pixels, Positive
+from augmentation.policies.base import ImagePolicy, Pixels
 
 
 class _DigitsPolicy(ImagePolicy):
     """
     Args:
-        mean: a value a channel, on the scale 0 to 1.
-        std: a value a channel, on the scale 0 to 1.
         size: height and width in pixels; images of another size are resized first.
-        channels: 1 grey, 3 colour, null as the images come.
         padding: random shifts of up to so many pixels along each axis.
+        common: what every image policy takes.
     """
 
     def __init__(
-        self,
-        *,
-        mean: list[float] | None = None,
-        std: Positive = None,
-        size: Annotated[int, "[1, inf)"] = 8,
-        channels: Literal[1, 3] | None = None,
-        padding: Pixels = None,
+        self, *, size: Annotated[int, "[1, inf)"] = 8, padding: Pixels = None, **common: Any
     ) -> None:
-        super().__init__(mean=mean, std=std, size=size, channels=channels, options={"padding": padding})
+        super().__init__({"padding": padding}, size=size, **common)
 
 
 class BaselineTransform(_DigitsPolicy):

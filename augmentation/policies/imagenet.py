@@ -6,48 +6,29 @@ An option that a policy has no use for must be left null.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from torchvision.transforms import v2
 
-from augmentation.policies.base import ImagePolicy, Pixels, Positive, Probability, auto_augment, rand_augment
+from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment
 
 
-class _ImagenetPolicy(ImagePolicy):
+class _ImagenetPolicy(PhotographPolicy):
     """
     Args:
-        mean: a value a channel, on the scale 0 to 1.
-        std: a value a channel, on the scale 0 to 1.
         size: height and width of the output in pixels.
-        channels: 1 grey, 3 colour, null as the images come.
         min_area: the random crop covers at least this fraction of the picture.
-        flip: probability of the mirror image.
-        cutout_size: side of the square that is cut out, in pixels.
-        num_ops: operations of RandAugment.
-        magnitude: strength of RandAugment's operations, of 30.
+        common: what every policy for photographs takes.
     """
 
     def __init__(
         self,
         *,
-        mean: list[float] | None = None,
-        std: Positive = None,
         size: Annotated[int, "[1, inf)"] = 224,
-        channels: Literal[1, 3] | None = None,
         min_area: Annotated[float | None, "(0, 1]"] = None,
-        flip: Probability = None,
-        cutout_size: Pixels = None,
-        num_ops: Annotated[int | None, "[1, inf)"] = None,
-        magnitude: Annotated[int | None, "[0, 30]"] = None,
+        **common: Any,
     ) -> None:
-        options = {
-            "min_area": min_area,
-            "flip": flip,
-            "cutout_size": cutout_size,
-            "num_ops": num_ops,
-            "magnitude": magnitude,
-        }
-        super().__init__(mean=mean, std=std, size=size, channels=channels, options=options)
+        super().__init__({"min_area": min_area}, size=size, **common)
 
     def crop_and_flip(self, *further: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """A random resized crop and a flip of each sample, then the `further` operations."""

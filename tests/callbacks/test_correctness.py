@@ -61,12 +61,13 @@ def test_a_later_test_of_other_weights_has_its_own_record(cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_record_of_two_processes_is_that_of_one(shell, tmp_path):
+def test_the_record_of_two_processes_is_that_of_one(cli, ranks, tmp_path):
     # no training: both test the same first weights; 10 test images of 3 a batch leave an uneven rest
     steps = ["trainer.limit_train_batches=1", "model.lr=1e-12", "data.module.batch_size=3"]
     records = []
     for devices in (1, 2):
-        outcome = shell(*TINY, *steps, f"trainer.devices={devices}", f"exp_dir={tmp_path}/{devices}")
+        command = [*TINY, *steps, f"trainer.devices={devices}", f"exp_dir={tmp_path}/{devices}"]
+        outcome = cli(*command) if devices == 1 else ranks(*command)[0]
         assert outcome.status == 0, outcome.err
         (file,) = (tmp_path / str(devices)).glob("*/*/test_correct.npz")
         with np.load(file) as record:

@@ -329,9 +329,13 @@ class Keep(Callback):
             torch.save(values, self.folder / "values.pt")
 
 
+def train_and_keep(folder: str) -> None:
+    fit(make(), LogitStats(), Keep(Path(folder)), devices=2, strategy="ddp")
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_means_over_all_their_samples(tmp_path: Path) -> None:
-    fit(make(), LogitStats(), Keep(tmp_path), devices=2, strategy="ddp_spawn")
+def test_two_processes_give_the_means_over_all_their_samples(on_two_processes, tmp_path: Path) -> None:
+    on_two_processes(train_and_keep, tmp_path)
     logits = torch.cat([torch.load(tmp_path / f"logits{rank}.pt") for rank in range(2)])
     values = torch.load(tmp_path / "values.pt")
     assert shown(values, "logits") == pytest.approx(by_the_formulas(logits), rel=1e-6)

@@ -210,12 +210,16 @@ class Frozen(Tiny):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+def draw_on_two(folder, task):
+    make_trainer(Path(folder), devices=2, strategy="ddp").fit(Frozen(task), EvenSplit(task))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "regression"])
-def test_two_ranks_write_what_one_writes(tmp_path, task):
+def test_two_ranks_write_what_one_writes(on_two_processes, tmp_path, task):
     one, two = tmp_path / "one", tmp_path / "two"
     make_trainer(one).fit(Frozen(task), EvenSplit(task))
-    make_trainer(two, devices=2, strategy="ddp_spawn").fit(Frozen(task), EvenSplit(task))
+    on_two_processes(draw_on_two, two, task)
     if task == "classification":
         assert read_counts(two, "val")[2].sum() == 36
     written = sorted(path.name for path in (one / "plots").iterdir())

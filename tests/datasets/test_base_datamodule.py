@@ -18,8 +18,9 @@ from augmentation.policies import cifar
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
 from crucible.options import ConfigError, signature_options
-from datasets.base_datamodule import BaseDataModule, Batch, Samples
+from datasets.base_datamodule import BaseDataModule, Batch
 from datasets.images import Arrays, ImageFiles, SampleError
+from datasets.samples import Samples
 
 
 class Noisy(Policy):

@@ -361,7 +361,7 @@ def small(tmp_path: Path) -> list[str]:
     (folder / "cli_configs" / "model").mkdir(parents=True)
     (folder / "small.py").write_text(NETWORK)
     (folder / "cli_configs" / "model" / "small.yaml").write_text("_target_: small.Small\nwidth: 8\n")
-    return [f"user_dir={folder}", "model=small", *SMALL]
+    return [f"user_dir={folder}", *SMALL, "model=small"]
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -444,13 +444,13 @@ def test_a_resumed_student_ends_as_one_that_was_not_stopped(
 
 @pytest.mark.slow
 def test_one_step_of_two_processes_equals_one_step_of_one_also_in_its_rate(
-    shell: Callable[..., Any], small: list[str], tmp_path: Path
+    cli: Callable[..., Any], ranks: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=4, in_chans=1).state_dict(), tmp_path / "w.pth")
     command = [*small, f"model.teacher=timm:test_resnet@{tmp_path}/w.pth", "model.distillation_weight=0.9"]
     command += ["model.lr_scale_batch=32", "trainer.limit_train_batches=1", "test_after_training=false"]
-    one = shell(*command, "data.module.batch_size=16", f"exp_dir={tmp_path}/one")
-    two = shell(*command, "data.module.batch_size=8", "trainer.devices=2", f"exp_dir={tmp_path}/two")
+    one = cli(*command, "data.module.batch_size=16", f"exp_dir={tmp_path}/one")
+    two, _ = ranks(*command, "data.module.batch_size=8", "trainer.devices=2", f"exp_dir={tmp_path}/two")
     assert one.status == 0 and two.status == 0, one.err + two.err
     single, double = (
         torch.load(runs_in(tmp_path / name)[0] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

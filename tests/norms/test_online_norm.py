@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, library, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -411,9 +410,9 @@ def test_only_the_streams_are_kept_out_of_the_broadcast():
     assert set(network._ddp_params_and_buffers_to_ignore) == {f"1.0.{name}" for name in STREAMS}
 
 
-def _train_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def train_on_two(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(2, 3, 1), OnlineNorm(3), nn.BatchNorm2d(3))
     alone = copy.deepcopy(network[1])
@@ -438,8 +437,8 @@ def _train_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stream_their_own_samples_until_synchronised(tmp_path: Path):
-    mp.spawn(_train_rank, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_stream_their_own_samples_until_synchronised(on_two_processes, tmp_path: Path):
+    on_two_processes(train_on_two, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for result in (first, second):
         for name in ("m", "var"):

@@ -459,21 +459,33 @@ class Sharded(Model):
         return super().training_step([part[self.global_rank :: 2] for part in batch], batch_idx)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sync", [False, True])
-def test_processes_ascend_on_their_own_or_together(sync):
+def start_on_two() -> tuple[nn.Linear, Tensor, Tensor]:
+    """The network and the one batch of both processes."""
     torch.manual_seed(1)
-    net = nn.Linear(5, 3).double()
-    w, b = (p.detach().clone().requires_grad_() for p in net.parameters())
-    x, y = data(torch.float64)[:BATCH]
-    train(
-        Sharded(net, Sam(sam=True, sam_rho=0.5, sam_sync=sync)),
+    return nn.Linear(5, 3).double(), *data(torch.float64)[:BATCH]
+
+
+def ascend_on_two(sync: str, file: str) -> None:
+    net, x, y = start_on_two()
+    trainer = train(
+        Sharded(net, Sam(sam=True, sam_rho=0.5, sam_sync=sync == "True")),
         TensorDataset(x, y),
         precision="64-true",
-        strategy="ddp_spawn",
+        strategy="ddp",
         devices=2,
         use_distributed_sampler=False,
     )
+    if trainer.is_global_zero:
+        torch.save(net.state_dict(), file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", [False, True])
+def test_processes_ascend_on_their_own_or_together(on_two_processes, tmp_path, sync):
+    net, x, y = start_on_two()
+    w, b = (p.detach().clone().requires_grad_() for p in net.parameters())
+    on_two_processes(ascend_on_two, sync, tmp_path / "net.pt")
+    net.load_state_dict(torch.load(tmp_path / "net.pt"))
 
     def gradients(rank: int, w: Tensor, b: Tensor) -> list[Tensor]:
         loss = F.cross_entropy(F.linear(x[rank::2], w, b), y[rank::2])
