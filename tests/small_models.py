@@ -14,7 +14,11 @@ from crucible import configuration
 from lab.config import check, resolve_network
 from models.deformable_resnet import DeformableResNet18
 from models.dynamic_resnet import ResNet18
+from models.dynamic_vgg import VGG16
+from models.fixup_resnet import ResNet18WithoutNorm
 from models.lip_resnet import LIPResNet50
+from models.oct_resnet import OctResNet18
+from models.preact_resnet import PreActResNet18
 from models.resnext import ResNeXt50
 from models.se_resnet import SEResNet18
 
@@ -38,6 +42,22 @@ class SmallLIPResNet(LIPResNet50):
     layers = (1, 1, 1)
 
 
+class SmallOctResNet(OctResNet18):
+    layers = (1, 1, 1)
+
+
+class SmallPreActResNet(PreActResNet18):
+    layers = (1, 1, 1, 1)
+
+
+class SmallResNetWithoutNorm(ResNet18WithoutNorm):
+    layers = (1, 1, 1, 1)
+
+
+class SmallVGG(VGG16):
+    layers = (1, 1, 1, 1, 1)
+
+
 class SmallDeformableResNet(DeformableResNet18):
     layers = (1, 1, 1, 1)
 
@@ -51,16 +71,17 @@ SMALL: dict[str, list[str]] = {
     "ghostnet": ["model.type=0.5"],
     "lip_resnet": ["model._target_=small_models.SmallLIPResNet", "model.cifar_size=false"],
     "mobilenet": ["model.type=v3-small"],
-    "oct_resnet": ["model._target_=models.oct_resnet.OctResNet18", "model.cifar_size=false"],
-    "preact_resnet": ["model.cifar_size=false"],
+    "oct_resnet": ["model._target_=small_models.SmallOctResNet", "model.cifar_size=false"],
+    "preact_resnet": ["model._target_=small_models.SmallPreActResNet", "model.cifar_size=false"],
     "pyramidnet": ["model.depth=8", "model.alpha=12"],
     "regnet": ["model.type=Y-0.2GF"],
     "resnest": ["model.type=14"],
     "resnet": ["model._target_=small_models.SmallResNet", "model.cifar_size=false"],
-    "resnet18_wobn": ["model.cifar_size=false"],
+    "resnet18_wobn": ["model._target_=small_models.SmallResNetWithoutNorm", "model.cifar_size=false"],
     "resnext": ["model._target_=small_models.SmallResNeXt", "model.cifar_size=false"],
     "se_resnet": ["model._target_=small_models.SmallSEResNet", "model.cifar_size=false"],
     "timm": ["model.type=test_efficientnet"],
+    "vgg": ["model._target_=small_models.SmallVGG"],
     "wide_resnet": ["model.depth=10", "model.widen_factor=1"],
 }
 

@@ -152,8 +152,8 @@ def srun(launch: Callable[..., Command], *arguments: str) -> list[Outcome]:
     return [rank.outcome() for rank in ranks]
 
 
-def test_torchrun_with_other_devices_is_refused(tmp_path: Path, mine: list[str]) -> None:
-    outcome = torchrun(tmp_path, *mine, "trainer.devices=1")
+def test_torchrun_with_other_devices_is_refused(ranks, mine: list[str]) -> None:
+    outcome, _ = ranks(*mine, "trainer.devices=1")
     assert outcome.status != 0
     assert "trainer.devices=1" in outcome.err and "torchrun started 2" in outcome.err
 

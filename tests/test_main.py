@@ -314,7 +314,7 @@ def test_the_debug_groups_run(cli, tmp_path: Path) -> None:
 # the design's commands
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # CI sees it by the command of the README
 def test_the_main_job_learns_the_digits(shell, tmp_path: Path) -> None:
     outcome = shell(real=True)
     assert outcome.status == 0, outcome.err
@@ -340,8 +340,8 @@ def test_the_signature_command_trains_on_an_imagenet_folder(
 def test_the_signature_command_compiles(shell, tmp_path: Path, imagenet_folder: Path) -> None:
     outcome = shell(
         "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
-        "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true", *SHORT,
-        timeout=500,
+        "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true",
+        "model._target_=small_models.SmallResNet", *SHORT, env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     run = only_run(tmp_path / "experiments")

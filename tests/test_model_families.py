@@ -31,6 +31,17 @@ def named(case: tuple[str, ...]) -> str:
     return " ".join(case).replace("model.", "")
 
 
+def _checked_by_its_own_tests(family: str) -> bool:
+    """Whether the family's test file runs NetworkChecks, which are those that are marked `others` here, and more."""
+    name = {"resnet": "dynamic_resnet", "vgg": "dynamic_vgg"}.get(family, family)
+    file = ROOT / "tests" / "models" / f"test_{name}.py"
+    return file.is_file() and "(NetworkChecks)" in file.read_text()
+
+
+OTHERS = [case for case in CASES if not _checked_by_its_own_tests(case[0])]
+others = pytest.mark.parametrize("case", OTHERS, indirect=True, ids=named, scope="module")
+
+
 @pytest.fixture(scope="module", params=CASES, ids=named)
 def case(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return request.param
@@ -76,6 +87,7 @@ def test_a_training_step_reaches_every_parameter(model: BaseModel) -> None:
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
+@others
 def test_in_evaluation_each_sample_is_on_its_own(model: BaseModel) -> None:
     network, x = calibrated(model.model), images()
     with torch.no_grad():
@@ -85,6 +97,7 @@ def test_in_evaluation_each_sample_is_on_its_own(model: BaseModel) -> None:
     torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-4)
 
 
+@others
 @pytest.mark.slow
 def test_channels_last_changes_the_layout_only(model: BaseModel) -> None:
     network = calibrated(model.model)
@@ -95,6 +108,7 @@ def test_channels_last_changes_the_layout_only(model: BaseModel) -> None:
     torch.testing.assert_close(other, plain, rtol=1e-3, atol=1e-4)
 
 
+@others
 def test_it_trains_in_bfloat16(model: BaseModel) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = step(model, images())
@@ -102,6 +116,7 @@ def test_it_trains_in_bfloat16(model: BaseModel) -> None:
     assert all(p.dtype is torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@others
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["online", "group"])
 def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
@@ -114,6 +129,7 @@ def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
     assert torch.isfinite(model.eval()(images(1))).all()
 
 
+@others
 @pytest.mark.slow
 def test_the_state_dict_is_all_there_is(case: tuple[str, ...], model: BaseModel) -> None:
     other = build_model(small(*case))
@@ -153,6 +169,7 @@ def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...]
         check_input(model, config)
 
 
+@others
 @pytest.mark.slow
 def test_it_compiles_whole(model: BaseModel) -> None:
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nightly
 from small_models import FAMILIES, small
 from torch import nn
 from torchvision.models import get_model_weights
@@ -77,7 +78,7 @@ def test_activation_memory_is_what_a_real_step_keeps() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["as built", "online"])
+@pytest.mark.parametrize("norm", ["as built", *nightly("online")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_counted_without_memory(family: str, norm: str) -> None:
     config = small(family)

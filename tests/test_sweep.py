@@ -440,7 +440,7 @@ def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: 
         sys.executable,
         str(ROOT / "main.py"),
         *TINY,
-        "trainer.max_epochs=30",
+        "trainer.max_epochs=12",
         "checkpoint.every_steps=2",
     ]
     executor = submitit.AutoExecutor(tmp_path / "submitit", cluster="local")
