@@ -29,6 +29,8 @@ from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from norms import Norm
 
+Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
+
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
 SWEEP_OPTIONS = (
     "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
@@ -58,7 +60,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
-    check_value("task", config["task"], Literal["train", "test", "predict", "summary"])
+    check_value("task", config["task"], Task)
     check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
     for name in ("fresh", "test_after_training", "reproducible"):

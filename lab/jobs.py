@@ -300,16 +300,15 @@ def run_recorded(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{argument}: with run=RUN the arguments are option=value", see="README.md")
         given[name] = value
     task = given.get("task", "train")
-    if task not in ("train", "test", "predict"):
-        raise ConfigError(
-            f"task={task}: must be one of train, test, predict{suggest(task, ['train', 'test', 'predict'])}"
-        )
+    known = ["train", *tasks.OF_TRAINED]
+    if task not in known:
+        raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     runs = [RunDirectory(path) for path in _expand(given["run"])]
     configs = [_with_overrides(run, given, task) for run in runs]
     if task == "train":
         if len(runs) > 1:
             raise ConfigError(
-                f"run={given['run']} names {len(runs)} runs; only task=test and predict take several"
+                f"run={given['run']} names {len(runs)} runs; only task={' and '.join(tasks.OF_TRAINED)} take several"
             )
         if "ckpt_path" in given:
             raise ConfigError(
@@ -376,34 +375,10 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
 
 def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: dict[str, str]) -> int:
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
-    triples = list(zip(runs, configs, chosen, strict=True))
-    out = Path(given["out"]) if "out" in given else None
-    for _, config, _ in triples:
+    for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
-    names = ", ".join(f"{run.path.name}/{file.name}" for run, _, file in triples)
-    if task == "predict":
-        file = out or runs[0].path / (
-            "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
-        )
-        _say(f"predictions of {names}  ->  {tasks.predict(triples, file)}")
-        return 0
-    if len(runs) == 1:
-        sys.argv = [str(MAIN), *(f"{k}={v}" for k, v in given.items())]
-        final = tasks.test(runs[0], configs[0], chosen[0])
-        written = runs[0].path / "test.json"
-    else:
-        final = tasks.test_ensemble(triples, runs[0].path)
-        written = out or runs[0].path.parent / f"ensemble-of-{len(runs)}-runs.json"
-        record = {
-            "runs": [str(run.path) for run in runs],
-            "checkpoints": [c.name for c in chosen],
-            "metrics": final,
-        }
-        write_atomically(written, json.dumps(record, indent=2) + "\n")
-    if not is_child_rank():
-        _say(f"test of {names}")
-        for name, value in final.items():
-            if name.startswith("test/"):
-                _say(f"  {name:<24} {value:.4f}")
-        _say(f"  ->  {written}")
+    sys.argv = [str(MAIN), *(f"{k}={v}" for k, v in given.items())]  # for Lightning's launcher of ranks
+    tasks.OF_TRAINED[task](
+        list(zip(runs, configs, chosen, strict=True)), Path(given["out"]) if "out" in given else None
+    )
     return 0

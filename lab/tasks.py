@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train, test, predict; and `load_run` for notebooks."""
+"""What a run can be asked to do: train; of recorded ones test, predict; and `load_run` for notebooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +40,8 @@ from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
 log = logging.getLogger("crucible")
+
+Runs = Sequence[tuple[RunDirectory, Config, Path]]  # recorded ones, each with its configuration and weights
 
 
 def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, float]:
@@ -132,11 +134,13 @@ def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseD
     return Scores(*(column[order] for column in columns)), data
 
 
-def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Path:
-    """Write a CSV of predictions: sample, target where known, prediction, probabilities.
+def predict(runs: Runs, out: Path | None) -> None:
+    """Write a CSV of predictions: sample, target where known, prediction, probabilities; and say where.
 
     Several runs (the folds of a cross-validation, say) give the mean of their probabilities.
     """
+    name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
+    out = out or runs[0][0].path / name
     scores, data = average(runs, out.parent)
     classification = scores.scores.ndim == 2
     names = (
@@ -155,10 +159,10 @@ def predict(runs: Sequence[tuple[RunDirectory, Config, Path]], out: Path) -> Pat
             else:
                 label, values = (f"{target:.6g}" if known else ""), [f"{float(row):.6g}"]
             writer.writerow([data.sample_name(index), label, *values])
-    return out
+    _say(f"predictions of {_named(runs)}  ->  {out}")
 
 
-def average(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> tuple[Scores, BaseDataModule]:
+def average(runs: Runs, folder: Path) -> tuple[Scores, BaseDataModule]:
     """The mean scores of several runs over the same samples.
 
     Raises:
@@ -176,13 +180,47 @@ def average(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> 
     return first._replace(scores=mean), data
 
 
-def test_ensemble(runs: Sequence[tuple[RunDirectory, Config, Path]], folder: Path) -> dict[str, float]:
+def test_ensemble(runs: Runs, folder: Path) -> dict[str, float]:
     """Test metrics of the averaged probabilities (or values) of several runs."""
     scores, data = average(runs, folder)
     config = runs[0][1]
     metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
     metrics.update(scores.scores, scores.target)
     return {f"test/{k}": float(v) for k, v in scalars(metrics.compute(), data.class_names).items()}
+
+
+def test_all(runs: Runs, out: Path | None) -> None:
+    """Score the test split, of several runs with the mean of their probabilities; write and say what came out."""
+    (run, config, checkpoint), *others = runs
+    if not others:
+        final, out = test(run, config, checkpoint), run.path / "test.json"
+    else:
+        final = test_ensemble(runs, run.path)
+        out = out or run.path.parent / f"ensemble-of-{len(runs)}-runs.json"
+        record = {
+            "runs": [str(run.path) for run, _, _ in runs],
+            "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
+            "metrics": final,
+        }
+        write_atomically(out, json.dumps(record, indent=2) + "\n")
+    if not is_child_rank():
+        _say(f"test of {_named(runs)}")
+        for name, value in final.items():
+            if name.startswith("test/"):
+                _say(f"  {name:<24} {value:.4f}")
+        _say(f"  ->  {out}")
+
+
+def _named(runs: Runs) -> str:
+    return ", ".join(f"{run.path.name}/{checkpoint.name}" for run, _, checkpoint in runs)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+# what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run
+OF_TRAINED: dict[str, Callable[[Runs, Path | None], None]] = {"test": test_all, "predict": predict}
 
 
 class LoadedRun(NamedTuple):

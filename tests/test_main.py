@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, runs_in, write_images
+
+from lab.config import Task
+from lab.tasks import OF_TRAINED
 
 QUIET = ["trainer.max_epochs=1", "logger.wandb=null", "trainer.enable_progress_bar=false"]
 SHORT = [
@@ -413,6 +418,16 @@ def test_a_failing_job_does_not_end_the_sweep_and_is_listed(shell, tmp_path: Pat
     assert len(runs_in(tmp_path / "experiments" / "synthetic")) == 2
     assert "1 of the sweep's jobs did not finish" in outcome.err and "model.lr=-1" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_the_tasks_are_those_that_are_stated() -> None:
+    stated = next(
+        line
+        for line in (ROOT / "cli_configs/train.yaml").read_text().splitlines()
+        if line.startswith("task:")
+    )
+    assert get_args(Task) == ("train", *OF_TRAINED, "summary")
+    assert all(re.search(rf"\b{task}\b", stated.split("#")[1]) for task in get_args(Task))
 
 
 def test_the_readme_holds_two_setup_commands() -> None:
