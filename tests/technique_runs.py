@@ -112,7 +112,11 @@ def built(config: dict[str, Any], folder: Path) -> tuple[BaseModel, Any, Trainer
     model = build_model(config)
     hand_in_teacher(model, config)
     callbacks = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
-    return model, data, build_trainer(config, folder, callbacks, [])
+    options = {
+        **config["trainer"],
+        "enable_checkpointing": False,
+    }  # Lightning's own, each epoch of hundreds of runs
+    return model, data, build_trainer({**config, "trainer": options}, folder, callbacks, [])
 
 
 def plain_loss(model: BaseModel, data: Any, by_batch: bool = False) -> float:

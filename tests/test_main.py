@@ -346,7 +346,7 @@ def test_the_signature_command_compiles(shell, tmp_path: Path, imagenet_folder: 
     outcome = shell(
         "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
         "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true",
-        "model._target_=small_models.SmallResNet", *SHORT, env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
+        "model._target_=tiny_networks.TinyResNet", *SHORT, env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     run = only_run(tmp_path / "experiments")
