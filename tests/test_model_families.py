@@ -116,9 +116,9 @@ def test_it_trains_in_bfloat16(model: BaseModel) -> None:
     assert all(p.dtype is torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@others
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["online", "group"])
+@others
 def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
     try:
         model.model = convert_norm(model.model, norm, **({"num_groups": 2} if norm == "group" else {}))
