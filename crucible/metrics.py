@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from crucible.corrections import Correction
 from crucible.options import ConfigError, suggest
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ METRICS = (
     MetricRow("r2", "r2", "regression", True, False, _regression("R2Score")),
     MetricRow("loss", "loss", None, False, False, None),
 )  # fmt: skip
+CORRECTIONS: tuple[Correction, ...] = ()
 _BY_NAME = {row.name: row for row in METRICS}
 _BY_LOGGED_NAME = {row.logged: row for row in METRICS}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crucible.batch import Batch
+from crucible.corrections import Correction
 from crucible.options import ConfigError, option_text, read_options
 
 T = TypeVar("T", bound="Technique")
@@ -158,11 +159,13 @@ class Technique:
             stand here do not turn the technique on, all others do.
         networks: options that name trained networks; whoever builds the model finds them and hands them in.
         compiles: whether the network can be compiled with it. Else `model.compile=null` settles to off.
+        corrections: of its numbers, so far.
     """
 
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     networks: ClassVar[tuple[str, ...]] = ()
     compiles: ClassVar[bool] = True
+    corrections: ClassVar[tuple[Correction, ...]] = ()
 
     @property
     def on(self) -> bool:

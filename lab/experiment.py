@@ -18,8 +18,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
-from crucible import configuration
+from crucible import configuration, metrics
 from crucible.configuration import Config, find_target, flatten, is_semantic
+from crucible.corrections import versions_of
 from crucible.files import absolute
 from crucible.handover import received
 from crucible.loggers import check_loggers
@@ -32,7 +33,8 @@ from lab.build import build_data, build_model, build_trainer, file_fingerprint
 from lab.config import SWEEP_OPTIONS, model_options, network_options, total_steps
 from lab.summary import check_input
 from lab.teachers import settle_teacher
-from models.base_model import BaseModel
+from models.base_model import BASICS, BaseModel
+from models.techniques import technique_kinds
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,25 @@ def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | 
     return " ".join(parts) or "baseline"
 
 
+def corrected(config: Config) -> dict[str, int]:
+    """`{option: version}` of the numbers of this configuration that have been corrected."""
+    model, module = config["model"], config["data"]["module"]
+    owners = [
+        *BASICS,
+        *technique_kinds(model.get("stages")),
+        find_target(model["_target_"], "model._target_"),
+        find_target(module["_target_"], "data.module._target_"),
+    ]
+    own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
+    return versions_of([*own, *metrics.CORRECTIONS, *checking.CORRECTIONS], config)
+
+
 def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     """Eight hex digits that tell runs with different results apart.
 
     Hashed are the values that change the result and differ from their defaults, and what the data and the
-    initial weights contain. Paths, workers, logging, and new options at their default do not change it.
+    initial weights contain, and the versions of corrected numbers. Paths, workers, logging, and new options at
+    their default do not change it.
 
     Args:
         config: plain and resolved.
@@ -113,6 +129,7 @@ def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     semantic.update({f"content of {name}": value for name, value in contents.items() if value})
     semantic["devices"] = device_count(config["trainer"])
     semantic.pop("trainer.devices", None)
+    semantic.update({f"version of {option}": version for option, version in corrected(config).items()})
     text = json.dumps(semantic, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -210,6 +227,7 @@ class Examiner:
             "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
             "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),
             "techniques": sorted(config.get("techniques") or {}), "kind": kind(config), "resolved": settled,
+            "corrected": corrected(config),
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep

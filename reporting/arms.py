@@ -98,6 +98,26 @@ def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
     return arms
 
 
+def check_versions(runs: Sequence[Run]) -> None:
+    """Refuse runs from before and after a correction of numbers that both have.
+
+    Raises:
+        ConfigError: naming a run on each side.
+    """
+    for option in sorted({option for run in runs for option in run.corrected}):
+        seen: dict[str, Run] = {}
+        for run in runs:
+            other = seen.setdefault(as_text(run.settings.get(option)), run)
+            before, after = sorted((run, other), key=lambda r: r.corrected.get(option, 1))
+            versions = [r.corrected.get(option, 1) for r in (before, after)]
+            if versions[0] != versions[1]:
+                raise ConfigError(
+                    f"runs={before.path}: the numbers of {option} have been corrected since (version {versions[0]}, "
+                    f"{after.path.name} has {versions[1]}); run it again, or report the older runs apart",
+                    see="CHANGELOG.md",
+                )
+
+
 def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], request: Request) -> str:
     """As asked for, else as the first sweep recorded it, else the arm `baseline`, else the only arm.
 

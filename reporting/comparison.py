@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 
 from crucible.options import ConfigError
 from reporting import statistics as s
-from reporting.arms import Arm, Plan, Settings, choose_baseline, plan_of, settings_of, sort_into_arms
+from reporting.arms import (
+    Arm,
+    Plan,
+    Settings,
+    check_versions,
+    choose_baseline,
+    plan_of,
+    settings_of,
+    sort_into_arms,
+)
 from reporting.records import Run
 from reporting.request import SEE, Metric, Request
 
@@ -91,6 +100,7 @@ def compare(runs: Sequence[Run], request: Request) -> list[Table]:
 
 
 def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
+    check_versions(runs)
     arms = sort_into_arms(runs)
     baseline = choose_baseline(data, arms, runs, request)
     arms = {baseline: arms[baseline], **arms}

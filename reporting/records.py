@@ -78,6 +78,7 @@ class Run:
     device: str
     versions: Mapping[str, str]
     started: float
+    corrected: Mapping[str, int]  # {option: version} of numbers that have been corrected
     sweep: Sweep | None
     correctness: Correctness | None
     remark: str  # what is wrong with its records
@@ -184,6 +185,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         device=str(summary.get("device") or ""),
         versions=summary.get("versions") or {},
         started=float(summary.get("started") or 0.0),
+        corrected=summary.get("corrected") or {},
         sweep=_sweep_of(path, summary, sweeps),
         correctness=correctness,
         remark=remark,
