@@ -95,11 +95,6 @@ NEEDED = (
         lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart", "swa_lr", "stages")),
         "model.scheduler, model.warmstart or model.swa_lr: the rate never changes", "epoch",
     ),
-    Needed(
-        "data.module.split_seed",
-        lambda config: config["data"]["module"].get("val_split") != "test" or config["data"]["cv"]["k"] > 1,
-        "a hold-out or folds: data.module.val_split=test draws nothing", 0,
-    ),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
 )  # fmt: skip
 
@@ -115,13 +110,14 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
     Args:
         config: the plain configuration.
         overrides: the command line's overrides, as typed.
-        typed: of a recorded run, the options that were typed beside it; what was recorded may hold others that would
-            do nothing. None: this is no recorded run.
+        typed: of a recorded run, the options that were typed beside it; what an earlier version recorded may hold
+            others that do nothing. None: this is no recorded run.
 
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
-    _check_names(config)
+    if typed is None:
+        _check_names(config)
     check_value("task", config["task"], Task)
     check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])

@@ -123,10 +123,12 @@ def test_cutmix_boxes_lie_anywhere():
     assert torch.allclose(covered, covered.flip(0), atol=60)
 
 
-MANY = pytest.mark.slow
 SETTINGS = [
     (1.0, (8, 8), 500), (1.0, (32, 32), 500),
-    *(pytest.param(alpha, size, 3000, marks=MANY) for alpha in (0.3, 1.0, 4.0) for size in ((8, 8), (32, 32), (13, 40))),
+    *(
+        pytest.param(alpha, size, 3000, marks=pytest.mark.slow)
+        for alpha in (0.3, 1.0, 4.0) for size in ((8, 8), (32, 32), (13, 40))
+    ),
 ]  # fmt: skip
 
 
