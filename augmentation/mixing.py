@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from crucible.batch import Batch
+from crucible.corrections import Correction, option_is
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError
 from crucible.technique import BatchStage, Setting, Step, Technique
@@ -25,6 +26,15 @@ class Mix(Technique):
     needs: ClassVar = {
         "mixup_alpha": ("mixup",), "mix_prob": ("mixup", "cutmix_alpha"), "mix_switch_prob": ("cutmix_alpha", "mixup"),
     }  # fmt: skip
+
+    corrections: ClassVar = (
+        Correction(
+            "model.cutmix_alpha", 2, option_is("model.cutmix_alpha"),
+            "CutMix's boxes had at most half of the area, as the weight was folded to at least 1/2: of alpha 1 they "
+            "pasted .178 in the mean, and .298 as published (of benchmarks/results, technique_cost.md has it, whose "
+            "times do not depend on a box's size)",
+        ),
+    )  # fmt: skip
 
     mixup: Annotated[bool, "mix pairs of samples (arXiv 1710.09412)"] = False
     mixup_alpha: Annotated[float, "(0, inf)", "of Beta(alpha, alpha), which the weight is drawn from"] = 0.2
@@ -89,13 +99,14 @@ def mixup_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> t
 def cutmix_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Paste a box of the partner into each sample; the target is mixed by the area really pasted.
 
-    The box has the input's aspect, `1 - weight` of its volume and a uniform centre; what hangs over the
-    edge is cut off, so that the sample keeps at least `weight` of its volume.
+    The box has the input's aspect and `1 - weight` of its volume, each side rounded down to an even number; it lies
+    around a uniform position, and what hangs over the edge is cut off, so that the sample keeps at least `weight` of
+    its volume. The boxes are distributed as those of torchvision's `CutMix`.
 
     Args:
         input: (N, C, *spatial) float, with 1, 2 or 3 spatial dimensions.
         target: (N, K) float32 probabilities.
-        weight: 0-dimensional float32 in [1/2, 1].
+        weight: 0-dimensional float32 in [0, 1].
         key: 0-dimensional int64; draws the partners and the centre.
     """
     spatial = input.shape[2:]
@@ -105,10 +116,9 @@ def cutmix_batch(input: Tensor, target: Tensor, weight: Tensor, key: Tensor) -> 
     side = (1 - weight) ** (1 / len(spatial))
     inside: Tensor | None = None
     for axis, size in enumerate(spatial):
-        length = (side * size).floor()
-        start = (centre[axis] * size - length / 2).round()
+        middle, half = (centre[axis] * size).floor(), (side * size / 2).floor()
         position = torch.arange(size, device=input.device)
-        within = (position >= start) & (position < start + length)
+        within = (position >= middle - half) & (position < middle + half)
         within = within.view([-1 if a == axis else 1 for a in range(len(spatial))])
         inside = within if inside is None else inside & within
     assert inside is not None, "cutmix needs spatial dimensions"
@@ -131,8 +141,9 @@ class Mixing:
     def __call__(self, batch: Batch, key: int) -> Batch:
         """Mix each sample with another of the batch.
 
-        The weight is drawn from Beta(alpha, alpha) and folded to at least 1/2, so that a sample's own label
-        stays the dominant one. Draws happen on the CPU or in integer arithmetic on the device; no value
+        The weight is drawn from Beta(alpha, alpha). Mixup's is folded to at least 1/2, which changes nothing but who
+        is whose partner; CutMix's is not, as the boxes of a weight and of its complement are no complements. Draws
+        happen on the CPU or in integer arithmetic on the device; no value
         comes back to the host.
 
         Args:
@@ -158,7 +169,8 @@ class Mixing:
         if options.mix_prob < 1 and draw.random() >= options.mix_prob:
             return Batch(input, class_probabilities(target, self.num_classes), index)
         # filled on the device: a copied scalar would make the host wait for it
-        weight = torch.full((), max(share, 1 - share), dtype=torch.float32, device=device)
+        kept = share if cutmix else max(share, 1 - share)
+        weight = torch.full((), kept, dtype=torch.float32, device=device)
         pairs = torch.full((), stream_key(key, "pairs"), dtype=torch.int64, device=device)
         mix = cutmix_batch if cutmix else mixup_batch
         return Batch(*mix(input, class_probabilities(target, self.num_classes), weight, pairs), index)

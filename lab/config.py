@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
@@ -47,21 +48,76 @@ _TRAINER_TYPES: dict[str, Any] = {
     "accumulate_grad_batches": Annotated[int, "[1, inf)"],
     "gradient_clip_val": Annotated[float, "(0, inf)"] | None,
     "check_val_every_n_epoch": Annotated[int, "[1, inf)"],
-    "log_every_n_steps": Annotated[int, "[1, inf)"],
+    "log_every_n_steps": Annotated[int, "[1, inf)"] | None,
     "overfit_batches": Annotated[float, "[0, inf)"],
 }
 
 
-def check(config: Config, overrides: Sequence[str]) -> None:
+class Needed(NamedTuple):
+    """An option that means something only beside another one; a technique says so of its own in `needs`.
+
+    Attributes:
+        option: dotted.
+        beside: whether what it needs is there.
+        needs: that, in a few words.
+        default: the value that asks for nothing; null asks for nothing either.
+    """
+
+    option: str
+    beside: Callable[[Config], Any]
+    needs: str
+    default: Any = None
+
+
+def _others_callbacks(config: Config) -> list[str]:
+    """Callbacks that are not Crucible's own."""
+    nodes = {name: node for name, node in config["callbacks"].items() if isinstance(node, Mapping)}
+    return [n for n, node in nodes.items() if not str(node.get("_target_")).startswith("callbacks.")]
+
+
+def _can_end_early(config: Config) -> bool:
+    return config["trainer"].get("max_time") is not None or bool(_others_callbacks(config))
+
+
+NEEDED = (
+    Needed(
+        "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
+        "trainer.gradient_clip_val: the largest length, or number, that a gradient keeps",
+    ),
+    Needed(
+        "trainer.log_every_n_steps", _others_callbacks,
+        "a callback of your own that logs by the step; Crucible logs by the epoch",
+    ),
+    Needed("trainer.min_epochs", _can_end_early, "trainer.max_time or a callback, to end the training before"),
+    Needed("trainer.min_steps", _can_end_early, "trainer.max_time or a callback, to end the training before"),
+    Needed(
+        "model.lr_interval",
+        lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart", "swa_lr", "stages")),
+        "model.scheduler, model.warmstart or model.swa_lr: the rate never changes", "epoch",
+    ),
+    Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
+)  # fmt: skip
+
+ROOT = (
+    "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "ckpt_path",
+    "user_dir", "data_dir", "exp_dir", "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques",
+)  # fmt: skip
+
+
+def check(config: Config, overrides: Sequence[str], typed: Collection[str] | None = None) -> None:
     """Refuse what cannot be run, before any data is read.
 
     Args:
         config: the plain configuration.
         overrides: the command line's overrides, as typed.
+        typed: of a recorded run, the options that were typed beside it; what an earlier version recorded may hold
+            others that do nothing. None: this is no recorded run.
 
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
+    if typed is None:
+        _check_names(config)
     check_value("task", config["task"], Task)
     check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
@@ -74,7 +130,8 @@ def check(config: Config, overrides: Sequence[str]) -> None:
     _check_model(config["model"])
     for room in BASICS:
         read_options(room, config["model"])
-    step_of(config)
+    _check_step(config)
+    _check_needed(config, typed)
     check_value("metrics", config["metrics"], list[str])
     check_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"] or 1000)
     for group in ("callbacks", "logger"):
@@ -83,6 +140,41 @@ def check(config: Config, overrides: Sequence[str]) -> None:
                 _check_node(node, f"{group}.{name}")
             elif not (node is None or node is False or (group == "logger" and node is True)):
                 raise ConfigError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+
+
+def _check_names(config: Config) -> None:
+    """No name that nobody reads, at the top or in a group without a class that would refuse it."""
+    for name, value in config.items():
+        if name not in ROOT and name not in SWEEP_OPTIONS:
+            raise ConfigError(f"{name}={value!r}: no such option{suggest(name, ROOT)}")
+    for name, value in config["data"]["cv"].items():
+        if name != "k":
+            raise ConfigError(f"data.cv.{name}={value!r}: no such option; known: k")
+
+
+def _check_needed(config: Config, typed: Collection[str] | None) -> None:
+    """No option without the one that it needs."""
+    for option, beside, needs, default in NEEDED:
+        value = select(config, option)
+        asked = value not in (None, default) and (typed is None or option in typed)
+        if asked and not beside(config):
+            raise ConfigError(f"{option}={value} needs {needs}")
+
+
+def _check_step(config: Config) -> None:
+    """What the techniques refuse, also of the batches that a callback makes a step of."""
+    step_of(config)
+    trainer = config["trainer"]
+    for name, node in config["callbacks"].items():
+        if not (isinstance(node, Mapping) and isinstance(node.get("scheduling"), Mapping)):
+            continue
+        target = find_target(node.get("_target_", ""), f"callbacks.{name}._target_")
+        if inspect.isclass(target) and issubclass(target, GradientAccumulationScheduler):
+            most = max(node["scheduling"].values(), default=1)
+            try:
+                step_of({**config, "trainer": {**trainer, "accumulate_grad_batches": most}})
+            except ConfigError as error:
+                raise ConfigError(f"callbacks.{name}.scheduling: {error}", error.see) from None
 
 
 def step_of(config: Config) -> Step:

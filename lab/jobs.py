@@ -368,7 +368,7 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
     if len(given) > 1 and not is_child_rank():
-        checking.check(plain, [])  # type: ignore[arg-type]
+        checking.check(plain, [], typed=given)  # type: ignore[arg-type]
         checking.resolve_monitor(plain)  # type: ignore[arg-type]
     return plain  # type: ignore[return-value]
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
+from crucible.corrections import Correction, option_is
 from crucible.options import ConfigError
 from models.base_model import BaseModel
 from models.layers import ADAPTIVE_AVG_POOL, BATCH_NORM, CONV, MAX_POOL, Activation, initialise
@@ -19,8 +20,9 @@ class VGG(nn.Module):
     """`(N, C, *spatial)` float to `(N, num_outputs)`.
 
     In 2-D without `cifar_size` it has the state-dict keys and shapes of torchvision's `vggNN_bn`, and the same
-    outputs with the same weights. Initialised here: He's normal for convolutions, zeros for their biases,
-    ones and zeros for norms, torch's default for linear layers.
+    outputs with the same weights. Initialised as there: He's normal for convolutions, zeros for all biases, ones and
+    zeros for norms, N(0, 0.01) for the three linear layers. The one linear layer of `cifar_size`, which
+    torchvision does not have, keeps torch's default.
 
     Args:
         layers: convolutions in each of the five stages; max-pooling ends each stage.
@@ -70,6 +72,11 @@ class VGG(nn.Module):
         for module in self.features:
             if isinstance(module, CONV[input_dim]):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        if not cifar_size:
+            for module in self.classifier:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.01)
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises a ConfigError for input below 32 along a dimension, unless `cifar_size`."""
@@ -88,6 +95,12 @@ class _VGGModel(BaseModel):
     """The options of every VGG; a variant names its stages."""
 
     layers: ClassVar[tuple[int, int, int, int, int]]
+    corrections: ClassVar = (
+        Correction(
+            "model._target_", 2, option_is("model.cifar_size", False),
+            "the three linear layers of VGG started with torch's default instead of N(0, 0.01) and zeros",
+        ),
+    )  # fmt: skip
 
     def __init__(
         self,

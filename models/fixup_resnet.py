@@ -1,7 +1,9 @@
 """ResNets without normalization, by Fixup (Zhang et al., arXiv 1901.09321), for 1-D, 2-D and 3-D input.
 
 `ResNet18WithoutNorm` is the network that the PowerGrad work (arXiv 2111.12495) calls `resnet18_wobn`. That work
-leaves open how it is initialised; Fixup is chosen here because it trains at the usual learning rates.
+leaves open how it is initialised; Fixup is chosen here because it trains at the usual learning rates. Beyond the paper
+it follows the author's code (github.com/hongyi-zhang/Fixup): a block's first bias lies before its projected shortcut
+too, and scalars and biases learn at a tenth of the rate.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from crucible.corrections import Correction
 from models.base_model import BaseModel
 from models.dynamic_resnet import ResNet
 from models.layers import Activation, BasicBlock, Shortcut, conv
+
+SCALAR_RATE = 0.1  # of the learning rate
 
 
 class Scalar(nn.Module):
@@ -30,7 +35,10 @@ class Scalar(nn.Module):
 
 
 class FixupBasicBlock(BasicBlock):
-    """Two 3x3 convolutions without norms: a learned scalar before each layer, and one that scales the branch."""
+    """Two 3x3 convolutions without norms: a learned scalar before each layer, and one that scales the branch.
+
+    The first scalar also lies before the shortcut, where that has a layer.
+    """
 
     def _build_branch(
         self, in_channels: int, width: int, stride: int, input_dim: int, activation: Activation
@@ -47,11 +55,17 @@ class FixupBasicBlock(BasicBlock):
     def _build_shortcut(
         self, in_channels: int, out_channels: int, stride: int, input_dim: int, shortcut: Shortcut
     ) -> nn.Module:
-        return nn.Sequential(Scalar(), conv(input_dim, in_channels, out_channels, 1, stride))
+        return conv(input_dim, in_channels, out_channels, 1, stride)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bias2(self.conv1(self.bias1(x))))
+        """Of the input behind `bias1`."""
+        x = self.act1(self.bias2(self.conv1(x)))
         return self.bias4(self.scale(self.conv2(self.bias3(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = self.bias1(x)
+        shortcut = x if isinstance(self.downsample, nn.Identity) else self.downsample(shifted)
+        return self.act(shortcut + self.drop_path(self.se(self.branch(shifted))))
 
 
 class FixupResNet(ResNet):
@@ -74,10 +88,30 @@ class FixupResNet(ResNet):
         nn.init.zeros_(self.fc.bias)
 
 
+def slow_scalars(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group of the optimizer in two: the weights, then at `SCALAR_RATE` of their rate scalars and biases."""
+    slow = {p for part in module.modules() if isinstance(part, Scalar) for p in part.parameters()}
+    slow |= {p for name, p in module.named_parameters() if name.endswith(".bias")}
+    return [
+        part
+        for group in groups
+        for part in (
+            {**group, "params": [p for p in group["params"] if p not in slow]},
+            {**group, "params": [p for p in group["params"] if p in slow], "lr": group["lr"] * SCALAR_RATE},
+        )
+    ]
+
+
 class FixupResNetModel(BaseModel):
     """The options of every Fixup ResNet."""
 
     layers: ClassVar[tuple[int, ...]]
+    corrections: ClassVar = (
+        Correction(
+            "model._target_", 2, lambda config: True,
+            "Fixup's shortcuts had biases of their own, and scalars and biases learned at the full rate",
+        ),
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -87,6 +121,7 @@ class FixupResNetModel(BaseModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.step.groups.insert(0, slow_scalars)
         self.model = FixupResNet(
             self.layers,
             self.num_outputs,

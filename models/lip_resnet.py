@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from crucible.corrections import Correction
 from crucible.options import ConfigError
 from models.dynamic_resnet import ResNetModel
 from models.layers import AVG_POOL, Activation, Bottleneck, Shortcut, conv
@@ -105,12 +106,28 @@ class LIPBottleneck(Bottleneck):
 
 
 class LIPResNetModel(ResNetModel):
-    """A ResNet with `LIP` wherever it halves the resolution after the first convolution."""
+    """A ResNet with `LIP` wherever it halves the resolution after the first convolution.
+
+    It starts as the authors' code does: the convolutions of the weights and the last norm of each branch at zero, the
+    head from N(0, 0.01) and zeros.
+    """
 
     block = LIPBottleneck
+    corrections: ClassVar = (
+        Correction(
+            "model._target_", 2, lambda config: True,
+            "LIP-ResNets started with branches that were not zero and torch's default in the head",
+        ),
+    )  # fmt: skip
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        zero_init_residual: Annotated[
+            bool, "each block starts as its shortcut (arXiv 1706.02677), as in the authors' code"
+        ] = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(zero_init_residual=zero_init_residual, **kwargs)
         if kwargs.get("stem") == "D":
             raise ConfigError("model.stem=D pools before the shortcuts, which LIPResNet does already; use C")
         network: Any = self.model
@@ -119,6 +136,8 @@ class LIPResNetModel(ResNetModel):
         for module in network.modules():
             if isinstance(module, LIP):
                 nn.init.zeros_(module.conv.weight)  # type: ignore[arg-type]
+        nn.init.normal_(network.fc.weight, std=0.01)
+        nn.init.zeros_(network.fc.bias)
 
 
 class LIPResNet50(LIPResNetModel):

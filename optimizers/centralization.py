@@ -1,4 +1,9 @@
-"""Gradient centralization (Yong et al., arXiv 2004.01461): gradients of weights lose their mean per output."""
+"""Gradient centralization (Yong et al., arXiv 2004.01461): gradients of weights lose their mean per output.
+
+Weight decay stands behind it, as in the paper, where the operator acts on the gradient of the loss and the optimizer
+has the rest: the mean of an output's weights decays like the weights. In the code that the authors published, SGD adds
+the L2 term to the gradient first, so that it is centralised too and that mean stays for ever what it was.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,8 @@ class GradientCentralization(Technique):
 
     gradient_centralization: Annotated[
         Which | None,
-        "weights whose gradients lose their mean: of convolutions, or of linear layers too (arXiv 2004.01461)",
+        "weights whose gradients lose their mean, before weight decay is added: of convolutions, or of linear layers "
+        "too (arXiv 2004.01461)",
     ] = None
 
     def attach(self, step: Step) -> None:

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from fnmatch import fnmatch
+from functools import cache
+from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import nn
 
+from crucible.configuration import find_target
+from crucible.corrections import Correction
+from crucible.keyed import keyed_rng
 from crucible.options import ConfigError
 from crucible.technique import Step, Technique
 
 Groups = list[dict[str, Any]]
 
 
+def _spares_what_a_network_exempts(config: Mapping[str, Any]) -> bool:
+    model = config["model"]
+    if not model.get("undecay_norm"):
+        return False
+    # neither the seed nor weights from elsewhere say which parameters there are
+    options = {k: v for k, v in model.items() if k not in ("seed", "init_from")}
+    return _exempts(json.dumps({**options, **({"pretrained": False} if options.get("pretrained") else {})}))
+
+
+@cache
+def _exempts(options: str) -> bool:
+    """Whether the network of these `model.*` options exempts a parameter that is no vector and of no norm."""
+    arguments = json.loads(options)
+    target = find_target(arguments.pop("_target_"), "model._target_")
+    try:
+        with torch.device("meta"):
+            network = target(**arguments)
+    except (NotImplementedError, RuntimeError):  # a constructor that looks at its weights
+        with keyed_rng(0):
+            network = target(**arguments)
+    return not exempt_parameters(network) <= _vectors(network)
+
+
 @dataclass(frozen=True)
 class UndecayNorm(Technique):
     """No weight decay on norms and biases."""
 
-    undecay_norm: Annotated[bool, "no weight decay on norms, biases and other vectors (arXiv 1812.01187)"] = (
-        False
-    )
+    corrections: ClassVar = (
+        Correction(
+            "model.undecay_norm", 2, _spares_what_a_network_exempts,
+            "what the network itself exempts was decayed: class tokens, position embeddings, tables of biases",
+        ),
+    )  # fmt: skip
+
+    undecay_norm: Annotated[
+        bool,
+        "no weight decay on norms, biases and other vectors (arXiv 1812.01187), and on what a network exempts itself",
+    ] = False
 
     def attach(self, step: Step) -> None:
         step.groups.append(spare_vectors)
@@ -40,8 +78,8 @@ class LayerDecay(Technique):
 
 def spare_vectors(module: nn.Module, groups: Groups) -> Groups:
     """Each group in two: first what is decayed, then without weight decay the norms' parameters and all of fewer
-    than two dimensions (biases, scales), told by module type and shape, not by name."""
-    spared = _vectors(module)
+    than two dimensions (biases, scales), told by module type and shape, not by name, and what a network exempts."""
+    spared = _vectors(module) | exempt_parameters(module)
     return [
         part
         for group in groups
@@ -50,6 +88,18 @@ def spare_vectors(module: nn.Module, groups: Groups) -> Groups:
             {**group, "params": [p for p in group["params"] if p in spared], "weight_decay": 0.0},
         )
     ]
+
+
+def exempt_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """What networks exempt from weight decay themselves: class tokens, position embeddings, tables of biases.
+
+    By the method of timm's networks, `no_weight_decay()`: names of parameters, with wildcards. Of networks within one
+    another the outermost that has it speaks.
+    """
+    if callable(names := getattr(module, "no_weight_decay", None)):
+        patterns = list(names())
+        return {p for name, p in module.named_parameters() if any(fnmatch(name, each) for each in patterns)}
+    return {p for child in module.children() for p in exempt_parameters(child)}
 
 
 def decay_by_layer(module: nn.Module, groups: Groups, decay: float) -> Groups:

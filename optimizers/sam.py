@@ -51,14 +51,18 @@ class Sam(Technique):
         return 1 + 1 / self.sam_every if self.sam else 1.0
 
     def check(self, setting: Setting) -> None:
-        if setting.accumulate_grad_batches > 1:
-            raise ConfigError(
-                f"model.sam=true needs trainer.accumulate_grad_batches=1, got {setting.accumulate_grad_batches}:"
-                " the second gradient would be that of the last batch only"
-            )
+        _check_one_batch(setting.accumulate_grad_batches)
 
     def attach(self, step: Step) -> None:
         step.closure.append(lambda module, closure: sam_closure(module, closure, self))
+
+
+def _check_one_batch(accumulated: int) -> None:
+    if accumulated > 1:
+        raise ConfigError(
+            f"model.sam=true needs trainer.accumulate_grad_batches=1, got {accumulated}:"
+            " the second gradient would be that of the last batch only"
+        )
 
 
 def sam_closure(module: Any, closure: Closure, options: Sam) -> Closure:
@@ -80,7 +84,11 @@ def sam_closure(module: Any, closure: Closure, options: Sam) -> Closure:
             key of this step, and is called before each pass.
         closure: as Lightning hands it to `optimizer_step`.
         options: those of SAM; `sam` itself is not looked at.
+
+    Raises:
+        ConfigError: where a callback has made several batches a step meanwhile.
     """
+    _check_one_batch(module.trainer.accumulate_grad_batches)
     if module.trainer.global_step % options.sam_every:
         return closure
     rho = options.sam_rho

@@ -49,7 +49,9 @@ BROUGHT_FORWARD: dict[str, dict[str, Any]] = {
 STEPS = {
     "resnet18_wobn": 3
 }  # its head and branches start at zero, so that at first nothing reaches the weights
-PART_OF_THE_FAMILY = {("se_resnet", "squeeze_excitation")}  # on in its own file
+PART_OF_THE_FAMILY = {  # on in its own file
+    ("se_resnet", "squeeze_excitation"), ("lip_resnet", "zero_init_residual"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,25 @@ def test_options_that_the_family_lacks_are_errors(variant: Any, option: str) -> 
         variant(**{option: 0.5})
 
 
+def test_the_head_starts_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    ours = [m for m in VGG(SHALLOW, 10).classifier if isinstance(m, nn.Linear)]
+    theirs = [m for m in torchvision.models.VGG(nn.Identity(), 10).classifier if isinstance(m, nn.Linear)]
+    assert len(ours) == len(theirs) == 3
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.weight.shape == reference.weight.shape
+        assert mine.weight.std().item() == pytest.approx(reference.weight.std().item(), rel=0.02)
+        assert abs(mine.weight.mean().item()) < 1e-4
+        assert not mine.bias.any() and not reference.bias.any()
+
+
+def test_the_one_layer_of_small_input_keeps_torchs_default() -> None:
+    torch.manual_seed(0)
+    (layer,) = VGG(SHALLOW, 10, cifar_size=True, dropout=0.0).classifier
+    assert layer.weight.std().item() == pytest.approx((1 / (3 * 512)) ** 0.5, rel=0.05)
+    assert layer.bias.any()
+
+
 def test_convolutions_start_normal_and_without_bias() -> None:
     for module in VGG(SHALLOW, cifar_size=True).features:
         if isinstance(module, nn.Conv2d):

@@ -14,14 +14,15 @@ from crucible.options import ConfigError
 from models.dynamic_resnet import ResNet18
 from models.fixup_resnet import FixupBasicBlock, FixupResNet, ResNet18WithoutNorm, ResNet34WithoutNorm, Scalar
 from norms import convert_norm
+from optimizers import build_optimizer
 
 
 def test_it_is_the_resnet_with_scalars_in_place_of_the_norms() -> None:
     with torch.device("meta"):
         ours, plain = ResNet18WithoutNorm(num_classes=1000).model, ResNet18(num_classes=1000).model
     norms = sum(parameters(m) for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
-    scalars = 2 + 8 * 5 + 3  # stem and head, five in each block, one in each shortcut
-    assert parameters(ours) == parameters(plain) - norms + scalars == 11_679_957
+    scalars = 2 + 8 * 5  # stem and head, five in each block
+    assert parameters(ours) == parameters(plain) - norms + scalars == 11_679_954
     assert not any(hasattr(m, "running_mean") for m in ours.modules())
 
 
@@ -51,6 +52,36 @@ def test_a_block_is_the_papers_formula() -> None:
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     y = block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4
     torch.testing.assert_close(block(x), (y + x).relu())
+
+
+def test_a_projected_shortcut_has_the_blocks_first_bias_before_it() -> None:
+    torch.manual_seed(0)
+    block = FixupBasicBlock(4, 6, stride=2).double()
+    for module in block.modules():
+        if isinstance(module, Scalar):
+            nn.init.normal_(module.value)
+    b1, b2, b3, b4 = (getattr(block, f"bias{i}").value for i in range(1, 5))
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    y = block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4
+    shortcut = nn.functional.conv2d(x + b1, block.downsample.weight, stride=2)
+    torch.testing.assert_close(block(x), (y + shortcut).relu())
+
+
+@pytest.mark.parametrize("options", [{}, {"undecay_norm": True}, {"layer_decay": 0.5}])
+def test_scalars_and_biases_learn_at_a_tenth_of_the_weights_rate(options: dict[str, Any]) -> None:
+    model = ResNet18WithoutNorm(lr=0.1, weight_decay=0.01, **options)
+    optimizer = build_optimizer(model, model.optimizer_options, model.step.groups)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    block = model.model.layer2[0]
+    wanted = {
+        block.conv1.weight: 1.0, block.downsample.weight: 1.0, block.bias1.value: 0.1, block.bias4.value: 0.1,
+        block.scale.value: 0.1,
+    }  # fmt: skip
+    of_the_layer = rate[block.conv1.weight]
+    assert {p: rate[p] / of_the_layer for p in wanted} == pytest.approx(wanted)
+    assert rate[model.model.fc.weight] == optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert rate[model.model.fc.bias] == pytest.approx(0.01)
+    assert rate.keys() == set(model.parameters())
 
 
 def test_it_trains_at_a_rate_for_networks_with_norms() -> None:

@@ -17,6 +17,7 @@ from network_checks import (
 from torch import nn
 
 from crucible.options import ConfigError
+from models.layers import Bottleneck
 from models.lip_resnet import LIP, LIPBottleneck, LIPMaxPool, LIPResNet50, LIPResNet101
 
 
@@ -74,6 +75,18 @@ def test_only_a_strided_block_differs_from_the_bottleneck(stride: int) -> None:
     assert block.conv2.kernel_size == ((3, 3) if stride == 1 else (1, 1))
     assert {m.stride for m in block.modules() if isinstance(m, nn.Conv2d)} == {(1, 1)}
     assert block(torch.randn(2, 64, 8, 8)).shape == (2, 64, 8 // stride, 8 // stride)
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_init_residual": False}])
+def test_it_starts_as_in_the_authors_code(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = LIPResNet50(num_classes=1000, **options).model
+    blocks = [m for m in network.modules() if isinstance(m, Bottleneck)]
+    assert len(blocks) == 16
+    assert {bool(block.bn3.weight.any()) for block in blocks} == {bool(options)}
+    assert not any(m.conv.weight.any() for m in network.modules() if isinstance(m, LIP))
+    assert network.fc.weight.std().item() == pytest.approx(0.01, rel=0.01)
+    assert not network.fc.bias.any()
 
 
 def test_the_pooled_shortcut_of_stem_d_is_refused() -> None:

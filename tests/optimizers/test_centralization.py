@@ -175,3 +175,16 @@ def test_it_acts_once_a_step_on_the_unscaled_gradient_before_clipping(scaled, sa
         F.cross_entropy(plain.net(x), torch.arange(8) % 3).backward()
         for name, p in plain.net.named_parameters():
             torch.testing.assert_close(statistics.raw[name], p.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_weight_decay_stands_behind_it_as_in_the_paper():
+    """The mean of an output's weights decays; in the authors' SGD, which centralises the L2 term too, it stays."""
+    network = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.5)
+    before = network.weight.detach().clone()
+    network.weight.grad = torch.randn(3, 6)
+    centralised = network.weight.grad - network.weight.grad.mean(1, keepdim=True)
+    centralise_gradients(centralised_weights(network, "all"))
+    optimizer.step()
+    torch.testing.assert_close(network.weight, before - 0.1 * (centralised + 0.5 * before))
+    torch.testing.assert_close(network.weight.mean(1), 0.95 * before.mean(1))
