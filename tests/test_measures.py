@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 import warnings
@@ -20,11 +21,14 @@ from tiny_networks import TinyResNet
 from torch import nn
 from torchmetrics import MetricCollection
 
+import report
 from crucible import measures
 from crucible.batch import Batch
+from crucible.corrections import versions_of
 from crucible.measures import Auroc, log_odds
-from crucible.metrics import METRICS, build_metrics, remarks, scalars
+from crucible.metrics import CORRECTIONS, METRICS, build_metrics, remarks, scalars
 from crucible.sums import Sums
+from lab import config as checking
 
 NAMES = {task: [row.name for row in METRICS if row.task == task] for task in ("classification", "regression")}
 LOGGED = {row.name: row.logged for row in METRICS}
@@ -264,6 +268,43 @@ def test_without_float64_states_are_float32(monkeypatch) -> None:
         assert all(v.isfinite() for v in scalars(collection.compute()).values())
 
 
+@pytest.mark.parametrize(
+    ("names", "precision", "concerned"),
+    [
+        (["acc", "f1", "ece"], "32-true", False),
+        (["acc", "f1", "ece"], "bf16-mixed", False),
+        (["acc", "f1", "ece"], "bf16-true", True),
+        (["acc", "f1"], "bf16-true", False),
+        (["acc", "top5", "ece"], "32-true", False),
+        (["acc", "top5", "f1"], "32-true", True),
+        (["acc", "auroc"], "32-true", True),
+        (["mse", "mae"], "32-true", False),
+        (["mse", "r2"], "32-true", True),
+    ],
+)  # fmt: skip
+def test_only_runs_whose_metrics_were_wrong_are_other_runs(
+    names: list[str], precision: str, concerned: bool
+) -> None:
+    config = {"metrics": names, "trainer": {"precision": precision}}
+    assert versions_of(CORRECTIONS, config) == ({"metrics": 2} if concerned else {})
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "precision", "concerned"),
+    [
+        ({}, "classification", "bf16-true", False),
+        ({"mixup": True}, "classification", "bf16-true", True),
+        ({"mixup": True}, "classification", "bf16-mixed", False),
+        ({}, "regression", "bf16-true", True),
+        ({}, "regression", "32-true", False),
+    ],
+)
+def test_only_runs_whose_targets_were_rounded_are_other_runs(model, task, precision, concerned) -> None:
+    config = {"model": model, "data": {"task": task}, "trainer": {"precision": precision}}
+    own = [c for c in checking.CORRECTIONS if c.option == "trainer.precision"]
+    assert versions_of(own, config) == ({"trainer.precision": 2} if concerned else {})
+
+
 # In runs
 
 
@@ -307,7 +348,7 @@ class BrokenNetwork(TinyResNet):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = super().forward(input)
-        return out.masked_fill(torch.arange(len(out)).unsqueeze(1) == 0, math.nan)
+        return out.masked_fill(torch.arange(len(out), device=out.device).unsqueeze(1) == 0, math.nan)
 
 
 class BrokenInEvaluation(BrokenNetwork):
@@ -320,8 +361,8 @@ class BrokenInEvaluation(BrokenNetwork):
 def test_a_training_loss_that_is_no_number_ends_the_run_and_no_value_of_the_epoch_is_plausible(
     cli, tmp_path: Path
 ) -> None:
-    network = "model._target_=test_measures.BrokenNetwork"
-    assert cli(*TINY, network, "metrics=[acc,top5,f1,precision,recall,auroc,ece]").status == 1
+    network = ["model=resnet", "model._target_=test_measures.BrokenNetwork"]
+    assert cli(*TINY, *network, "metrics=[acc,top5,f1,precision,recall,auroc,ece]").status == 1
     (run,) = runs_in(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "failed" and summary["reason"].startswith("diverged: train/loss is nan")
@@ -335,7 +376,8 @@ def test_a_training_loss_that_is_no_number_ends_the_run_and_no_value_of_the_epoc
 def test_evaluated_outputs_that_are_no_numbers_are_never_best_and_the_report_calls_the_run_diverged(
     cli, tmp_path: Path, capfd
 ) -> None:
-    assert cli(*TINY, "model._target_=test_measures.BrokenInEvaluation", "trainer.max_epochs=2").status == 0
+    network = ["model=resnet", "model._target_=test_measures.BrokenInEvaluation"]
+    assert cli(*TINY, *network, "trainer.max_epochs=2").status == 0
     (run,) = runs_in(tmp_path)
     final = final_of(run)
     evaluated = [k for k in final if k.startswith(("val/", "test/"))]
