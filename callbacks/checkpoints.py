@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -77,7 +78,7 @@ class Checkpoints(Checkpoint):
             return
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1.0 if higher_is_better(self.monitor, self.mode) else -1.0
-        if value == value and (
+        if math.isfinite(value) and (
             self.monitor not in self.best or sign * value > sign * self.best[self.monitor]
         ):
             self.best = {self.monitor: value, "epoch": trainer.current_epoch}

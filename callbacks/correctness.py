@@ -36,7 +36,7 @@ class ExampleHits(Metric):
         """Add `logits` (N, K) float with `target` (N,) int64 and `index` (N,) int64."""
         confidence, prediction = logits.float().softmax(dim=1).max(dim=1)
         self.index.append(index.int())
-        self.hit.append(prediction == target)
+        self.hit.append((prediction == target) & confidence.isfinite())
         self.confidence.append(confidence)
 
     def compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -89,8 +89,10 @@ class CorrectnessRecord(Callback):
         self._hits = None
         if not trainer.is_global_zero:
             return
+        known = np.isfinite(confidence)  # outputs that are no numbers are not right, and in no bin
+        confidence, of_known = confidence[known], hit[known].astype(np.float64)
         bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        weights = (np.ones_like(confidence), confidence, hit.astype(np.float64))
+        weights = (np.ones_like(confidence), confidence, of_known)
         stream = io.BytesIO()
         np.savez(
             stream,

@@ -45,9 +45,9 @@ class ConfusionCounts(Metric):
         self.add_state("counts", torch.zeros(num_classes**2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
-        """Add `logits` (N, K) float with `target` (N,) int64."""
+        """Add `logits` (N, K) float with `target` (N,) int64; those that are no numbers are not counted."""
         cell = target * self.num_classes + logits.argmax(dim=1)
-        self.counts.index_add_(0, cell, torch.ones_like(cell))
+        self.counts.index_add_(0, cell, logits.logsumexp(dim=1).isfinite().to(cell.dtype))
 
     def compute(self) -> Tensor:
         """The counts, of all ranks."""

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from crucible.configuration import select
 
+HALF_PRECISION = ("bf16-true", "16-true")  # of weights and sums
+
 
 class Correction(NamedTuple):
     """A change of what comes out. It stands with what it corrects: in `corrections` of a technique, of the other

@@ -56,6 +56,11 @@ def is_child_rank() -> bool:
     return any(os.environ.get(r, "0") not in ("", "0") for r in ranks)
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """`x`, in float32 where it was narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def wide(device: torch.device) -> torch.dtype:
     """The widest floating dtype of a device, for sums: float64, on MPS float32."""
     return torch.float32 if device.type == "mps" else torch.float64

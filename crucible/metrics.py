@@ -1,7 +1,7 @@
 """The metrics of a run, in one table: names, which way is better, and what computes them.
 
-States live on the device, are bounded, and add up exactly over ranks. torchmetrics takes seconds to import, so
-that only what builds a metric imports it.
+States live on the device, are bounded, and add up exactly over ranks (`crucible.measures`). torchmetrics takes
+seconds to import, so that only what builds a metric imports it.
 """
 
 from __future__ import annotations
@@ -10,44 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from crucible.corrections import Correction
+from crucible.configuration import select
+from crucible.corrections import HALF_PRECISION, Correction
 from crucible.options import ConfigError, suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torchmetrics import Metric, MetricCollection
+    from torchmetrics import MetricCollection
 
-AUROC_THRESHOLDS = 200
+    from crucible.measures import Measure
 
-
-def _multiclass(name: str, **arguments: Any) -> Callable[[int], Metric]:
-    """Takes probabilities (N, K) and targets (N,)."""
-
-    def build(num_classes: int) -> Metric:
-        import torchmetrics.classification as tm
-
-        metric: Metric = getattr(tm, f"Multiclass{name}")(
-            num_classes=num_classes, validate_args=False, **arguments
-        )
-        return metric
-
-    return build
+NAMED = 8  # classes that a remark names
 
 
-def _calibration_error(num_classes: int) -> Metric:
-    from crucible.calibration import CalibrationError
+def _measure(name: str, *, of_classes: bool = False, **arguments: Any) -> Callable[[int], Measure]:
+    """Builds a class of `crucible.measures`."""
 
-    return CalibrationError()
+    def build(num_classes: int) -> Measure:
+        from crucible import measures
 
-
-def _regression(name: str) -> Callable[[int], Metric]:
-    """Takes predictions (N,) and targets (N,)."""
-
-    def build(num_classes: int) -> Metric:
-        import torchmetrics.regression as tm
-
-        metric: Metric = getattr(tm, name)()
-        return metric
+        measure: Measure = getattr(measures, name)(*((num_classes,) if of_classes else ()), **arguments)
+        return measure
 
     return build
 
@@ -70,28 +53,49 @@ class MetricRow:
     task: Literal["classification", "regression"] | None
     higher_is_better: bool
     fraction: bool
-    build: Callable[[int], Metric] | None
+    build: Callable[[int], Measure] | None
 
 
 METRICS = (
     # name, logged, task, higher is better, fraction, build
-    MetricRow("acc", "acc", "classification", True, True, _multiclass("Accuracy", average="micro")),
-    MetricRow("top5", "acc_top5", "classification", True, True, _multiclass("Accuracy", average="micro", top_k=5)),
-    MetricRow("f1", "f1", "classification", True, True, _multiclass("F1Score", average="macro")),
-    MetricRow("f1_per_class", "f1_per_class", "classification", True, True, _multiclass("F1Score", average="none")),
-    MetricRow("precision", "precision", "classification", True, True, _multiclass("Precision", average="macro")),
-    MetricRow("recall", "recall", "classification", True, True, _multiclass("Recall", average="macro")),
+    MetricRow("acc", "acc", "classification", True, True, _measure("Accuracy")),
+    MetricRow("top5", "acc_top5", "classification", True, True, _measure("Accuracy", top_k=5)),
+    MetricRow("f1", "f1", "classification", True, True, _measure("ClassScore", of_classes=True, score="f1")),
     MetricRow(
-        "auroc", "auroc", "classification", True, True,
-        _multiclass("AUROC", average="macro", thresholds=AUROC_THRESHOLDS),
+        "f1_per_class", "f1_per_class", "classification", True, True,
+        _measure("ClassScore", of_classes=True, score="f1", mean=False),
     ),
-    MetricRow("ece", "ece", "classification", False, True, _calibration_error),
-    MetricRow("mse", "mse", "regression", False, False, _regression("MeanSquaredError")),
-    MetricRow("mae", "mae", "regression", False, False, _regression("MeanAbsoluteError")),
-    MetricRow("r2", "r2", "regression", True, False, _regression("R2Score")),
+    MetricRow(
+        "precision", "precision", "classification", True, True,
+        _measure("ClassScore", of_classes=True, score="precision"),
+    ),
+    MetricRow(
+        "recall", "recall", "classification", True, True,
+        _measure("ClassScore", of_classes=True, score="recall"),
+    ),
+    MetricRow("auroc", "auroc", "classification", True, True, _measure("Auroc", of_classes=True)),
+    MetricRow("ece", "ece", "classification", False, True, _measure("CalibrationError")),
+    MetricRow("mse", "mse", "regression", False, False, _measure("MeanError", squared=True)),
+    MetricRow("mae", "mae", "regression", False, False, _measure("MeanError", squared=False)),
+    MetricRow("r2", "r2", "regression", True, False, _measure("R2")),
     MetricRow("loss", "loss", None, False, False, None),
 )  # fmt: skip
-CORRECTIONS: tuple[Correction, ...] = ()
+
+
+def _corrected(config: Mapping[str, Any]) -> bool:
+    names = set(config["metrics"])
+    merged = "top5" in names and names & {"f1", "f1_per_class", "precision", "recall"}
+    rounded = select(config, "trainer.precision") in HALF_PRECISION and names & {"ece", "mse", "mae"}
+    return bool(merged or rounded or names & {"auroc", "r2"})
+
+
+CORRECTIONS: tuple[Correction, ...] = (
+    Correction(
+        "metrics", 2, _corrected,
+        "merged by the first batch (top5 with f1, precision, recall), rounded to the weights' dtype, auroc in 200"
+        " uniform bins with classes absent as 0, r2 from a difference of float32 sums",
+    ),
+)  # fmt: skip
 _BY_NAME = {row.name: row for row in METRICS}
 _BY_LOGGED_NAME = {row.logged: row for row in METRICS}
 
@@ -138,26 +142,53 @@ def check_metrics(names: Sequence[str], task: str, num_classes: int) -> None:
 def build_metrics(names: Sequence[str], task: str, num_classes: int) -> MetricCollection:
     """The metrics `names`, keyed as they are logged (`top5` is logged as `acc_top5`).
 
-    Classification metrics take probabilities (N, K) and targets (N,); f1, precision, recall and AUROC are
-    means over classes. AUROC is binned (200 thresholds), so its memory does not grow with the data.
-    Regression metrics take predictions (N,) and targets (N,).
+    Classification metrics take probabilities (N, K) and targets (N,), and may be handed `logits` (N, K) by name,
+    whose order AUROC keeps where the probabilities are 0 and 1; f1, precision, recall and AUROC are means over
+    classes. Regression metrics take predictions (N,) and targets (N,). No metric knows of the others.
     """
     from torchmetrics import MetricCollection
 
     check_metrics(names, task, num_classes)
     rows = [_BY_NAME[name] for name in names]
-    return MetricCollection({row.logged: row.build(num_classes) for row in rows if row.build is not None})
+    built = {row.logged: row.build(num_classes) for row in rows if row.build is not None}
+    # torchmetrics would merge those whose states coincide after the first batch
+    return MetricCollection(dict(built), compute_groups=False)
+
+
+def remarks(metrics: MetricCollection, class_names: Sequence[str] = ()) -> list[str]:
+    """What a reader of the values must know, a line each; after `compute`. Waits for the device."""
+    lines: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        mask = getattr(metric, "left_out", None)
+        out = [] if mask is None else mask.tolist()
+        if missing := [i for i, undefined in enumerate(out) if undefined]:
+            known = len(class_names) == len(out)
+            labels = [class_names[i] if known else str(i) for i in missing]
+            shown = ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if labels[NAMED:] else "")
+            left_out.setdefault(shown, []).append(name)
+        if getattr(metric, "binned", None) is not None:
+            lines.append(f"{name} is exact to {metric.binned} samples a process, and in bins of ranks above")
+    lines += [
+        f"{', '.join(names)}: undefined for, and left out: {classes}" for classes, names in left_out.items()
+    ]
+    return lines
 
 
 def scalars(values: dict[str, Tensor], class_names: Sequence[str] = ()) -> dict[str, Tensor]:
-    """One scalar a name: `f1_per_class` (K,) becomes `f1_per_class/<class>`."""
+    """One scalar a name: `f1_per_class` (K,) becomes `f1_per_class/<class>`, without undefined (NaN) classes.
+
+    Where all are NaN, outputs were not finite, and all stay.
+    """
     flat: dict[str, Tensor] = {}
     for name, value in values.items():
         if value.ndim == 0:
             flat[name] = value
         else:
             labels = class_names if len(class_names) == len(value) else [str(i) for i in range(len(value))]
-            flat.update({f"{name}/{label}": v for label, v in zip(labels, value, strict=True)})
+            kept = [True] * len(value) if bool(value.isnan().all()) else (~value.isnan()).tolist()
+            each = zip(labels, value, kept, strict=True)
+            flat.update({f"{name}/{label}": v for label, v, known in each if known})
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,12 +40,17 @@ class Sums:
         totals += torch.stack((loss.detach().to(totals.dtype) * n, second.to(totals.dtype), count))
 
     def means(self, trainer: Any = None) -> dict[str, Tensor]:
-        """`loss`, and `acc` or `mae`: exact means over all samples; of all ranks (collective) with a trainer."""
+        """`loss`, and `acc` or `mae`: exact means over all samples; of all ranks (collective) with a trainer.
+
+        Where the loss of a batch was not finite, both are not.
+        """
         totals = self.totals
         if trainer is not None and trainer.world_size > 1:
             totals = trainer.strategy.reduce(totals.clone(), reduce_op="sum")
         count = totals[2].clamp(min=1)
+        # the largest of logits that are no numbers is a class like any other
+        second = totals[1].masked_fill(~totals[0].isfinite(), math.nan)
         return {
             "loss": totals[0] / count,
-            "acc" if self.task == "classification" else "mae": totals[1] / count,
+            "acc" if self.task == "classification" else "mae": second / count,
         }

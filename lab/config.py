@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
-from crucible.corrections import Correction
+from crucible.corrections import HALF_PRECISION, Correction
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
 from crucible.options import (
@@ -31,7 +31,20 @@ from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from norms import Norm
 
-CORRECTIONS: tuple[Correction, ...] = ()  # of what the trainer and the lengths of a run make of it
+
+def _targets_were_rounded(config: Mapping[str, Any]) -> bool:
+    model = config["model"]
+    mixed = model.get("mixup") or model.get("cutmix_alpha") or model.get("manifold_mixup")
+    rounded = select(config, "trainer.precision") in HALF_PRECISION
+    return rounded and bool(mixed or config["data"]["task"] == "regression")
+
+
+# of what the trainer and the lengths of a run make of it
+CORRECTIONS: tuple[Correction, ...] = (
+    Correction(
+        "trainer.precision", 2, _targets_were_rounded, "float targets were rounded to the weights' dtype"
+    ),
+)
 Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run

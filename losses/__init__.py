@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crucible.machine import widened
 from crucible.options import ConfigError, option_names, read_options, suggest
 from crucible.technique import Setting, assemble, read_techniques
 from losses.powergrad import LabelSmoothing, PowerGrad, PowerGradCrossEntropy, powergrad_cross_entropy
@@ -55,7 +56,7 @@ class RegressionLoss(nn.Module):
                 f" got {tuple(prediction.shape)} and {tuple(target.shape)}"
             )
         error = F.mse_loss if self.loss == "mse" else F.l1_loss
-        return error(_wide(prediction), _wide(target))
+        return error(widened(prediction), widened(target))
 
     def extra_repr(self) -> str:
         return self.loss
@@ -101,7 +102,3 @@ def _check_loss(task: Task, loss: LossName | None) -> None:
     allowed = ("cross_entropy",) if task == "classification" else ("mse", "mae")
     if loss is not None and loss not in allowed:
         raise ConfigError(f"model.loss must be {' or '.join(allowed)} with data.task={task}, got {loss!r}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.is_floating_point() and x.element_size() >= 4 else x.float()

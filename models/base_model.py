@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from crucible.batch import Batch
 from crucible.keyed import stream_key
-from crucible.metrics import build_metrics, scalars
+from crucible.machine import widened
+from crucible.metrics import build_metrics, remarks, scalars
 from crucible.options import ConfigError, option_names, read_options, suggest
 from crucible.sums import Sums
 from crucible.technique import BatchStage, Setting, Weights, assemble, check_techniques, read_techniques
@@ -23,6 +25,8 @@ from models.techniques import technique_kinds
 from norms import exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
 from optimizers.schedules import ScheduleOptions, build_scheduler
+
+log = logging.getLogger("crucible")
 
 BASICS = (LossOptions, OptimizerOptions, ScheduleOptions)  # options that no training is without
 Stage = Literal["train", "val", "val_raw", "test"]
@@ -101,6 +105,7 @@ class BaseModel(LightningModule):
         self._sums: dict[str, Sums] = {}
         self._resumed_sums: tuple[int, list[float]] | None = None
         self._step_key = 0
+        self._said: set[str] = set()  # remarks on metrics
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
@@ -164,10 +169,17 @@ class BaseModel(LightningModule):
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def as_the_weights(self, batch: Batch) -> Batch:
-        """The batch in the memory format and, under 64-true and bf16-true, the precision of the weights."""
+        """The batch in the memory format and, under 64-true and bf16-true, its input in the weights' precision.
+
+        Targets are never rounded.
+        """
         if self._use_channels_last():
             batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
-        return self.trainer.precision_plugin.convert_input(batch)
+        batch = batch._replace(input=self.trainer.precision_plugin.convert_input(batch.input))
+        if batch.target.is_floating_point():
+            wider = torch.promote_types(batch.target.dtype, batch.input.dtype)
+            batch = batch._replace(target=batch.target.to(wider))
+        return batch
 
     def _use_channels_last(self) -> bool:
         wanted = self.device.type == "cuda" if self.channels_last is None else self.channels_last
@@ -339,10 +351,10 @@ class BaseModel(LightningModule):
             return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
-        logits = self.outputs(batch.input).float()
+        logits = widened(self.outputs(batch.input))
         self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
-        self.metrics[f"{stage}_metrics"].update(scores, batch.target)  # type: ignore[operator]
+        self.metrics[f"{stage}_metrics"].update(scores, batch.target, logits=logits)  # type: ignore[operator]
         return {"logits": logits, "target": batch.target, "index": batch.index}
 
     def on_validation_epoch_end(self) -> None:
@@ -358,13 +370,18 @@ class BaseModel(LightningModule):
         class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
         values = {"loss": self._sums[stage].means(self.trainer)["loss"]}
         values |= scalars(metrics.compute(), class_names)  # type: ignore[operator]
+        if self.trainer.is_global_zero:
+            for remark in remarks(metrics, class_names):  # type: ignore[arg-type]
+                if (said := f"{stage}: {remark}") not in self._said:
+                    self._said.add(said)
+                    log.warning("%s", said)
         metrics.reset()  # type: ignore[operator]
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32."""
+        """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32 or wider."""
         with self._with_shipped():
-            logits = self.outputs(batch.input).float()
+            logits = widened(self.outputs(batch.input))
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         return {"scores": scores, "target": batch.target, "index": batch.index}
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from sklearn import metrics as sk
 
+from crucible import measures
 from crucible.metrics import METRICS, build_metrics, find_metric, higher_is_better, scalars
 from crucible.options import ConfigError
 
@@ -46,9 +47,7 @@ def test_classification_metrics_equal_scikit_learn(scores) -> None:
     assert got["f1"] == pytest.approx(sk.f1_score(t, predicted, average="macro"))
     assert got["precision"] == pytest.approx(sk.precision_score(t, predicted, average="macro"))
     assert got["recall"] == pytest.approx(sk.recall_score(t, predicted, average="macro"))
-    assert got["auroc"] == pytest.approx(
-        sk.roc_auc_score(t, p, multi_class="ovr", average="macro"), abs=0.005
-    )
+    assert got["auroc"] == pytest.approx(sk.roc_auc_score(t, p, multi_class="ovr", average="macro"))
     each = sk.f1_score(t, predicted, average=None)
     assert [got[f"f1_per_class/{k}"] for k in range(8)] == pytest.approx(list(each))
 
@@ -75,20 +74,24 @@ def test_regression_metrics_equal_scikit_learn() -> None:
     assert got["r2"] == pytest.approx(sk.r2_score(target, predicted), rel=1e-4)
 
 
-def test_memory_does_not_grow_with_the_data(scores) -> None:
+def test_memory_does_not_grow_with_the_data(scores, monkeypatch) -> None:
     p, t = scores
+    monkeypatch.setattr(measures, "EXACT_SCORES", 3 * p.numel())
     collection = build_metrics(
         ["acc", "top5", "f1", "precision", "recall", "auroc", "ece"], "classification", 8
     )
-    collection.update(p, t)
 
     def numbers() -> int:
-        return sum(state.numel() for metric in collection.values() for state in metric.metric_state.values())
+        states = [state for metric in collection.values() for state in metric.metric_state.values()]
+        return sum(s.numel() for state in states for s in (state if isinstance(state, list) else [state]))
 
-    before = numbers()
-    for _ in range(5):
-        collection.update(p, t)
-    assert numbers() == before
+    most = []
+    for _ in range(3):
+        most.append(0)
+        for _ in range(8):
+            collection.update(p, t)
+            most[-1] = max(most[-1], numbers())
+    assert most[0] == most[1] == most[2]
 
 
 def test_a_metric_without_meaning_is_refused() -> None:
