@@ -403,6 +403,11 @@ class BaseDataModule(LightningDataModule):
             sampler.order = representative(of_split, self.task, self.split_seed)
         return self._loader(samples, sampler)
 
+    def seen(self, split: Literal["val", "test"]) -> int:
+        """The samples of a split, of all ranks, that the trainer's limit leaves."""
+        sampler = EvalSampler(len(self.samples(split)), self.batch_size, world_size=self._place()[1])
+        return sampler.seen(getattr(self.trainer, f"limit_{split}_batches", None))
+
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
