@@ -45,7 +45,7 @@ class Tiny(LightningModule):
 
     @property
     def epochs(self) -> float:
-        return float(self.trainer.max_epochs)
+        return 2.0 if self._trainer is None else float(self._trainer.max_epochs)
 
     def log_training(self) -> None: ...
 
