@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import Annotated, Any
 
 import torch
@@ -123,6 +123,7 @@ class LogitStats(Callback):
     _train: _LogitMeans
     _gradients: _GradientNorms
     _evaluation: _LogitMeans
+    _no_values: Callable[[], None]
 
     def __init__(self, norms: Annotated[bool, "log the norms of gradient and weights too"] = True) -> None:
         self.norms = norms
@@ -158,6 +159,10 @@ class LogitStats(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hook = pl_module.register_forward_hook(self._after_forward)
+        wanted: list[Any] = pl_module.epoch_values  # type: ignore[assignment]
+        values = partial(self._epoch_values, trainer, pl_module)
+        wanted.append(values)
+        self._no_values = partial(wanted.remove, values)
 
     def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
         # The first of a step: SAM's second pass follows, and DDP sends training_step through forward as well
@@ -195,13 +200,13 @@ class LogitStats(Callback):
                 " does not get them, (N, K), from self(input)"
             )
         self._seen = False
-        if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
-            # before validation and the callbacks' epoch end, so that both see this epoch's values
-            values = self._train.means(trainer, PREFIXES["train"])
-            if self.norms:
-                values |= self._gradients.values()
-                values["train/weight_norm"] = _total_norm(p.detach() for p in pl_module.parameters())
-            pl_module.log_dict(values, on_step=False, on_epoch=True)
+
+    def _epoch_values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        values = self._train.means(trainer, PREFIXES["train"])
+        if self.norms:
+            values |= self._gradients.values()
+            values["train/weight_norm"] = _total_norm(p.detach() for p in pl_module.parameters())
+        return values
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove_hook()
@@ -212,6 +217,7 @@ class LogitStats(Callback):
     def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._no_values()
             self._hook = None
 
     # Evaluation

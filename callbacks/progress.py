@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -62,14 +63,14 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit_started, self._first_epoch = time.monotonic(), trainer.current_epoch
-        self._begin_epoch(trainer)  # an epoch resumed in its middle has no `on_train_epoch_start`
+        self._begin_epoch(trainer, pl_module)  # an epoch resumed in its middle has no `on_train_epoch_start`
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_epoch(trainer)
+        self._begin_epoch(trainer, pl_module)
 
-    def _begin_epoch(self, trainer: Trainer) -> None:
+    def _begin_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = False
-        self._begin(_epoch_title(trainer), self.total_train_batches)
+        self._begin(_epoch_title(trainer, pl_module), self.total_train_batches)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -90,15 +91,16 @@ class Progress(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
+        pl_module.log_training()  # type: ignore[operator]  # of an epoch that was cut, say
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        parts = [_epoch_title(trainer), _split(values, "train")]
+        parts = [_epoch_title(trainer, pl_module), _split(values, "train")]
         if self._validated:
             parts.append(_split(values, "val"))
         parts += [f"lr {self._rate:.3g}", self._speed(trainer.world_size)]
-        done = trainer.current_epoch + 1
-        if trainer.max_epochs is not None and done < trainer.max_epochs:
+        done, epochs = trainer.current_epoch + 1, float(pl_module.epochs)  # type: ignore[arg-type]
+        if done < epochs < math.inf:
             an_epoch = (time.monotonic() - self._fit_started) / (done - self._first_epoch)
-            parts.append(f"left {_clock(an_epoch * (trainer.max_epochs - done))}")
+            parts.append(f"left {_clock(an_epoch * (epochs - done))}")
         self._finish("  ".join(part for part in parts if part))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,10 +245,12 @@ def _live_line() -> RichProgress:
     )
 
 
-def _epoch_title(trainer: Trainer) -> str:
-    last = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-    number = str(trainer.current_epoch + 1)
-    return f"epoch {number.rjust(len(str(last)))}/{last}" if last else f"epoch {number}"
+def _epoch_title(trainer: Trainer, pl_module: LightningModule) -> str:
+    number, epochs = str(trainer.current_epoch + 1), float(pl_module.epochs)  # type: ignore[arg-type]
+    if math.isinf(epochs):
+        return f"epoch {number}"
+    last = math.ceil(epochs)
+    return f"epoch {number.rjust(len(str(last)))}/{last}"
 
 
 def _metrics(values: Mapping[str, float]) -> str:

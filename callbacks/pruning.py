@@ -89,7 +89,7 @@ class Pruning(Callback):
                     "ignore"
                 )  # an epoch that is trained again after a resume was reported before
                 self._trial.report(float(trainer.callback_metrics[self._metric]), trainer.current_epoch)
-            last = trainer.current_epoch + 1 == trainer.max_epochs
+            last = trainer.current_epoch + 1 >= pl_module.epochs  # type: ignore[operator]
             prune = not last and self._trial.should_prune()
         if trainer.strategy.reduce_boolean_decision(prune, all=False):
             raise Pruned(f"pruned after epoch {trainer.current_epoch + 1}: worse than earlier trials were")

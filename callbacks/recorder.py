@@ -93,6 +93,7 @@ class Recorder(Callback):
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log_training()  # type: ignore[operator]  # of an epoch that was cut, say
         # Lightning keeps the values of an earlier epoch's validation
         fresh = ("train/", "logits/", *(("val/", "val_raw/") if self._validated else ()))
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
@@ -116,8 +117,15 @@ class Recorder(Callback):
                 )
             self.rows.append(row)
             self.run.write_metrics(self.rows)
+            summary = self.run.summary()
+            splits = {name.partition("/")[0] for name in values if not name.startswith("logits/")}
             self.run.update_summary(
-                **self.totals(trainer, pl_module), final={**self.run.summary().get("final", {}), **values}
+                **self.totals(trainer, pl_module),
+                final={**summary.get("final", {}), **values},
+                final_epochs={
+                    **summary.get("final_epochs", {}),
+                    **dict.fromkeys(splits, trainer.current_epoch),
+                },
             )
         loss = values.get("train/loss", 0.0)
         if not math.isfinite(loss):

@@ -22,7 +22,15 @@ from crucible.machine import core_count
 from crucible.options import ConfigError
 from datasets.images import Arrays, ImageFiles, fingerprint, image_files
 from datasets.samples import Samples, naming, sample_name
-from datasets.sampling import EpochSampler, EvalSampler, FrozenEpochSampler, fold_out, hold_out
+from datasets.sampling import (
+    EpochSampler,
+    EvalSampler,
+    FrozenEpochSampler,
+    batches_within,
+    fold_out,
+    hold_out,
+    representative,
+)
 
 Split = Literal["train", "val", "test", "predict"]
 _MOST_WORKERS = 16
@@ -55,6 +63,17 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
             self._set_up = "done"
 
     return once
+
+
+def _targets(raw: Any) -> np.ndarray:
+    """All targets of a raw data set; one that does not have them at hand is read."""
+    targets = getattr(raw, "targets", None)
+    if targets is None:
+        targets = []
+        for index in range(len(raw)):
+            with naming(raw, index):
+                targets.append(raw[index][1])
+    return np.asarray(targets)
 
 
 class BaseDataModule(LightningDataModule):
@@ -271,14 +290,7 @@ class BaseDataModule(LightningDataModule):
             self.setup("fit")
 
     def _train_targets(self) -> np.ndarray:
-        raw = self.train_dataset
-        targets = getattr(raw, "targets", None)
-        if targets is None:
-            targets = []
-            for index in range(len(raw)):
-                with naming(raw, index):
-                    targets.append(raw[index][1])
-        return np.asarray(targets)
+        return _targets(self.train_dataset)
 
     def _division(self) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the samples that train, and of those held out."""
@@ -365,11 +377,11 @@ class BaseDataModule(LightningDataModule):
         return itertools.islice(self._loader(samples, sampler), count)
 
     def val_dataloader(self) -> DataLoader:
-        """Each validation sample once over all ranks, in order."""
+        """Each validation sample once over all ranks, in order; under `limit_val_batches` a draw of them."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Each test sample once over all ranks, in order."""
+        """Each test sample once over all ranks, in order; under `limit_test_batches` a draw of them."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
@@ -382,7 +394,19 @@ class BaseDataModule(LightningDataModule):
             raise ConfigError(
                 f"trainer.devices: {self.name} has {len(samples)} {split} samples, fewer than {world} devices"
             )
-        return self._loader(samples, EvalSampler(len(samples), self.batch_size, rank=rank, world_size=world))
+        sampler = EvalSampler(len(samples), self.batch_size, rank=rank, world_size=world)
+        limit = None if split == "predict" else getattr(self.trainer, f"limit_{split}_batches", None)
+        if 0 < batches_within(len(sampler), limit) < len(sampler):
+            # drawn alike whatever trains, so that runs are compared on the same samples
+            targets = _targets(samples.raw)
+            of_split = targets if samples.indices is None else targets[samples.indices]
+            sampler.order = representative(of_split, self.task, self.split_seed)
+        return self._loader(samples, sampler)
+
+    def seen(self, split: Literal["val", "test"]) -> int:
+        """The samples of a split, of all ranks, that the trainer's limit leaves."""
+        sampler = EvalSampler(len(self.samples(split)), self.batch_size, world_size=self._place()[1])
+        return sampler.seen(getattr(self.trainer, f"limit_{split}_batches", None))
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer

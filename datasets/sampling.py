@@ -79,6 +79,28 @@ class FrozenEpochSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]
     """An epoch sampler that Lightning takes for unshuffled, and leaves alone under `overfit_batches`."""
 
 
+def batches_within(batches: int, limit: int | float | None) -> int:
+    """How many of `batches` a limit leaves, as Lightning counts: a number of them, or a fraction, rounded down."""
+    if limit is None:
+        return batches
+    return int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+
+
+def representative(targets: np.ndarray, task: str, seed: int) -> np.ndarray:
+    """All samples in an order of which every beginning has each class (or decile of values) in proportion.
+
+    Args:
+        targets: (N,) class indices or values.
+        task: classification or regression.
+        seed: of the order.
+
+    Returns:
+        The numbers of the samples, (N,) int64.
+    """
+    draw = np.random.Generator(np.random.Philox(stream_key(seed, "limited evaluation")))
+    return _in_proportion(targets, task, draw)
+
+
 class EvalSampler(SequentialSampler):
     """Evaluation batches: each sample once over all ranks, and as many batches on each rank.
 
@@ -90,15 +112,29 @@ class EvalSampler(SequentialSampler):
         batch_size: per rank.
         rank: of this process.
         world_size: number of processes.
+        order: in which they are taken, (samples,); None: as numbered.
     """
 
-    def __init__(self, samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        order: np.ndarray | None = None,
+    ) -> None:
         if samples < world_size:
             raise ValueError(f"{samples} samples for {world_size} processes")
         self.samples = samples
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.order = order
+
+    def seen(self, limit: int | float | None) -> int:
+        """The number of samples, of all ranks, in the batches that a limit leaves."""
+        return sum(self._rounds()[: batches_within(len(self), limit)])
 
     def _rounds(self) -> list[int]:
         """The number of samples in each global batch."""
@@ -118,7 +154,8 @@ class EvalSampler(SequentialSampler):
         for size in self._rounds():
             each, more = divmod(size, self.world_size)
             start = begin + self.rank * each + min(self.rank, more)
-            yield 0, list(range(start, start + each + (self.rank < more)))
+            stop = start + each + (self.rank < more)
+            yield 0, list(range(start, stop)) if self.order is None else self.order[start:stop].tolist()
             begin += size
 
 
@@ -132,6 +169,16 @@ def _strata(targets: np.ndarray, task: str) -> np.ndarray:
 def _shuffled_by_stratum(strata: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     shuffled = draw.permutation(len(strata))
     return shuffled[np.argsort(strata[shuffled], kind="stable")]
+
+
+def _in_proportion(targets: np.ndarray, task: str, draw: np.random.Generator) -> np.ndarray:
+    strata = _strata(targets, task)
+    order = _shuffled_by_stratum(strata, draw)
+    _, first, counts = np.unique(strata[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, counts)
+    # the k-th of n lies at (k + 1/2) / n of its class: the lowest of all, ties by lot, are in proportion
+    part = (place + 0.5) / np.repeat(counts, counts)
+    return order[np.lexsort((draw.random(len(order)), part))]
 
 
 def _split_draw(seed: int) -> np.random.Generator:
@@ -152,15 +199,9 @@ def hold_out(targets: np.ndarray, fraction: float, task: str, seed: int) -> tupl
     Returns:
         The sorted numbers of the samples kept, and of those held out.
     """
-    draw, strata = _split_draw(seed), _strata(targets, task)
-    order = _shuffled_by_stratum(strata, draw)
-    _, first, counts = np.unique(strata[order], return_index=True, return_counts=True)
-    place = np.arange(len(order)) - np.repeat(first, counts)
-    # the k-th of n lies at (k + 1/2) / n of its class: the lowest of all, ties by lot, are in proportion
-    part = (place + 0.5) / np.repeat(counts, counts)
+    order = _in_proportion(targets, task, _split_draw(seed))
     held = max(1, round(fraction * len(order)))
-    chosen = np.lexsort((draw.random(len(order)), part))
-    return np.sort(order[chosen[held:]]), np.sort(order[chosen[:held]])
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def fold_out(

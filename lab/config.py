@@ -26,10 +26,12 @@ from crucible.options import (
     suggest,
 )
 from crucible.technique import Setting, Step, assemble, read_techniques
+from datasets.sampling import EvalSampler, batches_within
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from norms import Norm
+from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 
 def _targets_were_rounded(config: Mapping[str, Any]) -> bool:
@@ -39,12 +41,48 @@ def _targets_were_rounded(config: Mapping[str, Any]) -> bool:
     return rounded and bool(mixed or config["data"]["task"] == "regression")
 
 
+def _is_limited(split: str) -> Callable[[Mapping[str, Any]], bool]:
+    def concerns(config: Mapping[str, Any]) -> bool:
+        trainer = config["trainer"]
+        limits = (trainer.get(f"limit_{split}_batches"), split == "val" and trainer.get("overfit_batches"))
+        return any(limit and not (isinstance(limit, float) and limit == 1) for limit in limits)
+
+    return concerns
+
+
+def _has_two_lengths(config: Mapping[str, Any]) -> bool:
+    trainer, model = config["trainer"], config["model"]
+    by_length = model.get("scheduler") is not None or model.get("swa_start") is not None
+    return by_length and (trainer["max_epochs"] or -1) > 0 and trainer["max_steps"] > 0
+
+
+def _may_cut_an_epoch(config: Mapping[str, Any]) -> bool:
+    trainer = config["trainer"]
+    stops = any(
+        isinstance(node, Mapping) and str(node.get("_target_")).endswith("EarlyStopping")
+        for node in config["callbacks"].values()
+    )
+    return trainer.get("max_time") is not None or (stops and trainer.get("val_check_interval") is not None)
+
+
+def _accumulates(config: Mapping[str, Any]) -> bool:
+    return config["trainer"]["accumulate_grad_batches"] > 1
+
+
 # of what the trainer and the lengths of a run make of it
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "trainer.precision", 2, _targets_were_rounded, "float targets were rounded to the weights' dtype"
     ),
-)
+    Correction("trainer.max_steps", 2, _has_two_lengths, "schedule and SWA went by max_epochs, whichever ended first"),
+    Correction("trainer.max_time", 2, _may_cut_an_epoch, "an epoch that was cut had the training values of the last"),
+    Correction(
+        "trainer.accumulate_grad_batches", 2, _accumulates,
+        "the last group of an epoch, where it was not whole, counted for a part",
+    ),
+    Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
+    Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
+)  # fmt: skip
 Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
@@ -285,6 +323,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         if name in ("precision", "sync_batchnorm") and value is None:
             continue
         check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
+    if trainer["max_steps"] == 0:
+        raise ConfigError("trainer.max_steps=0 trains nothing; -1 leaves the length to trainer.max_epochs")
+    if trainer.get("limit_train_batches") in (0, 0.0):
+        raise ConfigError("trainer.limit_train_batches=0 trains nothing; null takes all batches")
     for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
         value = trainer.get(name)
         if (isinstance(value, float) and not 0 <= value <= 1) or (isinstance(value, int) and value < 0):
@@ -410,10 +452,11 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
     if step_of(config).setting.of(Norm).norm == "sync" and kind != "cuda":
         raise ConfigError(f"model.norm=sync needs GPUs, this run uses the {kind}; use batch or ghost")
     _fit_batch_size(config, data_module, world, settled)
+    _check_boundaries(config, data_module, world, settled)
     if model["compile"] is None:
         techniques = step_of(config).setting.techniques.values()
         eager = [type(t).__name__ for t in techniques if t.on and not t.compiles]
-        long = kind == "cuda" and total_steps(config, data_module) >= LONG_RUN_STEPS
+        long = kind == "cuda" and run_length(config, data_module).steps >= LONG_RUN_STEPS
         model["compile"] = long and not eager
         why = f", {eager[0]} cannot be compiled" if eager else ""
         settled.append(f"compile {'on' if model['compile'] else 'off'}{why}")
@@ -421,17 +464,72 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
     trainer.setdefault("benchmark", kind == "cuda" and not config["reproducible"])
 
 
-def total_steps(config: Config, data_module: Any) -> float:
-    """The optimizer steps of the whole run, which epochs or steps bound; infinite where neither does."""
+class Length(NamedTuple):
+    """How long a run is; `epochs` may end in a part of one."""
+
+    epochs: float
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps of the whole run."""
+        return float(round(self.epochs * self.steps_per_epoch)) if math.isfinite(self.epochs) else math.inf
+
+
+def run_length(config: Config, data_module: Any) -> Length:
+    """The length of the run: its epochs or its steps, whichever end first; infinite where neither is given."""
     trainer = config["trainer"]
-    world = world_size(trainer)
-    batches: float = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
-    if (limit := trainer.get("limit_train_batches")) is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else batches * limit
-    a_epoch = math.ceil(batches / trainer["accumulate_grad_batches"])
-    epochs, steps = trainer["max_epochs"], trainer["max_steps"]
-    bounds = [float(epochs * a_epoch)] if epochs and epochs > 0 else []
-    return min([*bounds, float(steps)] if steps > 0 else bounds, default=math.inf)
+    batches = _training_batches(trainer, data_module, world_size(trainer))
+    a_epoch = max(1, math.ceil(batches / trainer["accumulate_grad_batches"]))
+    return Length(training_length(trainer["max_epochs"], trainer["max_steps"], a_epoch), a_epoch)
+
+
+def _training_batches(trainer: Mapping[str, Any], data_module: Any, world: int) -> int:
+    batches = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
+    return batches_within(batches, trainer.get("overfit_batches") or trainer.get("limit_train_batches"))
+
+
+_SMALLEST = {"r2": 2}  # samples that a metric needs, where it is more than one
+
+
+def _check_boundaries(config: Config, data_module: Any, world: int, settled: list[str]) -> None:
+    """Refuse lengths and limits that leave nothing of the data, or that the schedule does not fit in."""
+    trainer = config["trainer"]
+    batches = _training_batches(trainer, data_module, world)
+    if batches < 1:
+        name = "overfit_batches" if trainer.get("overfit_batches") else "limit_train_batches"
+        raise ConfigError(
+            f"trainer.{name}={trainer[name]}: no batch is left of {data_module.name}'s training samples"
+        )
+    schedule(read_options(ScheduleOptions, config["model"]), run_length(config, data_module).epochs)
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, int) and interval > batches and trainer["check_val_every_n_epoch"] is not None:
+        raise ConfigError(f"trainer.val_check_interval={interval}: an epoch has only {batches} batches")
+    for split in ("val", "test") if config["test_after_training"] else ("val",):
+        name = f"limit_{split}_batches"
+        if split == "val" and trainer.get("overfit_batches"):
+            name = "overfit_batches"
+        limit, samples = trainer.get(name), len(data_module.samples(split))
+        if limit is not None and not limit:
+            continue  # this split is left alone on purpose
+        if samples < world:
+            raise ConfigError(
+                f"trainer.devices={trainer['devices']}: {data_module.name} has {samples} {split} samples, fewer than "
+                f"{world} devices"
+            )
+        sampler = EvalSampler(samples, data_module.batch_size, world_size=world)
+        seen = sampler.seen(limit)
+        if not seen:
+            raise ConfigError(
+                f"trainer.{name}={limit}: no batch is left of the {len(sampler)} of the {split} split"
+            )
+        for metric in config["metrics"]:
+            if seen < _SMALLEST.get(metric, 1):
+                raise ConfigError(
+                    f"metrics: {metric} needs {_SMALLEST[metric]} samples, the {split} split has {seen}"
+                )
+        if seen < samples:
+            settled.append(f"{split} on {seen} drawn of {samples} samples")
 
 
 def _fit_batch_size(config: Config, data_module: Any, world: int, settled: list[str]) -> None:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import warnings
@@ -30,7 +31,7 @@ from crucible.run import Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_data, build_model, build_trainer, file_fingerprint
-from lab.config import SWEEP_OPTIONS, model_options, network_options, total_steps
+from lab.config import SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.summary import check_input
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
@@ -47,6 +48,7 @@ class Job:
         overrides: what was typed.
         facts: what the summary says of it from the start.
         steps: optimizer steps of the whole run, where they can be told.
+        epochs: likewise; the last may be a part of one.
     """
 
     run: RunDirectory
@@ -54,6 +56,7 @@ class Job:
     overrides: Sequence[str]
     facts: Mapping[str, Any]
     steps: float
+    epochs: float = math.inf
 
     def record(self) -> RunDirectory:
         """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside.
@@ -231,7 +234,8 @@ class Examiner:
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep
-        return Job(RunDirectory(folder), config, overrides, facts, total_steps(config, data))
+        length = run_length(config, data)
+        return Job(RunDirectory(folder), config, overrides, facts, length.steps, length.epochs)
 
     def _read_data(self, config: Config) -> tuple[BaseDataModule, str]:
         """The data module and the fingerprint of its data; read once for all jobs with the same data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ class Search:
         self.spec = {
             "study": name, "storage": options.storage or f"sqlite:///{self.folder / 'study.db'}", "seed": options.seed,
             "direction": self.direction, "sampler": options.sampler, "pruner": options.pruner, "metric": self.metric,
-            "epochs": config["trainer"]["max_epochs"] or 1,
+            "epochs": math.ceil(probe.job.epochs) if math.isfinite(probe.job.epochs) else 1,
         }  # fmt: skip
         self._trials: dict[
             int, optuna.trial.FrozenTrial | optuna.trial.Trial

@@ -73,6 +73,8 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         run.update_summary(**facts)
         banner(run, config, model, data, resume)
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    if any(weights.active and weights.updates is None for weights in model.step.weights):
+        log.warning("the training ended before any weights were averaged: those that ship are the plain ones")
     # a run that was stopped after its last step trains no more: its values are the recorded ones
     final = {**run.summary().get("final", {}), **{k: float(v) for k, v in trainer.callback_metrics.items()}}
     if config["test_after_training"]:
@@ -104,7 +106,12 @@ def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float
     trainer.test(model, datamodule=data, verbose=False)
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     if trainer.is_global_zero:
-        record = {"checkpoint": checkpoint.name, "metrics": final, "time": time.time()}
+        seen, all_of_them = data.seen("test"), len(data.samples("test"))
+        if seen < all_of_them:
+            _say(f"test on {seen} drawn of {all_of_them} samples")
+        record = {
+            "checkpoint": checkpoint.name, "metrics": final, "samples": seen, "time": time.time()
+        }  # fmt: skip
         write_atomically(run.path / "test.json", json.dumps(record, indent=2) + "\n")
     return final
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ from losses import LossOptions, evaluation_criterion
 from models.techniques import technique_kinds
 from norms import exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
-from optimizers.schedules import ScheduleOptions, build_scheduler
+from optimizers.schedules import ScheduleOptions, build_scheduler, training_length
 
 log = logging.getLogger("crucible")
 
@@ -99,10 +99,13 @@ class BaseModel(LightningModule):
         self.metrics = nn.ModuleDict(
             {f"{stage}_metrics": build_metrics(names, task, num_classes) for stage in self._evaluated_stages}
         )
-        self.epochs = 0.0  # length of the training
+        self.epochs = 0.0  # length of the training, of which the last may be a part
+        # what callbacks have of a training epoch, asked for once, at its end
+        self.epoch_values: list[Callable[[], Mapping[str, Tensor]]] = []
         self.step_pass = 1  # forward passes of the step so far, with this one
         self._converted = False
         self._sums: dict[str, Sums] = {}
+        self._logged = False  # this epoch's values of training
         self._resumed_sums: tuple[int, list[float]] | None = None
         self._step_key = 0
         self._said: set[str] = set()  # remarks on metrics
@@ -218,9 +221,11 @@ class BaseModel(LightningModule):
         # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
         epoch, sums = self._resumed_sums or (-1, [])
         self._sums["train"] = Sums(self.task, self.device, *([sums] if epoch == self.current_epoch else []))
+        self._logged = False
 
     def on_train_epoch_start(self) -> None:
         self._sums["train"] = Sums(self.task, self.device)
+        self._logged = False
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.reseed("network", self.current_epoch, batch_idx)
@@ -248,6 +253,16 @@ class BaseModel(LightningModule):
             self._sums["train"].add(loss, logits, batch.target)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # Lightning divides by accumulate_grad_batches, also where an epoch ends before a group of them is whole
+        group = self.trainer.accumulate_grad_batches
+        if group > 1:
+            batches = self.trainer.num_training_batches
+            left = batches % group
+            if self._batch_number() > batches - left:
+                loss = loss * (group / left)
+        super().backward(loss, *args, **kwargs)
+
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
@@ -264,8 +279,25 @@ class BaseModel(LightningModule):
         trainer = self.trainer
         if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
             # before validation and the callbacks' epoch end, so that both see this epoch's values
-            values = self._sums["train"].means(trainer)
-            self.log_dict({f"train/{k}": v for k, v in values.items()}, on_step=False, on_epoch=True)
+            self.log_training()
+
+    def on_train_epoch_end(self) -> None:
+        self.log_training()
+
+    def log_training(self) -> None:
+        """Log the epoch's values of training, unless that is done; of an epoch that was cut, those of its part.
+
+        A callback that reads them calls it at the epoch's end, as callbacks come before the model there.
+        """
+        if self._logged:
+            return
+        self._logged = True
+        values: dict[str, Tensor] = {
+            f"train/{k}": v for k, v in self._sums["train"].means(self.trainer).items()
+        }
+        for more in self.epoch_values:
+            values.update(more())
+        self.log_dict(values, on_step=False, on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         trainer, step = self.trainer, self.step
@@ -278,9 +310,7 @@ class BaseModel(LightningModule):
         optimizer = build_optimizer(self, options, step.groups)
         trainer.fit_loop.setup_data()  # so that the epoch's length is known
         steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
-        self.epochs = float(trainer.max_epochs or -1)
-        if self.epochs < 1:  # the run is bounded by trainer.max_steps
-            self.epochs = trainer.max_steps / steps_per_epoch
+        self.epochs = training_length(trainer.max_epochs, trainer.max_steps, steps_per_epoch)
         for attach in step.optimizer:
             attach(self, optimizer)
         for weights in step.weights:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from crucible.configuration import select
+from crucible.corrections import Correction
 from crucible.options import ConfigError
 from crucible.technique import Factor
 
 Scheduler = Literal["CosineAnneal", "MultiStep", "Step"]
+
+
+def _warms_up_by_the_step(config: Mapping[str, Any]) -> bool:
+    return select(config, "model.lr_interval") == "step" and bool(select(config, "model.warmstart"))
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,13 @@ class ScheduleOptions:
         ConfigError: for an option that the chosen scheduler does not have.
     """
 
+    corrections: ClassVar = (
+        Correction(
+            "model.lr_interval", 2, _warms_up_by_the_step,
+            "a warm-up by the step began at 1 / (model.warmstart + 1) of the rate",
+        ),
+    )  # fmt: skip
+
     scheduler: Annotated[Scheduler | None, "how the learning rate falls; null: it stays"] = "CosineAnneal"
     warmstart: Annotated[int | float, "[0, inf)", "epochs of linear warm-up (arXiv 1706.02677)"] = 1
     cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the lowest rate"] = 0
@@ -36,10 +49,10 @@ class ScheduleOptions:
     lr_milestones: Annotated[
         list[int | float] | None,
         "(0, inf)",
-        "epochs at which the rate falls; null: at half and three quarters of trainer.max_epochs (MultiStep)",
+        "epochs at which the rate falls; null: at half and three quarters of the training (MultiStep)",
     ] = None
     lr_step_size: Annotated[
-        int | float | None, "(0, inf)", "epochs between falls; null: a quarter of trainer.max_epochs (Step)"
+        int | float | None, "(0, inf)", "epochs between falls; null: a quarter of the training (Step)"
     ] = None
     lr_multiplier: Annotated[float | None, "(0, 1]", "factor of each fall; null: 0.1 (MultiStep, Step)"] = (
         None
@@ -83,14 +96,26 @@ class ScheduleOptions:
         return 1.0 if self.lr_scale_batch is None else global_batch / self.lr_scale_batch
 
 
-def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float]:
+def training_length(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int) -> float:
+    """The length of a training in epochs, of which the last may be a part: what ends first.
+
+    A bound that is not positive or None is none; without any the length is infinite. What ends a training early (a time
+    limit, early stopping) does not change the length that the schedule and the averages count on.
+    """
+    bounds = [float(max_epochs)] if max_epochs is not None and max_epochs > 0 else []
+    if max_steps is not None and max_steps > 0:
+        bounds.append(max_steps / steps_per_epoch)
+    return min(bounds, default=math.inf)
+
+
+def schedule(options: ScheduleOptions, epochs: float, unit: float = 1.0) -> Callable[[float], float]:
     """The factor on the learning rate as a function of progress, in epochs since the start of training.
 
     It is defined for any progress from 0 on, depends on nothing else and rises in the warm-up and at
-    `lr_restarts` only. With e the progress, w = `warmstart`, E = `epochs` - `cooldown`, and a the last and b the
-    next of w, the restarts and E:
+    `lr_restarts` only. With e the progress, u = `unit`, w = `warmstart`, E = `epochs` - `cooldown`, and a the last
+    and b the next of w, the restarts and E:
 
-        warm-up, e < w:        (e + 1) / (w + 1)
+        warm-up, e < w:        (e + u) / (w + u)
         CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - a) / (b - a))) / 2
         CosineAnneal, e >= E:  lr_min
         MultiStep, e < E:      lr_multiplier ^ (number of milestones <= e)
@@ -102,41 +127,47 @@ def schedule(options: ScheduleOptions, epochs: float) -> Callable[[float], float
 
     Args:
         options: the options of the schedule.
-        epochs: length of the training in epochs.
+        epochs: length of the training in epochs (`training_length`).
+        unit: epochs from one change of the rate to the next: 1, or the part of an epoch that a step is. The
+            warm-up begins at the share of one of them.
 
     Raises:
-        ConfigError: for lengths that do not fit into `epochs`.
+        ConfigError: for lengths that do not fit into `epochs`, and for a fall over a training without an end.
     """
+    if math.isinf(epochs) and options.scheduler is not None:
+        raise ConfigError(
+            f"model.scheduler={options.scheduler} needs the length of the training: set trainer.max_epochs or "
+            "trainer.max_steps"
+        )
     end = epochs - options.cooldown
     if options.cooldown and end < options.warmstart:
         raise ConfigError(
             f"model.warmstart={options.warmstart} and model.cooldown={options.cooldown} together"
-            f" must be at most trainer.max_epochs={epochs}"
+            f" must be at most {_named(epochs)}"
         )
     for name in ("lr_milestones", "lr_restarts"):
         late = [m for m in getattr(options, name) or () if m >= end]
         if late:
             less = f" - model.cooldown={options.cooldown}" if options.cooldown else ""
-            raise ConfigError(
-                f"model.{name} must be less than trainer.max_epochs={epochs}{less}, got {late[0]}"
-            )
+            raise ConfigError(f"model.{name} must be less than {_named(epochs)}{less}, got {late[0]}")
     warm_up, restarts = float(options.warmstart), options.lr_restarts or []
     if restarts and restarts[0] <= warm_up:
         raise ConfigError(
             f"model.lr_restarts must be greater than model.warmstart={options.warmstart}, got {restarts[0]}"
         )
+    rise = partial(_warm_up, warm_up, unit)
     if options.scheduler is None:
-        return partial(_constant, warm_up)
+        return rise
     if options.scheduler == "CosineAnneal":
-        return partial(_cosine, (warm_up, *restarts, end), options.lr_min)
+        return partial(_cosine, rise, (warm_up, *restarts, end), options.lr_min)
     multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
     if options.scheduler == "Step":
         size = options.lr_step_size or end / 4
         falls = math.ceil(end / size) - 1  # those before the end
-        return partial(_step, warm_up, size, falls, multiplier)
+        return partial(_step, rise, size, falls, multiplier)
     milestones = options.lr_milestones
     milestones = [end / 2, end * 3 / 4] if milestones is None else milestones
-    return partial(_multi_step, warm_up, tuple(milestones), multiplier)
+    return partial(_multi_step, rise, tuple(milestones), multiplier)
 
 
 def build_scheduler(
@@ -161,14 +192,19 @@ def build_scheduler(
     Raises:
         ConfigError: as `schedule`.
     """
-    factor = schedule(options, epochs)
+    by_step = options.lr_interval == "step"
+    factor = schedule(options, epochs, 1 / steps_per_epoch if by_step else 1.0)
     if options.scheduler is None and not options.warmstart and not changes:
         return None
     for change in changes:
         factor = change(factor, epochs)
-    if options.lr_interval == "step":
+    if by_step:
         factor = partial(_of_step, factor, steps_per_epoch)
     return {"scheduler": LambdaLR(optimizer, factor), "interval": options.lr_interval}
+
+
+def _named(epochs: float) -> str:
+    return f"the training's {epochs:.4g} epochs (trainer.max_epochs, trainer.max_steps)"
 
 
 # Functions of the last argument, bound with `partial`: they pickle, and LambdaLR stores nothing of them, so
@@ -179,14 +215,14 @@ def _of_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) 
     return factor(step / steps_per_epoch)
 
 
-def _constant(warm_up: float, epoch: float) -> float:
-    return (epoch + 1) / (warm_up + 1) if epoch < warm_up else 1.0
+def _warm_up(warm_up: float, unit: float, epoch: float) -> float:
+    return (epoch + unit) / (warm_up + unit) if epoch < warm_up else 1.0
 
 
-def _cosine(marks: tuple[float, ...], minimum: float, epoch: float) -> float:
+def _cosine(rise: Factor, marks: tuple[float, ...], minimum: float, epoch: float) -> float:
     """`marks`: the end of the warm-up, the restarts, the end."""
     if epoch < marks[0]:
-        return _constant(marks[0], epoch)
+        return rise(epoch)
     if epoch >= marks[-1]:
         return minimum
     behind = bisect_right(marks, epoch)
@@ -194,9 +230,9 @@ def _cosine(marks: tuple[float, ...], minimum: float, epoch: float) -> float:
     return minimum + (1 - minimum) * (1 + math.cos(math.pi * (epoch - start) / (end - start))) / 2
 
 
-def _multi_step(warm_up: float, milestones: tuple[float, ...], multiplier: float, epoch: float) -> float:
-    return _constant(warm_up, epoch) * multiplier ** sum(m <= epoch for m in milestones)
+def _multi_step(rise: Factor, milestones: tuple[float, ...], multiplier: float, epoch: float) -> float:
+    return rise(epoch) * multiplier ** sum(m <= epoch for m in milestones)
 
 
-def _step(warm_up: float, size: float, falls: int, multiplier: float, epoch: float) -> float:
-    return _constant(warm_up, epoch) * multiplier ** min(epoch // size, falls)
+def _step(rise: Factor, size: float, falls: int, multiplier: float, epoch: float) -> float:
+    return rise(epoch) * multiplier ** min(epoch // size, falls)
