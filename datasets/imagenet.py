@@ -18,8 +18,8 @@ class ImagenetDataModule(BaseDataModule):
     def setup(self, stage: str) -> None:
         root, channels = self.data_path, self.input_channels
         if self.elsewhere:
-            order = ("val", "test", "train")
-            images, self.remarks = images_to_score(root, channels, self.trained_classes or (), order)
+            known = self.trained_classes or ()
+            images, self.remarks = images_to_score(root, channels, known, ("val", "test", "train"))
             self.hold_out_test(images, 0.0)
             return
         train = several_classes(class_folders(split_folder(root, "train"), channels))

@@ -96,9 +96,7 @@ def find_layout(root: Path, known: Collection[str] = (), training: bool = True) 
             base = base / tops[0]
             remarks.append(f"the data begin in {base.relative_to(root)}/")
             continue
-        inside = {
-            t: s for t in tops if (s := _splits_in(base / t)) and not classes.intersection(map(folded, s))
-        }
+        inside = {t: found for t in tops if (found := _splits_in(base / t, classes))}
         if not inside or (
             len(inside) < len(tops) and not any("train" in s.values() for s in inside.values())
         ):
@@ -122,12 +120,12 @@ def _classes_in(folder: Path) -> bool:
     return not images_in(folder) and any(holds_images(folder / name) for name in subfolders(folder))
 
 
-def _splits_in(folder: Path) -> dict[str, SplitName]:
+def _splits_in(folder: Path, classes: Collection[str]) -> dict[str, SplitName]:
     """Its folders by split where they are nothing but splits, several of them; else none."""
     if images_in(folder):
         return {}
     names = [name for name in subfolders(folder) if holds_images(folder / name)]
-    found = {name: s for name in names if (s := split_of(name)) is not None}
+    found = {n: s for n in names if folded(n) not in classes and (s := split_of(n)) is not None}
     return found if len(found) == len(names) > 1 else {}
 
 
