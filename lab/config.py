@@ -242,7 +242,6 @@ def resolve(config: Config, data_module: Any) -> list[str]:
         settled.append(f"{data['num_classes']} classes found")
     if data["num_classes"] is None:
         data["num_classes"] = model["num_classes"] = 1
-    settled += data_module.remarks
     resolve_network(config)
     resolve_monitor(config)
     _resolve_machine(config, data_module, settled)

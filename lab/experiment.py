@@ -214,7 +214,7 @@ class Examiner:
             )
         _check_torchrun(config)
         data, fingerprint = self._read_data(config)
-        settled = checking.resolve(config, data)
+        settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
         contents: dict[str, str | None] = {"data": fingerprint}
         for option, room, key in (
