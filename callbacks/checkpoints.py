@@ -69,6 +69,13 @@ class Checkpoints(Checkpoint):
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # the outputs' names, without which weights that leave their run are numbers
+        if names := getattr(getattr(trainer, "datamodule", None), "class_names", None):
+            checkpoint["class_names"] = list(names)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
             trainer.state.fn != "fit"

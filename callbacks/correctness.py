@@ -52,14 +52,16 @@ class CorrectnessRecord(Callback):
 
     It holds `correct` (packed bits in ascending order of the samples' numbers, `numpy.packbits`), `count`,
     `samples` (a digest of those numbers: records of the same images have the same) and `calibration`
-    (3, 15): number of samples, summed confidence and summed hits, by confidence in equal bins.
+    (3, 15): number of samples, summed confidence and summed hits, by confidence in equal bins; and `data`.
 
     Args:
         file: where to.
+        data: fingerprint of the data.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, data: str = "") -> None:
         self.file = file
+        self.data = data
         self._hits: ExampleHits | None = None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,6 +101,7 @@ class CorrectnessRecord(Callback):
             correct=np.packbits(hit),
             count=np.int64(len(hit)),
             samples=np.str_(hashlib.sha256(index.tobytes()).hexdigest()[:16]),
+            data=np.str_(self.data),
             calibration=np.stack([np.bincount(bins, w, minlength=BINS) for w in weights]),
         )
         write_atomically(self.file, stream.getvalue())

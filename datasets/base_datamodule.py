@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,8 @@ from crucible.batch import Batch
 from crucible.keyed import stream_key
 from crucible.machine import core_count
 from crucible.options import ConfigError
-from datasets.images import Arrays, ImageFiles, fingerprint, image_files
+from datasets.classes import listed, match_classes, read_class_map
+from datasets.images import SCHEME, Arrays, ImageFiles, Relabelled, fingerprint, image_files
 from datasets.samples import Samples, naming, sample_name
 from datasets.sampling import (
     EpochSampler,
@@ -57,6 +58,7 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
                         f"whatever the stage",
                         "docs/extending.md",
                     )
+                self._match_labels()
             except BaseException:
                 self._set_up = "no"
                 raise
@@ -113,6 +115,8 @@ class BaseDataModule(LightningDataModule):
         num_classes: expected classes; null: as many as are found, which it then holds.
         input_channels: channels of the images, 1 or 3.
         predict_dir: folder of unlabelled images for `task=predict`; null: the test split.
+        class_map: a YAML file `{name there: class of the network}` for testing on a folder whose classes have
+            other names; null as the class leaves one out. Training takes none.
 
     Raises:
         ConfigError: for options that contradict each other.
@@ -153,6 +157,7 @@ class BaseDataModule(LightningDataModule):
         num_classes: Annotated[int | None, "[1, inf)"] = None,
         input_channels: Annotated[int, "[1, inf)"] = 3,
         predict_dir: str | None = None,
+        class_map: str | None = None,
     ) -> None:
         super().__init__()
         if fold >= folds:
@@ -178,6 +183,10 @@ class BaseDataModule(LightningDataModule):
         self.num_classes = num_classes
         self.input_channels = input_channels
         self.predict_dir = predict_dir
+        self.class_map = class_map
+        self.trained_classes: list[str] | None = None
+        self.elsewhere = False
+        self.remarks: list[str] = []  # what a reader should know of how the data were understood
         self._resume: dict[str, int] = {}
         self._divided: tuple[Any, np.ndarray, np.ndarray] | None = None
         self._unlabelled: ImageFiles | None = None
@@ -193,6 +202,10 @@ class BaseDataModule(LightningDataModule):
                 policy options that have no effect.
         """
         self._check_policies()
+        if self.class_map is not None:
+            raise ConfigError(
+                f"data.module.class_map={self.class_map}: is for testing a trained network on another folder"
+            )
         self.prepare_data()
         self._load()
         if self.val_split == "test" and self.test_dataset is None:
@@ -247,6 +260,8 @@ class BaseDataModule(LightningDataModule):
         """The names of the classes in the order of their numbers; empty for regression."""
         if self.task != "classification":
             return []
+        if self.trained_classes is not None:
+            return list(self.trained_classes)
         self._load()
         names = getattr(self.train_dataset, "classes", None)
         return list(names) if names else [str(i) for i in range(int(self._train_targets().max()) + 1)]
@@ -257,23 +272,80 @@ class BaseDataModule(LightningDataModule):
         self._load()
         return self.test_dataset is None
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, scheme: int = SCHEME) -> str:
         """What the data are, in 16 hexadecimal digits, wherever they lie.
 
-        Arrays are taken whole; of files, the relative names, the targets and the sizes of some thousands.
+        Arrays are taken whole; of files, the relative names, the targets, and their content in a bounded time.
+
+        Args:
+            scheme: of files; 1 is that of older runs, which took the sizes of some thousands.
         """
         self._load()
-        return fingerprint([self.train_dataset, self.val_dataset, self.test_dataset])
+        return fingerprint([self.train_dataset, self.val_dataset, self.test_dataset], scheme)
+
+    # For a trained network
+
+    def score_for(self, classes: Sequence[str] | None, elsewhere: bool) -> None:
+        """Number the labels as a trained network does, by the names of its classes; before `setup`.
+
+        Args:
+            classes: the network's, in the order of its outputs; None: unknown, labels are taken by position.
+            elsewhere: these are not the data that it was trained on: all that a reader would score is the
+                test split, where there is none all images.
+        """
+        assert self._set_up == "no"
+        self.trained_classes = list(classes) if classes and self.task == "classification" else None
+        self.elsewhere = elsewhere
+
+    def _match_labels(self) -> None:
+        known = self.trained_classes
+        if known is None:
+            return
+        class_map, done = read_class_map(self.class_map), {}
+        for role in ("train_dataset", "val_dataset", "test_dataset"):
+            raw = getattr(self, role)
+            found = list(getattr(raw, "classes", None) or [])
+            if found and (found != known or class_map):
+                if id(raw) not in done:
+                    done[id(raw)] = raw, self._relabelled(raw, found, known, class_map)
+                setattr(self, role, done[id(raw)][1])
+
+    def _relabelled(
+        self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]
+    ) -> Any:
+        where = f"data.module.data_root_dir: {getattr(raw, 'root', self.data_root_dir or self.name)}"
+        try:
+            numbers = match_classes(found, known, where, "the network has", class_map)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; data.module.class_map=FILE says what is called what") from None
+        if hasattr(raw, "relabelled"):
+            return raw.relabelled(numbers, known)
+        return Relabelled(raw, _targets(raw), numbers, known)
+
+    def scored(self) -> list[str]:
+        """What a test scores, in a line or two: images and classes, and the classes that are left out."""
+        samples = self.samples("test")
+        if self.task != "classification":
+            return [f"{len(samples)} images"]
+        targets = _targets(samples.raw)
+        present = set((targets if samples.indices is None else targets[samples.indices]).tolist())
+        names = self.class_names
+        absent = [name for number, name in enumerate(names) if number not in present]
+        lines = [f"{len(samples)} images of {len(names) - len(absent)} of {len(names)} classes"]
+        return [*lines, f"left out, without an image: {listed(absent)}"] if absent else lines
 
     # Splits
 
     def hold_out_test(self, raw: ImageFiles | Arrays, fraction: float) -> None:
         """Set `train_dataset` and `test_dataset` from data without a test split; 0: there is none.
 
-        The test samples are the same for every `split_seed`, so that none of them ever trains.
+        The test samples are the same for every `split_seed`, so that none of them ever trains. For a network
+        that was trained elsewhere, all are test samples.
         """
         self.train_dataset = raw
-        if fraction > 0:
+        if self.elsewhere:
+            self.test_dataset = raw
+        elif fraction > 0:
             kept, held = hold_out(np.asarray(raw.targets), fraction, self.task, seed=0)
             self.train_dataset, self.test_dataset = raw.subset(kept), raw.subset(held)
 
@@ -309,6 +381,8 @@ class BaseDataModule(LightningDataModule):
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""
+        if split == "predict" and self.predict_dir is not None and self.trained_classes is not None:
+            return Samples(self._images_to_predict(), None, self.test_transforms, "evaluate", self.seed)
         self._load()
         if split == "train":
             whole = self.val_dataset is not None or (self.val_split == "test" and self.folds == 1)

@@ -16,8 +16,9 @@ from torchvision import datasets as torchvision_datasets
 
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
-from datasets.image_folder import class_folders
+from datasets.image_folder import class_folders, images_to_score
 from datasets.images import Arrays, ImageFiles, with_channels
+from datasets.layout import split_folder
 
 _SIDE = 32
 
@@ -40,7 +41,7 @@ class _CifarDataModule(BaseDataModule):
         if self.data_root_dir is None:
             raise ConfigError("data.module.data_root_dir is missing: the folder of the data")
         root = Path(self.data_root_dir).expanduser()
-        if self._present(root):
+        if self._present(root) or (self.elsewhere and root.is_dir()):
             return
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # seconds; by default a dead connection is waited for without end
@@ -59,15 +60,18 @@ class _CifarDataModule(BaseDataModule):
             socket.setdefaulttimeout(timeout)
 
     def _present(self, root: Path) -> bool:
-        return (root / self.source.base_folder).is_dir() or (root / "train").is_dir()
+        return (root / self.source.base_folder).is_dir() or split_folder(root, "train").is_dir()
 
     def setup(self, stage: str) -> None:
         root = self.data_path
         if (root / self.source.base_folder).is_dir():
             self.train_dataset, self.test_dataset = (self._original(root, train) for train in (True, False))
+        elif self.elsewhere:
+            images, self.remarks = images_to_score(root, self.input_channels, self.trained_classes or ())
+            self.hold_out_test(decoded(images, root), 0.0)
         else:
-            train = class_folders(root / "train", self.input_channels)
-            test = class_folders(root / "test", self.input_channels, train.classes)
+            train = class_folders(split_folder(root, "train"), self.input_channels)
+            test = class_folders(split_folder(root, "test"), self.input_channels, train.classes)
             self.train_dataset, self.test_dataset = decoded(train, root), decoded(test, root)
 
     def _original(self, root: Path, train: bool) -> Arrays:
@@ -99,7 +103,8 @@ def decoded(files: ImageFiles, root: Path) -> Arrays:
     key = hashlib.blake2b(digest_size=8)
     for name in files.names:
         status = (files.root / name).stat()
-        key.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        # a copy that keeps size and time of writing still has another time of change
+        key.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
     cache = root / ".decoded" / f"{files.root.name}-{key.hexdigest()}-{files.channels}.npy"
     if cache.is_file():
         images = np.load(cache)

@@ -10,19 +10,26 @@ import numpy as np
 
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
+from datasets.classes import match_classes
 from datasets.images import ImageFiles, image_files, subfolders
+from datasets.layout import SplitName, find_layout, split_of
 
-VALIDATION_FOLDERS = ("val", "valid", "validation")
 TestFraction = Annotated[float, "[0, 1)", "fraction held out as the test split where there is none; 0: none"]
 
 
-def class_folders(folder: Path, channels: int, classes: Sequence[str] | None = None) -> ImageFiles:
+def class_folders(
+    folder: Path,
+    channels: int,
+    classes: Sequence[str] | None = None,
+    within: SplitName | None = None,
+) -> ImageFiles:
     """The images of `folder/<class>/...`, at any depth, numbered in the order of the sorted class names.
 
     Args:
         folder: of the class folders.
         channels: 1 or 3.
-        classes: the names that may occur, and their order; None: those found.
+        classes: the names that may occur (in any case), and their order; None: those found.
+        within: only the images in this split's folders of the classes; None: all.
 
     Raises:
         ConfigError: for a missing folder, no classes, a class that is not in `classes`, or, where `classes`
@@ -34,24 +41,73 @@ def class_folders(folder: Path, channels: int, classes: Sequence[str] | None = N
     found = subfolders(folder)
     if not found:
         raise ConfigError(f"{option}: holds no class folders (images belong in {folder.name}/<class>/)")
-    unknown = sorted(set(found) - set(classes if classes is not None else found))
-    if unknown:
-        raise ConfigError(f"{option}/{unknown[0]}: the training images have no such class")
+    known = found if classes is None else classes
+    numbers = match_classes(found, known, option)
     names: list[str] = []
     targets: list[np.ndarray] = []
-    for label, name in enumerate(found if classes is None else classes):
-        files = image_files(folder / name) if name in found else []
+    for label in range(len(known)):
+        files = [
+            f"{found[i]}/{file}"
+            for i in np.flatnonzero(numbers == label)
+            for file in image_files(folder / found[i])
+        ]
+        if within is not None:
+            files = [file for file in files if split_of(file.split("/")[1]) == within]
         if not files and classes is None:
-            raise ConfigError(f"{option}/{name}: holds no images")
-        names += [f"{name}/{file}" for file in files]
+            raise ConfigError(f"{option}/{known[label]}: holds no images")
+        names += files
         targets.append(np.full(len(files), label))
-    return ImageFiles(folder, names, np.concatenate(targets), channels, found if classes is None else classes)
+    return ImageFiles(folder, names, np.concatenate(targets), channels, known)
+
+
+def several_classes(train: ImageFiles) -> ImageFiles:
+    """The training images, of more than one class.
+
+    Raises:
+        ConfigError: for one class, which every network "learns" at once.
+    """
+    if len(train.classes) < 2:
+        raise ConfigError(
+            f"data.module.data_root_dir: {train.root} holds one class only, {', '.join(train.classes)}; "
+            "is it the folder of the class folders?"
+        )
+    return train
+
+
+def images_to_score(
+    root: Path, channels: int, known: Sequence[str], order: Sequence[SplitName] = ("test", "val", "train")
+) -> tuple[ImageFiles, list[str]]:
+    """The labelled images of a folder that a trained network has not learnt from, and how it was understood.
+
+    All images of a folder without splits; of the splits, the first that is there.
+
+    Args:
+        root: the folder.
+        channels: 1 or 3.
+        known: the network's classes.
+        order: of preference.
+    """
+    found = find_layout(root, known, training=False)
+    if not found.splits:
+        return class_folders(found.base, channels, found_classes(found.base)), found.remarks
+    split = next(s for s in order if s in found.splits)
+    remarks = [*found.remarks, f"its {split} split"]
+    if found.by_class:
+        return class_folders(found.base, channels, found_classes(found.base), within=split), remarks
+    folder = found.base / found.splits[split]
+    return class_folders(folder, channels, found_classes(folder)), remarks
+
+
+def found_classes(folder: Path) -> list[str] | None:
+    """The class folders as known ones, so that one may be without images; None where there are none."""
+    return subfolders(folder) or None
 
 
 class ImageFolderDataModule(BaseDataModule):
-    """Images in class folders, directly under the root or in its `train`, `val` and `test` folders.
+    """Images in class folders, directly under the root or in its folders for training, validation and test.
 
-    The validation folder may also be called `valid` or `validation`.
+    The split folders may be called as people call them (`Train`, `validation`, `test_images`), lie within
+    the class folders, or begin one level below the root (`datasets.layout`).
 
     A split without a folder is held out of the training images: test by `test_split`, validation by
     `val_split`. Images may have any size; the policy resizes them.
@@ -66,15 +122,31 @@ class ImageFolderDataModule(BaseDataModule):
         self.test_split = test_split
 
     def setup(self, stage: str) -> None:
-        root = self.data_path
-        split = (root / "train").is_dir()
-        train = class_folders(root / "train" if split else root, self.input_channels)
-        if split and (root / "test").is_dir():
-            self.train_dataset = train
-            self.test_dataset = class_folders(root / "test", self.input_channels, train.classes)
+        if self.elsewhere:
+            images, self.remarks = images_to_score(
+                self.data_path, self.input_channels, self.trained_classes or ()
+            )
+            self.hold_out_test(images, self.test_split)
+            return
+        found = find_layout(self.data_path)
+        self.remarks = found.remarks
+
+        def read(split: SplitName, classes: Sequence[str] | None = None) -> ImageFiles:
+            if found.by_class:
+                return class_folders(found.base, self.input_channels, classes, within=split)
+            folder = found.base / found.splits[split] if found.splits else found.base
+            return class_folders(folder, self.input_channels, classes)
+
+        if found.splits and "train" not in found.splits:
+            raise ConfigError(
+                f"data.module.data_root_dir: {found.base}: there is no training split beside "
+                f"{', '.join(found.splits.values())}"
+            )
+        train = read("train")
+        if "test" in found.splits:
+            self.train_dataset, self.test_dataset = train, read("test", train.classes)
         else:
             self.hold_out_test(train, self.test_split)
-        for name in VALIDATION_FOLDERS:
-            if split and (root / name).is_dir():
-                self.val_dataset = class_folders(root / name, self.input_channels, train.classes)
-                break
+        if "val" in found.splits:
+            self.val_dataset = read("val", train.classes)
+        several_classes(train)

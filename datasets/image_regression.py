@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +16,8 @@ from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.image_folder import TestFraction
 from datasets.images import ImageFiles
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class ImageRegressionDataModule(BaseDataModule):
@@ -53,28 +58,52 @@ class ImageRegressionDataModule(BaseDataModule):
             raise ConfigError(f"data.module.csv_file={self.csv_file}: no such file in {root}")
         names: list[str] = []
         values: list[float] = []
+        seen: dict[tuple[int, int], list[tuple[str, int]]] = {}
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            for option in ("file_column", "value_column"):
-                column = getattr(self, option)
-                if column not in (reader.fieldnames or []):
-                    raise ConfigError(
-                        f"data.module.{option}={column}: {path} has the columns "
-                        f"{', '.join(reader.fieldnames or ['none'])}"
-                    )
+            reader = csv.reader(stream)
+            header = next(reader, [])
+            columns = [self._column(option, header, path) for option in ("file_column", "value_column")]
             for row in reader:
-                name, text = row[self.file_column], row[self.value_column]
-                try:
-                    value = float(text)
-                except (TypeError, ValueError):
-                    value = math.nan
+                if not any(row):
+                    continue
                 where = f"data.module.csv_file: {path}, line {reader.line_num}"
-                if not math.isfinite(value):
+                if any(cell.strip() for cell in row[len(header) :]):
+                    raise ConfigError(
+                        f"{where}: {len(row)} fields, the header has {len(header)}; a decimal comma?"
+                    )
+                name, text = (row[column] if column < len(row) else None for column in columns)
+                if not (text and _NUMBER.fullmatch(text.strip()) and math.isfinite(float(text))):
                     raise ConfigError(f"{where}: {text!r} is not a number")
-                if not name or not (root / name).is_file():
+                state = _state_of(root / name) if name else None
+                if name is None or state is None:
                     raise ConfigError(f"{where}: no such file: {name!r}")
+                same = seen.setdefault((state.st_dev, state.st_ino), [])
+                for other, line in same:
+                    if os.path.realpath(root / other).casefold() == os.path.realpath(root / name).casefold():
+                        raise ConfigError(
+                            f"{where}: {name} is listed in line {line} already; it might train and be tested on"
+                        )
+                same.append((name, reader.line_num))
                 names.append(name)
-                values.append(value)
+                values.append(float(text))
         if not names:
             raise ConfigError(f"data.module.csv_file={self.csv_file}: {path} has no rows")
         return names, values
+
+    def _column(self, option: str, header: list[str], path: Path) -> int:
+        column = getattr(self, option)
+        if header.count(column) != 1:
+            has = "has" if column not in header else "has it twice:"
+            raise ConfigError(
+                f"data.module.{option}={column}: {path} {has} the columns {', '.join(header or ['none'])}"
+            )
+        return header.index(column)
+
+
+def _state_of(path: Path) -> os.stat_result | None:
+    """Of a file; None where there is none."""
+    try:
+        state = path.stat()
+    except (OSError, ValueError):
+        return None
+    return state if stat.S_ISREG(state.st_mode) else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
-from datasets.image_folder import class_folders
+from datasets.image_folder import class_folders, images_to_score, several_classes
+from datasets.layout import split_folder
 
 
 class ImagenetDataModule(BaseDataModule):
@@ -15,8 +16,14 @@ class ImagenetDataModule(BaseDataModule):
     """
 
     def setup(self, stage: str) -> None:
-        train = class_folders(self.data_path / "train", self.input_channels)
-        test = class_folders(self.data_path / "val", self.input_channels, train.classes)
+        root, channels = self.data_path, self.input_channels
+        if self.elsewhere:
+            known = self.trained_classes or ()
+            images, self.remarks = images_to_score(root, channels, known, ("val", "test", "train"))
+            self.hold_out_test(images, 0.0)
+            return
+        train = several_classes(class_folders(split_folder(root, "train"), channels))
+        test = class_folders(split_folder(root, "val"), channels, train.classes)
         missing = set(range(len(train.classes))) - set(test.targets.tolist())
         if missing:
             name = train.classes[min(missing)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from crucible.files import write_atomically
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ORIENTATION = 0x0112
-_FINGERPRINTED_FILES = 4096
+SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
+_FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
+_FILES_SIZED = 65536
+_READ_WHOLE = 256 << 20  # bytes in all
+_PIECE = 16 << 10  # bytes; four of a large file
+_READERS = 8  # threads: on a network drive each file waits for its answer
+_SETTLED_S = 2.0  # a file that was just written may be written again within its time stamp's tick
 
 
 class SampleError(RuntimeError):
@@ -142,13 +154,70 @@ class ImageFiles(Dataset):
         names = [self.names[i] for i in indices.tolist()]
         return ImageFiles(self.root, names, self.targets[indices], self.channels, self.classes)
 
-    def content(self) -> Iterator[bytes]:
-        """What makes these data: names, targets, and the sizes of files spread evenly over them."""
+    def content(self, scheme: int = SCHEME) -> Iterator[bytes]:
+        """What makes these data: names, targets, and what is in the files.
+
+        Up to 256 MiB are read whole; of more, 64 KiB each of 4096 files spread evenly over them, and the
+        sizes of 65,536.
+        """
         yield from self.names.content()
         yield self.targets.tobytes()
-        step = max(1, len(self) // _FINGERPRINTED_FILES)
-        sizes = [(self.root / self.names[i]).stat().st_size for i in range(0, len(self), step)]
-        yield np.asarray(sizes, dtype=np.int64).tobytes()
+        if scheme == 1:
+            sizes = [path.stat().st_size for path in self._spread(_FILES_READ)]
+            yield np.asarray(sizes, dtype=np.int64).tobytes()
+        else:
+            yield self._of_the_files()
+
+    def _spread(self, files: int) -> list[Path]:
+        step = max(1, len(self) // files)
+        return [self.root / self.names[i] for i in range(0, len(self), step)]
+
+    def _of_the_files(self) -> bytes:
+        """A digest of sizes and content; kept for files whose time, size and place have not changed."""
+        paths = self._spread(_FILES_SIZED)
+        states = [path.stat() for path in paths]
+        sizes = np.asarray([s.st_size for s in states], dtype=np.int64)
+        stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
+        key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
+        for part in (str((SCHEME, str(self.root.absolute()), len(self))).encode(), *self.names.content()):
+            key.update(part)
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / "fingerprints"
+        with contextlib.suppress(OSError):
+            if len(digest := (kept / key.hexdigest()).read_bytes()) == 16:
+                return digest
+        whole = len(paths) == len(self) and int(sizes.sum()) <= _READ_WHOLE
+        content = hashlib.blake2b(sizes.tobytes(), digest_size=16)
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = partial(_digest, whole=whole)
+            for part in pool.map(read, paths if whole else self._spread(_FILES_READ)):
+                content.update(part)
+        newest = max((s.st_ctime_ns for s in states), default=0)
+        if time.time_ns() - newest > _SETTLED_S * 1e9:
+            with contextlib.suppress(OSError):  # without a place to keep it, it is read again
+                kept.mkdir(parents=True, exist_ok=True)
+                write_atomically(kept / key.hexdigest(), content.digest())
+        return content.digest()
+
+    def relabelled(self, numbers: np.ndarray, classes: Sequence[str]) -> ImageFiles:
+        """The same files with `numbers[label]` for each label; those of negative numbers are left out."""
+        targets = numbers[self.targets]
+        changed = ImageFiles(self.root, self.names, targets, self.channels, classes)
+        return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
+
+
+def _digest(path: Path, whole: bool) -> bytes:
+    with path.open("rb") as stream:
+        if whole:
+            return hashlib.file_digest(stream, _blake2b).digest()
+        size, parts = os.fstat(stream.fileno()).st_size, []
+        for piece in range(4):
+            stream.seek(max(0, size - _PIECE) * piece // 3)
+            parts.append(stream.read(_PIECE))
+        return _blake2b(b"".join(parts)).digest()
+
+
+def _blake2b(data: bytes = b"") -> Any:
+    return hashlib.blake2b(data, digest_size=16)
 
 
 class Arrays(Dataset):
@@ -177,6 +246,12 @@ class Arrays(Dataset):
         """Those of the samples, as a data set of their own."""
         return Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
 
+    def relabelled(self, numbers: np.ndarray, classes: Sequence[str]) -> Arrays:
+        """The same samples with `numbers[label]` for each label; those of negative numbers are left out."""
+        targets = numbers[self.targets]
+        changed = Arrays(self.inputs, targets, classes)
+        return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
+
     def content(self) -> Iterator[bytes | memoryview]:
         """What makes these data: all of them."""
         yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
@@ -184,18 +259,48 @@ class Arrays(Dataset):
         yield self.targets.tobytes()
 
 
-def fingerprint(datasets: Iterable[Any]) -> str:
+class Relabelled(Dataset):
+    """Any raw data set with other numbers for its classes.
+
+    Args:
+        raw: gives `(input, target)` by number.
+        targets: (N,) its targets.
+        numbers: the new number of each old one; samples of negative numbers are left out.
+        classes: the names of the classes, by new number.
+    """
+
+    def __init__(self, raw: Any, targets: np.ndarray, numbers: np.ndarray, classes: Sequence[str]) -> None:
+        self.raw = raw
+        self.kept = np.flatnonzero(numbers[targets] >= 0)
+        self.targets = numbers[targets][self.kept]
+        self.classes = list(classes)
+        if (names := getattr(raw, "names", None)) is not None:
+            self.names = [names[i] for i in self.kept.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.raw[int(self.kept[index])][0], self.targets[index]
+
+
+def fingerprint(datasets: Iterable[Any], scheme: int = SCHEME) -> str:
     """16 hexadecimal digits of the content of raw data sets, whatever folder they lie in.
 
     A data set says by `content()` what it is made of; of any other, the length, the targets and 256
-    samples spread evenly over it are taken. None stands for a missing one.
+    samples spread evenly over it are taken. None stands for a missing one. `scheme` is that of files; the
+    others' is the same in all.
     """
     digest = hashlib.blake2b(digest_size=8)
     for dataset in datasets:
         digest.update(b"none" if dataset is None else str(len(dataset)).encode())
         if dataset is None:
             continue
-        for part in dataset.content() if hasattr(dataset, "content") else _content(dataset):
+        if isinstance(dataset, ImageFiles):
+            parts: Iterable[Any] = dataset.content(scheme)
+        else:
+            parts = dataset.content() if hasattr(dataset, "content") else _content(dataset)
+        for part in parts:
             digest.update(part)
     return digest.hexdigest()
 
@@ -218,6 +323,28 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
+_OF_OTHER_PROGRAMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"}  # not of the data
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _OF_OTHER_PROGRAMS
+
+
+def images_in(folder: Path) -> bool:
+    """Whether images lie directly in `folder`."""
+    with os.scandir(folder) as entries:
+        return any(_is_image(e.name) and not e.is_dir() for e in entries)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image below `folder`, at any depth."""
+    return images_in(folder) or any(holds_images(folder / name) for name in subfolders(folder))
+
+
+def _is_image(name: str) -> bool:
+    return not _passed_over(name) and name.lower().endswith(EXTENSIONS)
+
+
 def image_files(folder: Path) -> list[str]:
     """The images below `folder`, relative to it, sorted; hidden files and folders are passed over."""
     found: list[str] = []
@@ -226,7 +353,7 @@ def image_files(folder: Path) -> list[str]:
         relative = pending.pop()
         with os.scandir(folder / relative) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if _passed_over(entry.name):
                     continue
                 name = f"{relative}/{entry.name}" if relative else entry.name
                 if entry.is_dir():
@@ -239,4 +366,4 @@ def image_files(folder: Path) -> list[str]:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in `folder`, sorted; hidden ones are passed over."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if e.is_dir() and not _passed_over(e.name))

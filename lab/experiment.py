@@ -37,6 +37,10 @@ from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 
+RECOGNISED = (
+    "its data were recognised by names and sizes of files: the fingerprint of that time read no pixels"
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -77,6 +81,9 @@ class Job:
                 self.run.record({**self.config, "fresh": False}, list(self.overrides))
                 now = {"status": "created", "reason": "", "final": {}, "best": {}, "started": time.time()}
                 self.run.update_summary(**now, **self.facts)
+            elif "data_fingerprint" not in self.run.summary():
+                known = {n: self.facts[n] for n in ("data_fingerprint", "classes")}
+                self.run.update_summary(**known, recognised=RECOGNISED)
         return self.run
 
 
@@ -114,7 +121,9 @@ def corrected(config: Config) -> dict[str, int]:
     return versions_of([*own, *metrics.CORRECTIONS, *checking.CORRECTIONS], config)
 
 
-def identity(config: Config, contents: Mapping[str, str | None]) -> str:
+def identity(
+    config: Config, contents: Mapping[str, str | None], versions: Mapping[str, int] | None = None
+) -> str:
     """Eight hex digits that tell runs with different results apart.
 
     Hashed are the values that change the result and differ from their defaults, and what the data and the
@@ -124,6 +133,7 @@ def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     Args:
         config: plain and resolved.
         contents: fingerprints of what paths lead to: the data, the initial weights or state.
+        versions: of corrected numbers; None: those of today.
     """
     semantic = {n: v for n, v in flatten(config).items() if is_semantic(n) and not _is_default(config, n, v)}
     for option in network_options(config["model"]):
@@ -132,7 +142,8 @@ def identity(config: Config, contents: Mapping[str, str | None]) -> str:
     semantic.update({f"content of {name}": value for name, value in contents.items() if value})
     semantic["devices"] = device_count(config["trainer"])
     semantic.pop("trainer.devices", None)
-    semantic.update({f"version of {option}": version for option, version in corrected(config).items()})
+    versions = corrected(config) if versions is None else versions
+    semantic.update({f"version of {option}": version for option, version in versions.items()})
     text = json.dumps(semantic, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -206,7 +217,7 @@ class Examiner:
             )
         _check_torchrun(config)
         data, fingerprint = self._read_data(config)
-        settled = checking.resolve(config, data)
+        settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
         contents: dict[str, str | None] = {"data": fingerprint}
         for option, room, key in (
@@ -219,8 +230,13 @@ class Examiner:
         for option in network_options(config["model"]):
             config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
         self._construct(config)
+        folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"]
         name = f"{identity(config, contents)}-s{config['seed']}"
-        folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"] / name
+        if not (folder / name).exists() and (older := data.fingerprint(1)) != fingerprint:
+            before = f"{identity(config, {**contents, 'data': older})}-s{config['seed']}"
+            known = RunDirectory(folder / before).summary().get("data_fingerprint", fingerprint)
+            if (folder / before).exists() and known == fingerprint:
+                name = before
         if config["user_dir"]:
             config["user_dir"] = absolute(config["user_dir"])
         for key in ("data_root_dir", "predict_dir"):
@@ -230,12 +246,12 @@ class Examiner:
             "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
             "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),
             "techniques": sorted(config.get("techniques") or {}), "kind": kind(config), "resolved": settled,
-            "corrected": corrected(config),
+            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names,
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep
         length = run_length(config, data)
-        return Job(RunDirectory(folder), config, overrides, facts, length.steps, length.epochs)
+        return Job(RunDirectory(folder / name), config, overrides, facts, length.steps, length.epochs)
 
     def _read_data(self, config: Config) -> tuple[BaseDataModule, str]:
         """The data module and the fingerprint of its data; read once for all jobs with the same data."""

@@ -105,9 +105,10 @@ def start(run: RunDirectory, config: Config) -> int:
     # a child rank of a fresh run may see the finished one that rank 0 is about to put aside
     if run.state() == "finished" and not (is_child_rank() and config["fresh"]):
         if not is_child_rank():
-            final = run.summary().get("final", {})
+            summary = run.summary()
             again = "the command that made it runs it again with fresh=true"
-            _say(f"{run.path}: finished before ({headline(final)}); {again}")
+            by = f"; {summary['recognised']}" if "recognised" in summary else ""
+            _say(f"{run.path}: finished before ({headline(summary.get('final', {}))}{by}); {again}")
             _warn_of_other_code(run)
         return 0
     if externally_launched():
@@ -351,6 +352,8 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
             continue
         known = configuration.select(config, name.rpartition(".")[0]) if "." in name else config
         leaf = name.rpartition(".")[2]
+        if name == "data.module.class_map" and isinstance(known, dict):
+            known.setdefault(leaf, None)  # the configuration of an older run does not state it
         if not isinstance(known, dict) or leaf not in known:
             raise ConfigError(f"{name}: no such option in the recorded run{suggest(leaf, known or [])}")
         allowed = _WHILE_TRAINING if task == "train" else _WHEN_EVALUATING

@@ -36,6 +36,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab.build import build_data, build_model, build_trainer, with_weights
+from lab.evaluation import DataToScore, data_to_score
 from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
@@ -58,7 +59,8 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
     extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
-    correctness = CorrectnessRecord(run.path / "test_correct.npz")
+    fingerprint = run.summary().get("data_fingerprint", "")
+    correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
     callbacks: list[Callback] = [Recorder(run), *extra, *after]
@@ -90,30 +92,43 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     return final
 
 
-def test(run: RunDirectory, config: Config, checkpoint: Path) -> dict[str, float]:
-    """Score the test split with the weights of `checkpoint`; also written to `RUN/test.json`."""
-    data = build_data(config)
+def test(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[dict[str, float], Path, list[str]]:
+    """Score the test split with the weights of `checkpoint`.
+
+    Returns:
+        the metrics; the record they are written to, which is `RUN/test.json` for the run's own data and lies in
+        `RUN/tests/<fingerprint of the data>` for others; and what was scored, in a few lines.
+    """
+    found = data_to_score(run, config, checkpoint)
+    data, out = found.data, found.folder / "test.json"
     model = with_weights(config, checkpoint)
     plots = [
         instantiate(node, _convert_="all")
         for n, node in config["callbacks"].items()
         if node and n != "progress"
     ]
-    plots.append(CorrectnessRecord(run.path / f"test_correct_{checkpoint.stem}.npz"))
+    found.folder.mkdir(parents=True, exist_ok=True)
+    plots.append(CorrectnessRecord(found.folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
     trainer = build_trainer(
-        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, run.path, plots, []
+        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, found.folder, plots, []
     )
     trainer.test(model, datamodule=data, verbose=False)
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    scored = data.scored()
     if trainer.is_global_zero:
-        seen, all_of_them = data.seen("test"), len(data.samples("test"))
-        if seen < all_of_them:
-            _say(f"test on {seen} drawn of {all_of_them} samples")
         record = {
-            "checkpoint": checkpoint.name, "metrics": final, "samples": seen, "time": time.time()
+            "checkpoint": checkpoint.name, "data": found.fingerprint, "own_data": found.own,
+            "folder": config["data"]["module"].get("data_root_dir"), "samples": data.seen("test"),
+            "scored": [*scored, *found.remarks], "metrics": final, "time": time.time(),
         }  # fmt: skip
-        write_atomically(run.path / "test.json", json.dumps(record, indent=2) + "\n")
-    return final
+        write_atomically(out, json.dumps(record, indent=2) + "\n")
+    if (seen := data.seen("test")) < (whole := len(data.samples("test"))):
+        scored = [*scored, f"test on {seen} drawn of {whole} samples"]
+    return final, out, [*([] if found.own else [_whose(found)]), *scored, *found.remarks]
+
+
+def _whose(found: DataToScore) -> str:
+    return f"other data than the run's own, or read otherwise (fingerprint {found.fingerprint})"
 
 
 class Scores(NamedTuple):
@@ -124,7 +139,7 @@ class Scores(NamedTuple):
     sample: torch.Tensor
 
 
-def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseDataModule]:
+def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, DataToScore]:
     """The weights' scores for the predict split: the test set, or `data.module.predict_dir`."""
     options = {
         **config["trainer"],
@@ -133,12 +148,12 @@ def score(config: Config, checkpoint: Path, folder: Path) -> tuple[Scores, BaseD
         "num_nodes": 1,
         "strategy": "auto",
     }
-    data = build_data(config)
-    trainer = build_trainer({**config, "trainer": options}, folder, [], [])
-    batches = trainer.predict(with_weights(config, checkpoint), datamodule=data) or []
+    found = data_to_score(run, config, checkpoint)
+    trainer = build_trainer({**config, "trainer": options}, run.path, [], [])
+    batches = trainer.predict(with_weights(config, checkpoint), datamodule=found.data) or []
     columns = [torch.cat([batch[name].cpu() for batch in batches]) for name in ("scores", "target", "index")]  # type: ignore[call-overload]
     order = columns[2].argsort()
-    return Scores(*(column[order] for column in columns)), data
+    return Scores(*(column[order] for column in columns)), found
 
 
 def predict(runs: Runs, out: Path | None) -> None:
@@ -147,8 +162,9 @@ def predict(runs: Runs, out: Path | None) -> None:
     Several runs (the folds of a cross-validation, say) give the mean of their probabilities.
     """
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
-    out = out or runs[0][0].path / name
-    scores, data = average(runs, out.parent)
+    scores, found = average(runs)
+    data, out = found.data, out or found.folder / name
+    out.parent.mkdir(parents=True, exist_ok=True)
     classification = scores.scores.ndim == 2
     names = (
         list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
@@ -166,52 +182,69 @@ def predict(runs: Runs, out: Path | None) -> None:
             else:
                 label, values = (f"{target:.6g}" if known else ""), [f"{float(row):.6g}"]
             writer.writerow([data.sample_name(index), label, *values])
+    if not found.own:
+        for line in [_whose(found), *data.scored(), *found.remarks]:
+            _say(f"  {line}")
     _say(f"predictions of {_named(runs)}  ->  {out}")
 
 
-def average(runs: Runs, folder: Path) -> tuple[Scores, BaseDataModule]:
-    """The mean scores of several runs over the same samples.
+def average(runs: Runs) -> tuple[Scores, DataToScore]:
+    """The mean scores of several runs over the same samples, in the order of the first run's classes.
 
     Raises:
-        ConfigError: where the runs' samples differ.
+        ConfigError: where the runs' samples or classes differ.
     """
-    parts = [score(config, checkpoint, folder) for _, config, checkpoint in runs]
-    first, data = parts[0]
-    for (part, _), (run, _, _) in zip(parts[1:], runs[1:], strict=True):
+    parts = [score(run, config, checkpoint) for run, config, checkpoint in runs]
+    first, found = parts[0]
+    names, total = found.data.class_names, first.scores.double()
+    for (part, other), (run, _, _) in zip(parts[1:], runs[1:], strict=True):
+        scores, target = part.scores, part.target
+        if (theirs := other.data.class_names) != names:
+            if sorted(theirs) != sorted(names):
+                raise ConfigError(f"run={run.path}: its classes differ from those of {runs[0][0].path}")
+            places = torch.tensor([theirs.index(name) for name in names])
+            scores = scores[:, places]
+            target = torch.where(target < 0, target, places.argsort()[target.clamp(min=0)])
         same = torch.equal(part.sample, first.sample) and torch.equal(
-            part.target.nan_to_num(), first.target.nan_to_num()
+            target.nan_to_num(), first.target.nan_to_num()
         )
-        if not same or part.scores.shape != first.scores.shape:
+        if not same or scores.shape != first.scores.shape:
             raise ConfigError(f"run={run.path}: its samples differ from those of {runs[0][0].path}")
-    mean = torch.stack([part.scores.double() for part, _ in parts]).mean(dim=0).float()
-    return first._replace(scores=mean), data
+        total += scores.double()
+    return first._replace(scores=(total / len(parts)).float()), found
 
 
-def test_ensemble(runs: Runs, folder: Path) -> dict[str, float]:
+def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     """Test metrics of the averaged probabilities (or values) of several runs."""
-    scores, data = average(runs, folder)
+    scores, found = average(runs)
     config = runs[0][1]
     metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
     metrics.update(scores.scores, scores.target)
-    return {f"test/{k}": float(v) for k, v in scalars(metrics.compute(), data.class_names).items()}
+    values = scalars(metrics.compute(), found.data.class_names)
+    return {f"test/{k}": float(v) for k, v in values.items()}, found
 
 
 def test_all(runs: Runs, out: Path | None) -> None:
     """Score the test split, of several runs with the mean of their probabilities; write and say what came out."""
     (run, config, checkpoint), *others = runs
     if not others:
-        final, out = test(run, config, checkpoint), run.path / "test.json"
+        final, out, said = test(run, config, checkpoint)
     else:
-        final = test_ensemble(runs, run.path)
-        out = out or run.path.parent / f"ensemble-of-{len(runs)}-runs.json"
+        final, found = test_ensemble(runs)
+        said = [*([] if found.own else [_whose(found)]), *found.data.scored(), *found.remarks]
+        on = "" if found.own else f"-on-{found.folder.name}"
+        out = out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
         record = {
             "runs": [str(run.path) for run, _, _ in runs],
             "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
+            "data": found.fingerprint,
             "metrics": final,
         }
         write_atomically(out, json.dumps(record, indent=2) + "\n")
     if not is_child_rank():
         _say(f"test of {_named(runs)}")
+        for line in said:
+            _say(f"  {line}")
         for name, value in final.items():
             if name.startswith("test/"):
                 _say(f"  {name:<24} {value:.4f}")

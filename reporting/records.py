@@ -157,10 +157,10 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
     final = _numbers(summary.get("final"))
-    value = _scored(path, summary, final, request)
+    value, remark = _scored(path, summary, final, request)
     if value is not None and not diverged:
         diverged = _why_diverged(value, request.metric, settings.get("data.num_classes"))
-    correctness, remark = (None, "")
+    correctness = None
     if value is not None and not diverged and request.metric.name == "test/acc":
         correctness, remark = _read_correctness(path, value, request.best)
     git = summary.get("git") or {}
@@ -223,18 +223,33 @@ def _positive(value: Any) -> float | None:
 
 def _scored(
     path: Path, summary: Mapping[str, Any], final: Mapping[str, float], request: Request
-) -> float | None:
-    """The metric of the last weights, or of those that were best on validation."""
+) -> tuple[float | None, str]:
+    """The metric of the last weights, or of those that were best on validation; and why there is none."""
     name = request.metric.name
     if not request.best:
-        return final.get(name)
+        return final.get(name), ""
     if name.startswith("val/"):
-        return _numbers(summary.get("best")).get(name)
+        return _numbers(summary.get("best")).get(name), ""
     try:
         tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return _numbers(tested.get("metrics")).get(name) if tested.get("checkpoint") == "best.ckpt" else None
+        return None, ""
+    if tested.get("checkpoint") != "best.ckpt":
+        return None, ""
+    own = summary.get("data_fingerprint")
+    if (own and tested.get("data", own) != own) or _images_differ(path):
+        again = f"python main.py run={path} task=test"
+        return None, f"test.json is of other data than the run's; {again} tests its own"
+    return _numbers(tested.get("metrics")).get(name), ""
+
+
+def _images_differ(path: Path) -> bool:
+    """Whether the best weights were tested on other images than the last: older records do not say on which."""
+    try:
+        with np.load(path / "test_correct.npz") as last, np.load(path / "test_correct_best.npz") as best:
+            return any(str(last[key]) != str(best[key]) for key in ("count", "samples"))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _why_diverged(value: float, metric: Metric, classes: Any) -> str:

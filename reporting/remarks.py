@@ -44,7 +44,8 @@ def _of_the_runs(table: Table) -> Iterable[str]:
         for run in arm.diverged:
             yield f"{arm.name}, {unit_name(run.unit)} diverged: {run.diverged} ({run.path.name})"
         for run in arm.incomplete:
-            yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name})"
+            why = f": {run.remark}" if run.remark else ""
+            yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name}){why}"
         for run in arm.runs.values():
             if run.remark:
                 yield f"{arm.name}, {unit_name(run.unit)}: {run.remark} ({run.path.name})"

@@ -583,6 +583,35 @@ def test_best_on_validation_scores_the_tested_best_weights(tmp_path):
     assert rows["mixup"]["verdict"].startswith("helps")
 
 
+def test_a_test_of_other_data_is_not_the_runs(tmp_path, capsys):
+    runs = [
+        run
+        for arm, values in (("baseline", BASE), ("mixup", BETTER))
+        for run in make_arm(tmp_path, arm, values, data_fingerprint="own")
+    ]
+    for run, value in zip(runs, [*BASE, *BETTER], strict=True):
+        record = {"checkpoint": "best.ckpt", "metrics": {"test/acc": value}, "data": "own"}
+        (run / "test.json").write_text(json.dumps(record))
+    whole = run_report(tmp_path, "checkpoint=best")[0]["mixup"]
+    foreign = {"checkpoint": "best.ckpt", "metrics": {"test/acc": 0.1}, "data": "another"}
+    (runs[-1] / "test.json").write_text(json.dumps(foreign))
+    rows, text = run_report(tmp_path, "checkpoint=best")
+    assert int(rows["mixup"]["pairs"]) == int(whole["pairs"]) - 1
+    assert "test.json is of other data than the run's" in text and f"run={runs[-1]} task=test" in text
+
+
+def test_an_older_test_of_other_images_is_told_by_the_images(tmp_path):
+    runs = [r for arm in ("baseline", "mixup") for r in make_arm(tmp_path, arm, BASE)]
+    for run, value in zip(runs, BASE * 2, strict=True):
+        score_best(run, value)
+        for file, samples in (("test_correct.npz", "own"), ("test_correct_best.npz", "own")):
+            np.savez(run / file, count=10, samples=samples)
+    np.savez(runs[-1] / "test_correct_best.npz", count=10, samples="others")
+    rows, text = run_report(tmp_path, "checkpoint=best")
+    assert int(rows["mixup"]["pairs"]) == len(BASE) - 1
+    assert "test.json is of other data than the run's" in text
+
+
 def test_weights_selected_on_the_test_images_get_no_verdict(tmp_path):
     settings = {"data.module.val_split": "test"}
     for arm, values in (("baseline", BASE), ("mixup", BETTER)):

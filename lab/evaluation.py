@@ -1,0 +1,138 @@
+"""Trained weights meet data: labels by the names of the classes, and whose record it is that comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from crucible.configuration import Config, flatten, is_semantic
+from crucible.options import ConfigError
+from crucible.run import RunDirectory
+from datasets.base_datamodule import BaseDataModule
+from datasets.images import SCHEME
+from lab.build import build_data
+from lab.experiment import identity
+
+# what of the data's options leaves a test as it is
+_NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
+
+
+class DataToScore(NamedTuple):
+    """The data that a run's weights are to be scored on.
+
+    Args:
+        data: set up, its labels numbered as the network's outputs.
+        folder: where the record belongs: the run's for its own data, else `RUN/tests/<fingerprint>`.
+        fingerprint: of the data.
+        own: whether they are the run's own, as it was trained on them.
+        remarks: what has to be said of them.
+    """
+
+    data: BaseDataModule
+    folder: Path
+    fingerprint: str
+    own: bool
+    remarks: list[str]
+
+
+def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataToScore:
+    """The data of a configuration for the weights of a recorded run.
+
+    Args:
+        run: the recorded run.
+        config: its configuration, with what was typed.
+        checkpoint: the weights.
+
+    Raises:
+        ConfigError: for data that cannot be read, and classes that the network does not know.
+    """
+    recorded = run.config()
+    before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
+    changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
+    moved = any(now.get(n) != before.get(n) for n in ("data_root_dir", "csv_file", "class_map", "_target_"))
+    classes, source = trained_classes(run, recorded, checkpoint)
+    options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
+    data = _data(config, classes, elsewhere=False)
+    if config["data"]["module"].get("predict_dir") is not None and classes:
+        return DataToScore(data, run.path, "", True, [])
+    known, remarks = run.summary().get("data_fingerprint"), [source] if source and moved else []
+    own = True
+    if moved:
+        try:
+            own = _is_the_runs(run, recorded, data)
+        except ConfigError:  # it has no training images, say
+            own = False
+        if not own:
+            data = _data(config, classes, elsewhere=True)
+            data.prepare_data()
+            own = data.fingerprint() == known  # it has been downloaded
+            remarks = [*data.remarks, *remarks]
+    else:
+        data.prepare_data()
+        if known and not options and data.fingerprint() != known:
+            own = False
+            remarks.append("these data have changed since the training, which may have seen some of them")
+    content = data.fingerprint()
+    if own and not options:
+        return DataToScore(data, run.path, content, True, remarks)
+    text = json.dumps(options, sort_keys=True, default=str)
+    name = f"{content}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if options else content
+    return DataToScore(data, run.path / "tests" / name, content, False, remarks)
+
+
+def trained_classes(run: RunDirectory, recorded: Config, checkpoint: Path) -> tuple[list[str] | None, str]:
+    """The names of a network's classes in the order of its outputs, and what is to be said where they are a guess.
+
+    They stand in the checkpoint and in the run's summary; those of older runs are read from the recorded
+    folder of the data. None where that is gone, too.
+    """
+    if recorded["data"]["task"] != "classification":
+        return None, ""
+    with contextlib.suppress(Exception):  # what it is that cannot be read, loading the weights will say
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        if names := content.get("class_names"):
+            return list(names), ""
+    if names := run.summary().get("classes"):
+        return list(names), ""
+    count, folder = recorded["data"]["num_classes"], recorded["data"]["module"].get("data_root_dir")
+    with contextlib.suppress(ConfigError, OSError):
+        data = build_data(recorded)
+        if len(data.class_names) == count:
+            return (
+                data.class_names,
+                f"the classes' names are those in {folder or 'the data'}: the run recorded none",
+            )
+    return None, "labels are taken by position: the run recorded no names of classes, and its data are gone"
+
+
+def _data(config: Config, classes: list[str] | None, elsewhere: bool) -> BaseDataModule:
+    data = build_data(config)
+    data.score_for(classes, elsewhere)
+    return data
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten(config["data"]["module"])
+
+
+def _of_a_test(name: str) -> bool:
+    return is_semantic(f"data.module.{name}") and not name.startswith(_NOT_OF_A_TEST)
+
+
+def _is_the_runs(run: RunDirectory, recorded: Config, data: BaseDataModule) -> bool:
+    """Whether data that lie elsewhere are those of the run; of one without a fingerprint, its id tells."""
+    summary = run.summary()
+    if known := summary.get("data_fingerprint"):
+        return data.fingerprint() == known
+    versions, own = summary.get("corrected") or {}, summary.get("identity")
+    if any(identity(recorded, {"data": data.fingerprint(s)}, versions) == own for s in (1, SCHEME)):
+        return True
+    with contextlib.suppress(ConfigError, OSError):
+        return build_data(recorded).fingerprint() == data.fingerprint()
+    return False
