@@ -68,6 +68,10 @@ class Checkpoints(Checkpoint):
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path and Path(trainer.ckpt_path).absolute().parent != self.folder.absolute():
+            self.best = {}  # of another run, whose best.ckpt is not this one's
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
             trainer.state.fn != "fit"

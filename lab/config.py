@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
-from crucible.corrections import Correction
+from crucible.corrections import Correction, option_is
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
 from crucible.options import (
@@ -30,7 +30,14 @@ from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from norms import Norm
 
-CORRECTIONS: tuple[Correction, ...] = ()  # of what the trainer and the lengths of a run make of it
+CORRECTIONS: tuple[Correction, ...] = (  # of what the trainer and the lengths of a run make of it
+    Correction(
+        "ckpt_path",
+        2,
+        option_is("ckpt_path"),
+        "the state's rates, schedule and weight decay stood for those typed",
+    ),
+)
 Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
