@@ -122,9 +122,12 @@ def _keep_what_is_configured(optimizer: Optimizer, state: dict[str, Any]) -> dic
             f"model: the training state's optimizer has {_in_words(saved_sizes)}, this one {_in_words(sizes)}; "
             "what groups parameters (model.undecay_norm, model.layer_decay) must be as it was"
         )
+    given = (arguments - {"params"}) | {"initial_lr"}  # the latter by the schedule
     kept = [
-        {**old, **{k: v for k, v in group.items() if k in arguments or k == "initial_lr" or k not in old}}
-        | {"params": old["params"]}
+        {
+            **group,
+            **{k: v for k, v in old.items() if k not in given},
+        }  # with the state's numbers of parameters
         for old, group in zip(saved, groups, strict=True)
     ]
     return {**state, "param_groups": kept}

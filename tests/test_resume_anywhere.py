@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from record import tensors
 from technique_runs import built, composed
@@ -47,17 +48,25 @@ class StopBefore(Callback):
             self.stop.received = 15
 
 
+def wait_for_the_others() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def numbers(folder: Path, options: tuple[str, ...], stops: tuple[int, ...] = ()) -> dict[str, Any]:
     """All that a run's last state holds, which was stopped before these batches of its whole training."""
     file = folder / "last.ckpt"
     file.unlink(missing_ok=True)
+    wait_for_the_others()
     for stop in (*stops, None):
         model, data, trainer = built(composed(options=(*OPTIONS, *options)), folder)
-        graceful = GracefulStop(Checkpoints(folder, keep="last"))
+        graceful = GracefulStop(Checkpoints(folder, keep="last"), every=1)
         trainer.callbacks += [graceful.checkpoints]
         if stop is not None:
             trainer.callbacks += [StopBefore(graceful, stop), graceful]
+        wait_for_the_others()
         start = file if file.is_file() else None
+        wait_for_the_others()
         if stop is None:
             trainer.fit(model, datamodule=data, ckpt_path=start)
         else:
@@ -66,7 +75,7 @@ def numbers(folder: Path, options: tuple[str, ...], stops: tuple[int, ...] = ())
             graceful.teardown(trainer, model, "fit")
     state = torch.load(file, weights_only=True)
     assert "accumulation" not in state, "a whole training leaves no open step"
-    assert state["train_sums"][0] == 1
+    assert state["train_sums"][0] == 1  # of the last epoch, by rank
     return tensors({name: state.get(name, {}) for name in STATES}) | {
         name: str(state[name]) for name in ("lr_schedulers", "train_sums", "global_step")
     }
@@ -99,3 +108,27 @@ def test_a_stop_inside_an_accumulated_step_loses_nothing(tmp_path: Path) -> None
 def test_a_stop_after_every_batch_loses_nothing(accumulate: int, variant: str, tmp_path: Path) -> None:
     options = (f"trainer.accumulate_grad_batches={accumulate}", *VARIANTS[variant])
     assert different(tmp_path, options, *((stop,) for stop in range(1, 2 * BATCHES))) == []
+
+
+def stop_each(folder: str, *stops: str) -> None:
+    """What each of the two processes does."""
+    for variant, options in RANKS.items():
+        wrong = different(Path(folder), (*OF_TWO, *options), *((int(stop),) for stop in stops))
+        assert not wrong, (variant, wrong)
+
+
+OF_TWO = ("trainer.devices=2", "data.module.batch_size=8", "trainer.accumulate_grad_batches=3")
+RANKS = {
+    "dropout": ("model.resnet_dropout=0.2", "model.ema_decay=0.9"),
+    "online_norm": ("model.norm=online",),
+}
+
+
+@pytest.mark.slow
+def test_two_processes_keep_their_own_gradients_sums_and_streams(on_two_processes, tmp_path: Path) -> None:
+    on_two_processes(stop_each, tmp_path, 2, 4)
+
+
+@pytest.mark.nightly
+def test_two_processes_may_stop_after_every_batch(on_two_processes, tmp_path: Path) -> None:
+    on_two_processes(stop_each, tmp_path, *range(1, 2 * BATCHES))

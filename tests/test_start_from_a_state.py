@@ -1,4 +1,4 @@
-"""`ckpt_path=FILE`: the state gives weights, moments and counters, the configuration all that is typed, or it is refused."""
+"""`ckpt_path=FILE`: the state gives weights, moments and counters, the configuration the rest, or it is refused."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conftest import TINY, runs_in
 
 HERE = [
     *TINY,
+    "model=resnet",
     "model._target_=tiny_networks.TinyResNet",
     "trainer.limit_train_batches=3",
     "test_after_training=false",
@@ -40,8 +41,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("ended")
     options = (
-        "data=synthetic", "data.module.num_samples=96", "trainer.max_epochs=3", "trainer.max_steps=-1", "model.warmstart=1",
-        "trainer.limit_train_batches=3", "model.lr=0.02", "model=cifar_resnet",
+        "data=synthetic", "data.module.num_samples=96", "trainer.max_epochs=3", "trainer.max_steps=-1",
+        "trainer.limit_train_batches=3", "model.lr=0.02", "model.warmstart=1",
     )  # fmt: skip
     model, data, trainer = built(composed(options=options), folder)
     trainer.fit(model, datamodule=data)
