@@ -56,14 +56,14 @@ def wait_for_the_others() -> None:
 def numbers(folder: Path, options: tuple[str, ...], stops: tuple[int, ...] = ()) -> dict[str, Any]:
     """All that a run's last state holds, which was stopped before these batches of its whole training."""
     file = folder / "last.ckpt"
+    wait_for_the_others()
     file.unlink(missing_ok=True)
     wait_for_the_others()
     for stop in (*stops, None):
         model, data, trainer = built(composed(options=(*OPTIONS, *options)), folder)
         graceful = GracefulStop(Checkpoints(folder, keep="last"), every=1)
         trainer.callbacks += [graceful.checkpoints]
-        if stop is not None:
-            trainer.callbacks += [StopBefore(graceful, stop), graceful]
+        trainer.callbacks += [graceful] if stop is None else [StopBefore(graceful, stop), graceful]
         wait_for_the_others()
         start = file if file.is_file() else None
         wait_for_the_others()
