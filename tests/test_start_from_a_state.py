@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, runs_in
+from lightning.pytorch.callbacks import Callback
+from technique_runs import built, composed
 
 HERE = [
     *TINY,
@@ -34,36 +36,77 @@ def state_of(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The state at the end of three epochs."""
-    from technique_runs import built, composed
+class SaveAt(Callback):
+    """Writes a training state after a batch, counted over all epochs."""
 
-    folder = tmp_path_factory.mktemp("ended")
-    options = (
+    def __init__(self, file: Path, batch: int) -> None:
+        self.file, self.batch = file, batch
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
+            trainer.save_checkpoint(self.file)
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Training states: `ended` after three epochs, `inside` the second, between two batches of one step."""
+    folder = tmp_path_factory.mktemp("states")
+    common = (
         "data=synthetic", "data.module.num_samples=96", "trainer.max_epochs=3", "trainer.max_steps=-1",
         "trainer.limit_train_batches=3", "model.lr=0.02", "model.warmstart=1",
     )  # fmt: skip
-    model, data, trainer = built(composed(options=options), folder)
-    trainer.fit(model, datamodule=data)
-    trainer.save_checkpoint(folder / "state.ckpt")
-    return folder / "state.ckpt"
+    found = {}
+    for name, options in {"ended": (), "inside": ("trainer.accumulate_grad_batches=2",)}.items():
+        model, data, trainer = built(composed(options=(*common, *options)), folder)
+        found[name] = folder / f"{name}.ckpt"
+        trainer.callbacks.append(SaveAt(found[name], 4))
+        trainer.fit(model, datamodule=data)
+        if name == "ended":
+            trainer.save_checkpoint(found[name])
+    return found
 
 
+@pytest.fixture
+def ended(states: dict[str, Path]) -> Path:
+    return states["ended"]
+
+
+OTHERWISE = {
+    "data.module.batch_size=8": ["data.module.batch_size=8", "after 1 batches of 16"],
+    "data.module.num_samples=128": ["96 samples", "128 samples"],
+    "seed=1": ["seed=1", "order of seed 0"],
+    "trainer.limit_train_batches=1": ["trainer.limit_train_batches=1", "after 1 batches"],
+    "trainer.accumulate_grad_batches=3": ["trainer.accumulate_grad_batches=3", "steps of 2 batches"],
+    "trainer.precision=bf16-mixed": ["trainer.precision=bf16-mixed", "gradients are those of 32-true"],
+}
+
+
+def test_inside_an_epoch_what_is_left_of_it_must_be_the_same(
+    cli, tmp_path: Path, states: dict[str, Path]
+) -> None:
+    here = [*RUN, "trainer.accumulate_grad_batches=2", f"ckpt_path={states['inside']}"]
+    for typed, said in OTHERWISE.items():
+        outcome = cli(*here, typed)
+        assert outcome.status == 2 and not runs_in(tmp_path), typed
+        (line,) = outcome.err.strip().splitlines()
+        assert all(part in line for part in said), line
+    outcome = cli(*here, "model.lr=0.01")
+    assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("typed", "schedule"),
+    "typed",
     [
-        ([], {}),
-        (["model.lr=0.001", "model.scheduler=null", "model.warmstart=0"], {}),
-        (["model.lr=0.05", "model.lr_interval=step", "model.weight_decay=0.1"], {}),
-        (["model.scheduler=MultiStep", "model.lr_milestones=[4]", "model.momentum=0.5"], {}),
-        (["data.module.batch_size=8", "trainer.limit_train_batches=6", "model.lr_interval=step"], {}),
+        [],
+        ["model.lr=0.001", "model.scheduler=null", "model.warmstart=0"],
+        ["model.lr=0.05", "model.lr_interval=step", "model.weight_decay=0.1"],
+        ["model.scheduler=MultiStep", "model.lr_milestones=[4]", "model.momentum=0.5"],
+        ["data.module.batch_size=8", "trainer.limit_train_batches=6", "model.lr_interval=step"],
     ],
     ids=["longer", "constant", "by_the_step", "multi_step", "other_batches"],
 )
-def test_what_is_typed_holds_from_the_state_on(
-    cli, tmp_path: Path, ended: Path, typed: list[str], schedule: dict[str, Any]
-) -> None:
+def test_what_is_typed_holds_from_the_state_on(cli, tmp_path: Path, ended: Path, typed: list[str]) -> None:
     wanted = [*HERE, *typed, "trainer.max_epochs=6"]
     assert cli(*wanted).status == 0
     (whole,) = runs_in(tmp_path)
