@@ -76,6 +76,10 @@ class Checkpoints(Checkpoint):
         if names := getattr(getattr(trainer, "datamodule", None), "class_names", None):
             checkpoint["class_names"] = list(names)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path and Path(trainer.ckpt_path).absolute().parent != self.folder.absolute():
+            self.best = {}  # of another run, whose best.ckpt is not this one's
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (
             trainer.state.fn != "fit"

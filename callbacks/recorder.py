@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from callbacks.checkpoints import Checkpoints
 from crucible import private
 from crucible.run import RunDirectory
+from norms import own_streams, set_own_streams
 
 
 class Interrupted(Exception):
@@ -161,8 +163,12 @@ class GracefulStop(Callback):
         self.every = every
         self.received = 0
         self._previous: dict[int, Any] = {}
+        self._streams: Tensor | None = None  # (ranks, n); of the state that is saved, or resumed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        streams, self._streams = self._streams, None
+        if streams is not None and len(streams) == trainer.world_size:
+            set_own_streams(pl_module, streams[trainer.global_rank])
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         # Lightning's own vote, a collective and a wait for the device in every step, has nothing left to decide
@@ -182,8 +188,22 @@ class GracefulStop(Callback):
             asked = bool(self.received)
             stop = batch_idx % self.every == 0 and trainer.strategy.reduce_boolean_decision(asked, all=False)
         if stop:
+            if trainer.world_size > 1 and (own := own_streams(pl_module)).numel():
+                # a state holds what the ranks have in common; without the stop each had gone on with its own
+                self._streams = torch.atleast_2d(trainer.strategy.all_gather(own)).cpu()
             self.checkpoints.save_last(trainer)
             raise Interrupted(self.received or signal.SIGTERM)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._streams is not None:
+            checkpoint["streams"] = self._streams
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._streams = checkpoint.get("streams")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

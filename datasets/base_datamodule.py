@@ -529,6 +529,7 @@ class BaseDataModule(LightningDataModule):
             "batch": batch if inside else 0,
             "samples": len(self.samples("train")),
             "global_batch_size": self.batch_size * self._place()[1],
+            "seed": self.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

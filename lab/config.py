@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
-from crucible.corrections import HALF_PRECISION, Correction
+from crucible.corrections import HALF_PRECISION, Correction, option_is
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
 from crucible.options import (
@@ -71,6 +71,7 @@ def _accumulates(config: Mapping[str, Any]) -> bool:
 
 # of what the trainer and the lengths of a run make of it
 CORRECTIONS: tuple[Correction, ...] = (
+    Correction("ckpt_path", 2, option_is("ckpt_path"), "the state's rates, schedule and decay stood for those typed"),
     Correction(
         "trainer.precision", 2, _targets_were_rounded, "float targets were rounded to the weights' dtype"
     ),

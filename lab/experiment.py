@@ -32,6 +32,7 @@ from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_data, build_model, build_trainer, file_fingerprint
 from lab.config import SWEEP_OPTIONS, model_options, network_options, run_length
+from lab.states import check_state
 from lab.summary import check_input
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
@@ -229,7 +230,7 @@ class Examiner:
                 room[key] = str(Path(room[key]).expanduser().resolve())
         for option in network_options(config["model"]):
             config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
-        self._construct(config)
+        self._construct(config, data)
         folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"]
         name = f"{identity(config, contents)}-s{config['seed']}"
         if not (folder / name).exists() and (older := data.fingerprint(1)) != fingerprint:
@@ -263,15 +264,19 @@ class Examiner:
         data, fingerprint = self._data[key]
         return copy.copy(data), fingerprint  # the batch size may be settled on the copy
 
-    def _construct(self, config: Config) -> None:
+    def _construct(self, config: Config, data: BaseDataModule) -> None:
         """What only the constructors can refuse is refused now, once for all seeds of an arm."""
-        data = {k: v for k, v in config["data"].items() if k != "module"}
+        of_the_data = {k: v for k, v in config["data"].items() if k != "module"}
+        start = {"ckpt_path": config["ckpt_path"], "of seed": config["ckpt_path"] and config["seed"]}
         key = _but_for_the_seed(
-            config["model"], data, config["data"]["module"], config["trainer"], config["logger"]
+            config["model"], of_the_data, config["data"]["module"], config["trainer"], config["logger"], start
         )
         if key in self._constructed:
             return
-        check_input(build_model(config, load=False, compile=False), config)
+        model = build_model(config, load=False, compile=False)
+        check_input(model, config)
+        if config["ckpt_path"]:
+            check_state(config, model, data)
         check_loggers(config["logger"])
         with quiet_lightning():
             build_trainer(config, Path(config["exp_dir"]), [], [])

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from crucible.batch import Batch
 from crucible.keyed import stream_key
@@ -24,12 +25,21 @@ from losses import LossOptions, evaluation_criterion
 from models.techniques import technique_kinds
 from norms import exclude_streams_from_broadcast, synchronise_streams
 from optimizers import OptimizerOptions, build_optimizer
-from optimizers.schedules import ScheduleOptions, build_scheduler, training_length
+from optimizers.accumulation import restore_window, save_window
+from optimizers.schedules import ScheduleOptions, build_scheduler, place, training_length
 
 log = logging.getLogger("crucible")
 
 BASICS = (LossOptions, OptimizerOptions, ScheduleOptions)  # options that no training is without
 Stage = Literal["train", "val", "val_raw", "test"]
+
+
+def _own_share(sums: list[float], trainer: Any) -> list[float]:
+    """This rank's of the sums that all ranks saved; of another number of ranks, rank 0 goes on with them all."""
+    each = [sums[at : at + 3] for at in range(0, len(sums), 3)]
+    if len(each) == trainer.world_size:
+        return each[trainer.global_rank]
+    return [sum(part) for part in zip(*each, strict=True)] if trainer.is_global_zero else [0.0] * 3
 
 
 class BaseModel(LightningModule):
@@ -102,11 +112,12 @@ class BaseModel(LightningModule):
         self.epochs = 0.0  # length of the training, of which the last may be a part
         # what callbacks have of a training epoch, asked for once, at its end
         self.epoch_values: list[Callable[[], Mapping[str, Tensor]]] = []
+        self.steps_per_epoch = 0
         self.step_pass = 1  # forward passes of the step so far, with this one
         self._converted = False
         self._sums: dict[str, Sums] = {}
         self._logged = False  # this epoch's values of training
-        self._resumed_sums: tuple[int, list[float]] | None = None
+        self._resumed: dict[str, Any] = {}  # of the training state that this one goes on from
         self._step_key = 0
         self._said: set[str] = set()  # remarks on metrics
 
@@ -219,9 +230,34 @@ class BaseModel(LightningModule):
 
     def on_train_start(self) -> None:
         # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
-        epoch, sums = self._resumed_sums or (-1, [])
-        self._sums["train"] = Sums(self.task, self.device, *([sums] if epoch == self.current_epoch else []))
+        state, self._resumed = self._resumed, {}
+        epoch, sums = state.get("train_sums") or (-1, [])
+        goes_on = [_own_share(sums, self.trainer)] if epoch == self.current_epoch else []
+        self._sums["train"] = Sums(self.task, self.device, *goes_on)
         self._logged = False
+        if state:
+            restore_window(self, state)
+            self._place_schedule(state)
+
+    def _place_schedule(self, state: dict[str, Any]) -> None:
+        """The rates that this configuration has where the state ended."""
+        trainer = self.trainer
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches = progress.processed
+        done, inside = trainer.current_epoch, epoch.started > epoch.processed
+        if inside and batches >= trainer.num_training_batches:  # saved while its validation ran
+            done, inside = done + 1, False
+        steps = trainer.global_step
+        if (
+            state.get("steps_per_epoch", self.steps_per_epoch) != self.steps_per_epoch
+        ):  # batches of another size
+            steps = done * self.steps_per_epoch + (
+                batches // trainer.accumulate_grad_batches if inside else 0
+            )
+        for known in trainer.lr_scheduler_configs:
+            if isinstance(known.scheduler, LambdaLR):
+                place(known.scheduler, steps if known.interval == "step" else done)
 
     def on_train_epoch_start(self) -> None:
         self._sums["train"] = Sums(self.task, self.device)
@@ -309,7 +345,7 @@ class BaseModel(LightningModule):
             options = replace(options, lr=options.lr * self.schedule_options.batch_factor(batch))
         optimizer = build_optimizer(self, options, step.groups)
         trainer.fit_loop.setup_data()  # so that the epoch's length is known
-        steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
+        steps_per_epoch = self.steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))
         self.epochs = training_length(trainer.max_epochs, trainer.max_steps, steps_per_epoch)
         for attach in step.optimizer:
             attach(self, optimizer)
@@ -331,12 +367,17 @@ class BaseModel(LightningModule):
                 synchronise_streams(self)
             averaged = {f"model.{name}": tensor for name, tensor in weights.state_dict().items()}
             checkpoint["averaged_state_dict"], checkpoint["average_updates"] = averaged, weights.updates
-        # for a resume in the middle of an epoch; rank 0's sums then stand for every rank's
+            checkpoint["average_kind"] = getattr(weights, "kind", "")
+        # for a resume in the middle of an epoch: of all ranks, one after the other
         sums = self._sums.get("train") or Sums(self.task, self.device)
-        checkpoint["train_sums"] = (self.current_epoch, sums.totals.tolist())
+        totals = self.trainer.strategy.all_gather(sums.totals)
+        checkpoint["train_sums"] = (self.current_epoch, totals.flatten().tolist())
+        checkpoint["steps_per_epoch"] = self.steps_per_epoch
+        save_window(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed_sums = checkpoint.get("train_sums")
+        wanted = ("train_sums", "steps_per_epoch", "accumulation")
+        self._resumed = {name: checkpoint[name] for name in wanted if name in checkpoint}
         if (updates := checkpoint.get("average_updates")) is not None:
             state = {k.removeprefix("model."): v for k, v in checkpoint["averaged_state_dict"].items()}
             for weights in self.step.weights:

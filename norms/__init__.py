@@ -13,7 +13,9 @@ from norms.modules import average_running_statistics
 from norms.online import (
     OnlineNorm,
     exclude_streams_from_broadcast,
+    own_streams,
     recomputation_contexts,
+    set_own_streams,
     synchronise_streams,
 )
 
@@ -25,7 +27,9 @@ __all__ = [
     "average_running_statistics",
     "convert_norm",
     "exclude_streams_from_broadcast",
+    "own_streams",
     "recomputation_contexts",
+    "set_own_streams",
     "synchronise_streams",
 ]
 

@@ -462,6 +462,20 @@ def set_stream_moments(network: nn.Module, moments: Tensor) -> None:
         norm.v.copy_(v)
 
 
+def own_streams(network: nn.Module) -> Tensor:
+    """The streams of all online norms of this process as they are, one float64 vector on the norms' device."""
+    rows = [getattr(norm, name).double() for norm in online_norms(network) for name in STREAMS]
+    return torch.cat(rows) if rows else torch.empty(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def set_own_streams(network: nn.Module, streams: Tensor) -> None:
+    """Set the streams of all online norms from a vector as `own_streams` makes it, to the last bit."""
+    tensors = [getattr(norm, name) for norm in online_norms(network) for name in STREAMS]
+    for tensor, values in zip(tensors, streams.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(values)
+
+
 def synchronise_streams(network: nn.Module) -> None:
     """Give all processes the same streams: mean and variance of the union of their samples, mean control state.
 

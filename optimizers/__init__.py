@@ -24,6 +24,7 @@ _CLASSIC: dict[str, Callable[..., Optimizer]] = {
 }  # these need no timm, which takes a second to import
 _TIMM_NAMES = {"rmsprop": "rmsproptf"}  # the first seed's Rmsprop has TensorFlow's epsilon, inside the root
 _SPELLING = ("SGD", "Adam", "AdamW", "Rmsprop", "Madgrad")
+_NAME = "optimizer"  # in a state, that of the class
 _OWN_OPTIONS = ("params", "lr", "momentum", "nesterov", "weight_decay")
 
 
@@ -88,7 +89,54 @@ def _construct(options: OptimizerOptions, parameters: list[Any]) -> Optimizer:
     if arguments.get("fused"):
         # A fused step would unscale by itself: too late for what reads or clips the gradients before it.
         unscale_outside_the_step(optimizer)
+    optimizer.register_state_dict_post_hook(_sign)
+    optimizer.register_load_state_dict_pre_hook(_keep_what_is_configured)
     return optimizer
+
+
+def _sign(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    state[_NAME] = type(optimizer).__name__
+
+
+def _keep_what_is_configured(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state gives moments and counters; the arguments of the optimizer are those it was built with.
+
+    Some optimizers count in their groups, so that what is no argument of theirs is the state's.
+
+    Raises:
+        ConfigError: for a state of another optimizer, or of other groups of parameters.
+    """
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    arguments = {name for kind in type(optimizer).__mro__[:-1] for name in signature_options(kind)}
+    own, theirs = ({name for group in part for name in group} for part in (groups, saved))
+    name = type(optimizer).__name__
+    # states of before 0.2 have no name in them
+    if state.get(_NAME, name) != name or ((own & arguments) - theirs and (theirs - own) - {"initial_lr"}):
+        raise ConfigError(
+            f"model.optimizer: the training state is of {state.get(_NAME, 'another optimizer')}, whose moments mean "
+            f"nothing to {name}"
+        )
+    sizes, saved_sizes = ([len(group["params"]) for group in part] for part in (groups, saved))
+    if sizes != saved_sizes:
+        raise ConfigError(
+            f"model: the training state's optimizer has {_in_words(saved_sizes)}, this one {_in_words(sizes)}; "
+            "what groups parameters (model.undecay_norm, model.layer_decay) must be as it was"
+        )
+    given = (arguments - {"params"}) | {"initial_lr"}  # the latter by the schedule
+    kept = [
+        {
+            **group,
+            **{k: v for k, v in old.items() if k not in given},
+        }  # with the state's numbers of parameters
+        for old, group in zip(saved, groups, strict=True)
+    ]
+    return {**state, "param_groups": kept}
+
+
+def _in_words(sizes: list[int]) -> str:
+    if len(sizes) == 1:
+        return f"one group of {sizes[0]} tensors"
+    return f"{len(sizes)} groups of {', '.join(map(str, sizes))} tensors"
 
 
 def _resolve(options: OptimizerOptions) -> tuple[Callable[..., Optimizer], dict[str, Any]]:

@@ -201,6 +201,7 @@ class AveragedWeights:
         is_due: Callable[[Any], bool] | None = None,
         refresh_norms: bool = False,
     ) -> None:
+        self.kind = "EMA" if is_due is None else "SWA"  # for training states: one is no start of the other
         self._decay, self._warmup, self._is_due, self._refreshes = decay, warmup, is_due, refresh_norms
         self._saved: tuple[Mapping[str, Tensor], int] | None = None
         self.average: WeightAverage | None = None

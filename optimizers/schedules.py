@@ -207,6 +207,17 @@ def _named(epochs: float) -> str:
     return f"the training's {epochs:.4g} epochs (trainer.max_epochs, trainer.max_steps)"
 
 
+def place(scheduler: LambdaLR, count: int) -> None:
+    """Set the rates as they are after `count` epochs or steps of the configured schedule, whatever was loaded."""
+    groups = scheduler.optimizer.param_groups
+    base = [group["initial_lr"] for group in groups]
+    rates = [lr * factor(count) for lr, factor in zip(base, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    known = {**scheduler.state_dict(), "last_epoch": count, "base_lrs": base, "_last_lr": list(rates)}
+    scheduler.load_state_dict(known)
+
+
 # Functions of the last argument, bound with `partial`: they pickle, and LambdaLR stores nothing of them, so
 # that a resumed run follows its own options.
 

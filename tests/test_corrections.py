@@ -74,5 +74,12 @@ def test_each_correction_names_an_option_that_there_is_and_says_what_was_wrong()
     owners = [*BASICS, *TECHNIQUES]
     corrections = [c for owner in owners for c in getattr(owner, "corrections", ())]
     for correction in (*corrections, *metrics.CORRECTIONS, *checking.CORRECTIONS):
-        assert correction.option.split(".")[0] in ("model", "data", "trainer", "metrics", "checkpoint")
+        assert correction.option.split(".")[0] in (
+            "model",
+            "data",
+            "trainer",
+            "metrics",
+            "checkpoint",
+            "ckpt_path",
+        )
         assert correction.version >= 2 and correction.what

@@ -17,7 +17,7 @@ FLOORS = (
     ("crucible",),
     ("augmentation", "losses", "norms", "optimizers", "callbacks"),
     ("datasets", "models"),
-    ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.experiment"),
+    ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.states", "lab.experiment"),
     ("lab.evaluation",),
     ("lab.tasks",),
     ("lab.warm", "lab.processes", "lab.jobs"),

@@ -75,7 +75,7 @@ def test_off_leaves_neither_hook_nor_state():
     optimizer = optimizer_of(Bowl())
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
-    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    assert set(optimizer.state_dict()) == {"state", "param_groups", "optimizer"}
 
 
 def test_the_first_weights_are_those_of_the_first_step_not_of_the_builder():

@@ -1,0 +1,174 @@
+"""A training state that a run is to start from (`ckpt_path=FILE`): read and tried before the run has a folder.
+
+The state gives the weights and averages, the optimizer's moments, the counters (epoch, batch, step), and the streams
+and gradients that were under way. The configuration gives all that is typed: rate and schedule, weight decay and
+every other argument of the optimizer, lengths, techniques, data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from crucible.configuration import Config
+from crucible.machine import world_size
+from crucible.options import ConfigError
+from datasets.base_datamodule import BaseDataModule
+from models.base_model import BaseModel
+from optimizers import build_optimizer
+from optimizers.accumulation import window_problem
+
+_NEEDED = ("state_dict", "loops", "optimizer_states", "lr_schedulers")
+
+
+def check_state(config: Config, model: BaseModel, data: BaseDataModule) -> None:
+    """Refuse a `ckpt_path` from which this configuration cannot train on.
+
+    Args:
+        config: plain and resolved.
+        model: built of it; its weights are used up.
+        data: of it.
+
+    Raises:
+        ConfigError: for a file that is no training state of ours, another network or optimizer, other groups of
+            parameters, a training that has come to its end, other batches inside an epoch.
+    """
+    path = config["ckpt_path"]
+    state = _read(path)
+    _check_length(config, state)
+    _check_network(path, model, state["state_dict"])
+    _check_place(config, data, state)
+    _check_average(path, model, state)
+    _check_optimizer(path, model, state["optimizer_states"])
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    weights = f"model.init_from={path} starts from the weights of such a file"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training files hold one
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+            )
+    except Exception as error:  # torch raises about ten kinds for damaged files, with advice in many lines
+        raise ConfigError(
+            f"ckpt_path={path}: damaged, or no training state of Crucible; {weights}", "README.md"
+        ) from error
+    missing = [name for name in _NEEDED if not (isinstance(content, Mapping) and name in content)]
+    if missing:
+        raise ConfigError(
+            f"ckpt_path={path}: no training state of Crucible, it has no {', '.join(missing)}; {weights}",
+            "README.md",
+        )
+    return content
+
+
+def _place(state: Mapping[str, Any]) -> tuple[int, int]:
+    """The epochs that lie behind a state, and the batches of the one after."""
+    loops = state["loops"]["fit_loop"]
+    epoch, batch = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+    if epoch["started"] == epoch["processed"]:
+        return epoch["processed"], 0
+    done = loops["epoch_loop.batch_progress"]["is_last_batch"] and batch["processed"] == batch["ready"]
+    return (epoch["started"], 0) if done else (epoch["processed"], batch["processed"])
+
+
+def _check_length(config: Config, state: Mapping[str, Any]) -> None:
+    trainer, path = config["trainer"], config["ckpt_path"]
+    epochs, steps = _place(state)[0], state["global_step"]
+    for option, done, unit in (("max_epochs", epochs, "epochs"), ("max_steps", steps, "steps")):
+        wanted = trainer[option]
+        if wanted is not None and 0 < wanted <= done:
+            raise ConfigError(
+                f"trainer.{option}={wanted}: ckpt_path={path} has {done} {unit} behind it, which count; "
+                f"more than {done} train on from there",
+                "README.md",
+            )
+
+
+def _check_network(path: str, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    own = model.state_dict()
+    names = [*(n for n in own if n not in saved), *(n for n in saved if n not in own)]
+    names += [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if names:
+        there, here = (
+            "x".join(map(str, part[names[0]].shape)) or "a number" if names[0] in part else "absent"
+            for part in (saved, own)
+        )
+        raise ConfigError(
+            f"ckpt_path={path}: the state of another network, {names[0]} is {there} in it and {here} here; "
+            f"model.init_from={path} starts from the weights that fit",
+            "README.md",
+        )
+
+
+def _check_place(config: Config, data: BaseDataModule, state: Mapping[str, Any]) -> None:
+    """Inside an epoch the rest of it must be what is left: the same samples in the same order and batches."""
+    epoch, batch = _place(state)
+    if not batch:
+        return
+    path, trainer, module = config["ckpt_path"], config["trainer"], config["data"]["module"]
+    where = f"ckpt_path={path} lies inside epoch {epoch}, after {batch} batches"
+    place = state.get(type(data).__qualname__)
+    if place is None:
+        raise ConfigError(f"data.module._target_={module['_target_']}: {where} of other data")
+    samples, whole = len(data.samples("train")), data.batch_size * world_size(trainer)
+    if (place["samples"], place["global_batch_size"]) != (samples, whole):
+        raise ConfigError(
+            f"data.module.batch_size={data.batch_size}: {where} of {place['global_batch_size']} out of "
+            f"{place['samples']} samples; here are {samples} samples in batches of {whole}"
+        )
+    if place.get("seed", config["seed"]) != config["seed"]:
+        raise ConfigError(f"seed={config['seed']}: {where} in the order of seed {place['seed']}")
+    batches: float = samples // whole
+    if (limit := trainer.get("limit_train_batches")) is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batch >= batches:
+        raise ConfigError(f"trainer.limit_train_batches={limit}: {where}; here are {batches} in an epoch")
+    if (window := state.get("accumulation")) is not None:
+        problem = window_problem(window, trainer["accumulate_grad_batches"], str(trainer["precision"]))
+        if problem and not _sets_accumulation(config):
+            raise ConfigError(f"{problem} (ckpt_path={path})")
+
+
+def _sets_accumulation(config: Config) -> bool:
+    targets = [node.get("_target_", "") for node in config["callbacks"].values() if isinstance(node, Mapping)]
+    return any(target.endswith("GradientAccumulationScheduler") for target in targets)
+
+
+def _check_average(path: str, model: BaseModel, state: Mapping[str, Any]) -> None:
+    saved = state.get("average_kind")
+    for own in (getattr(weights, "kind", "") for weights in model.step.weights):
+        if saved is not None and saved != own and state.get("average_updates"):
+            raise ConfigError(
+                f"model: the average of the weights in ckpt_path={path} is an {saved}, this run's an {own}; "
+                f"model.init_from={path} starts a new one"
+            )
+
+
+def _check_optimizer(path: str, model: BaseModel, states: list[dict[str, Any]]) -> None:
+    """The optimizer of the configuration takes the state, and a step with it for one tensor of each group."""
+    options = model.optimizer_options
+    try:
+        optimizer = build_optimizer(model, options, model.step.groups)
+        for attach in model.step.optimizer:
+            attach(model, optimizer)
+        optimizer.load_state_dict(states[0])
+        for group in optimizer.param_groups:
+            first = min(group["params"], key=torch.Tensor.numel)
+            first.grad = torch.zeros_like(first)
+        with torch.no_grad():
+            optimizer.step(lambda: 0.0)
+    except ConfigError as error:
+        raise ConfigError(f"{error.args[0]} (ckpt_path={path})", "README.md") from error
+    except Exception as error:  # an optimizer that misses something in its state says so in words of its own
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ConfigError(
+            f"model.optimizer={options.optimizer}: it cannot go on with the moments in ckpt_path={path} ({reason}); "
+            "model.optimizer_kwargs and the optimizer must be as they were",
+            "README.md",
+        ) from error
