@@ -9,24 +9,19 @@ from torch import nn
 
 from crucible.technique import Setting, Step, Technique
 from norms.convert import check_norm_kwargs, convert_norm
-from norms.modules import average_running_statistics
-from norms.online import (
-    OnlineNorm,
-    exclude_streams_from_broadcast,
-    recomputation_contexts,
-    synchronise_streams,
-)
+from norms.online import OnlineNorm, exclude_streams_from_broadcast, recomputation_contexts
+from norms.statistics import refresh_statistics, share_buffers
 
 NormName = Literal["batch", "sync", "ghost", "group", "layer", "instance", "switchable", "online", "none"]
 
 __all__ = [
     "Norm",
     "OnlineNorm",
-    "average_running_statistics",
     "convert_norm",
     "exclude_streams_from_broadcast",
     "recomputation_contexts",
-    "synchronise_streams",
+    "refresh_statistics",
+    "share_buffers",
 ]
 
 
