@@ -60,9 +60,7 @@ class Weights(Protocol):
     def sums(self) -> dict[str, Tensor]:
         """What a training that goes on needs in a higher precision than they are shipped in; may be empty."""
 
-    def load_state_dict(
-        self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
         """Go on from a saved state; called before `start`."""
 
 

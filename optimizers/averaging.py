@@ -93,7 +93,9 @@ class WeightAverage:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self._first: dict[str, str] = {}  # of each name the first one of its tensor, which the average goes by
+        self._first: dict[
+            str, str
+        ] = {}  # of each name the first one of its tensor, which the average goes by
         self._sums: dict[str, Tensor] = {}
         self._cast: dict[str, Tensor] = {}  # what `applied` shows where it cannot show the sum itself
 
@@ -289,9 +291,7 @@ class AveragedWeights:
     def sums(self) -> dict[str, Tensor]:
         return {} if self.average is None else self.average.sums()
 
-    def load_state_dict(
-        self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
         self._saved = state, updates, sums
 
 

@@ -101,7 +101,9 @@ def test_online_norms_have_mean_and_variance_of_all_samples(dtype: torch.dtype) 
 
 def deep() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4))
+    return nn.Sequential(
+        nn.Conv2d(C, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+    )
 
 
 def test_of_batch_norms_it_is_torchs_to_the_last_bit() -> None:
@@ -120,7 +122,9 @@ def test_what_training_leaves_alone_stays() -> None:
             return self
 
     unused = nn.BatchNorm2d(C)
-    network = Frozen(nn.BatchNorm2d(C), nn.BatchNorm2d(C, momentum=0.0), FrozenBatchNormAct2d(C), nn.BatchNorm2d(C))
+    network = Frozen(
+        nn.BatchNorm2d(C), nn.BatchNorm2d(C, momentum=0.0), FrozenBatchNormAct2d(C), nn.BatchNorm2d(C)
+    )
     for module in (*list(network)[:3], unused):
         module.running_mean.uniform_()
         module.running_var.uniform_()
