@@ -287,8 +287,8 @@ class BaseModel(LightningModule):
         if (weights := self._shipped) is not None:
             averaged = {f"model.{name}": tensor for name, tensor in weights.state_dict().items()}
             checkpoint["averaged_state_dict"], checkpoint["average_updates"] = averaged, weights.updates
-            if sums := weights.sums():
-                checkpoint["average_sums"] = sums
+            if wider := weights.sums():
+                checkpoint["average_sums"] = wider
         # for a resume in the middle of an epoch; rank 0's sums then stand for every rank's
         sums = self._sums.get("train") or Sums(self.task, self.device)
         checkpoint["train_sums"] = (self.current_epoch, sums.totals.tolist())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from crucible.configuration import select
+from crucible.corrections import Correction
 from crucible.options import ConfigError
 from crucible.private import storage_identity
 from crucible.technique import Factor, Setting, Step, Technique
@@ -21,11 +23,41 @@ from norms import refresh_statistics
 NORM_BATCHES = 100  # that SWA's norm statistics come from
 
 
+def _in_half_precision(config: Mapping[str, Any]) -> bool:
+    return str(select(config, "trainer.precision")) in ("bf16-true", "16-true")
+
+
+def _ema_had_other_sums(config: Mapping[str, Any]) -> bool:
+    return select(config, "model.ema_decay") is not None and _in_half_precision(config)
+
+
+def _swa_had_other_statistics(config: Mapping[str, Any]) -> bool:
+    """Where the last average was not validated, or its norms were not torch's, or its sums rounded."""
+    if select(config, "model.swa_start") is None:
+        return False
+    last_validated = (
+        select(config, "trainer.check_val_every_n_epoch") in (None, 1)
+        and select(config, "trainer.val_check_interval") in (None, 1.0)
+        and select(config, "trainer.limit_val_batches") not in (0, 0.0)
+        and select(config, "trainer.max_steps") in (None, -1)
+    )
+    other_norms = select(config, "model.norm") in ("switchable", "online")
+    return not last_validated or other_norms or _in_half_precision(config)
+
+
 @dataclass(frozen=True)
 class Averaging(Technique):
     """One of two averages of the weights, or none."""
 
     needs: ClassVar = {"ema_warmup": ("ema_decay",), "swa_lr": ("swa_start",)}
+    corrections: ClassVar = (
+        Correction(
+            "model.ema_decay", 2, _ema_had_other_sums, "a slow average in half precision did not move"
+        ),
+        Correction(
+            "model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"
+        ),
+    )
 
     ema_decay: Annotated[
         float | None, "(0, 1)", "decay a step of an exponential moving average of the weights; null: none"
