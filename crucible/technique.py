@@ -52,12 +52,15 @@ class Weights(Protocol):
         """The network holds them inside, and its own again afterwards."""
 
     def refresh(self, module: Any) -> None:
-        """Make them fit to be evaluated; called inside `applied`, before a validation."""
+        """Make them fit to be evaluated; called inside `applied`, before each evaluation and each checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Under the network's keys."""
+        """As they are evaluated and shipped, under the network's keys."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+    def sums(self) -> dict[str, Tensor]:
+        """What a training that goes on needs in a higher precision than they are shipped in; may be empty."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
         """Go on from a saved state; called before `start`."""
 
 

@@ -23,7 +23,7 @@ from crucible.sums import Sums
 from crucible.technique import BatchStage, Setting, Weights, assemble, check_techniques, read_techniques
 from losses import LossOptions, evaluation_criterion
 from models.techniques import technique_kinds
-from norms import exclude_streams_from_broadcast, synchronise_streams
+from norms import exclude_streams_from_broadcast, share_buffers
 from optimizers import OptimizerOptions, build_optimizer
 from optimizers.accumulation import restore_window, save_window
 from optimizers.schedules import ScheduleOptions, build_scheduler, place, training_length
@@ -361,13 +361,13 @@ class BaseModel(LightningModule):
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        synchronise_streams(self)  # in place: the state dict above shares the tensors
+        self._make_fit()  # in place: the state dict above shares the tensors
         if (weights := self._shipped) is not None:
-            with weights.applied():
-                synchronise_streams(self)
             averaged = {f"model.{name}": tensor for name, tensor in weights.state_dict().items()}
             checkpoint["averaged_state_dict"], checkpoint["average_updates"] = averaged, weights.updates
             checkpoint["average_kind"] = getattr(weights, "kind", "")
+            if wider := weights.sums():
+                checkpoint["average_sums"] = wider
         # for a resume in the middle of an epoch: of all ranks, one after the other
         sums = self._sums.get("train") or Sums(self.task, self.device)
         totals = self.trainer.strategy.all_gather(sums.totals)
@@ -381,7 +381,7 @@ class BaseModel(LightningModule):
         if (updates := checkpoint.get("average_updates")) is not None:
             state = {k.removeprefix("model."): v for k, v in checkpoint["averaged_state_dict"].items()}
             for weights in self.step.weights:
-                weights.load_state_dict(state, updates)
+                weights.load_state_dict(state, updates, checkpoint.get("average_sums", {}))
 
     # Evaluation: plain loss, exact over ranks; of the weights that ship
 
@@ -396,17 +396,24 @@ class BaseModel(LightningModule):
     def _with_shipped(self) -> AbstractContextManager[None]:
         return nullcontext() if self._shipped is None else self._shipped.applied()
 
-    def on_validation_epoch_start(self) -> None:
-        synchronise_streams(self)
+    def _make_fit(self) -> None:
+        """Before whatever evaluates or ships the weights: the same buffers in all processes, shipped ones fresh."""
+        share_buffers(self.model)
         if (weights := self._shipped) is not None:
             with weights.applied():
-                synchronise_streams(self)
+                share_buffers(self.model)
                 weights.refresh(self)
+
+    def on_validation_epoch_start(self) -> None:
+        self._make_fit()
         for stage in self._evaluated_stages:
             self._sums[stage] = Sums(self.task, self.device)
 
+    def on_predict_epoch_start(self) -> None:
+        self._make_fit()
+
     def on_test_epoch_start(self) -> None:
-        synchronise_streams(self)
+        self._make_fit()
         self._sums["test"] = Sums(self.task, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -9,28 +9,27 @@ from torch import nn
 
 from crucible.technique import Setting, Step, Technique
 from norms.convert import check_norm_kwargs, convert_norm
-from norms.modules import average_running_statistics
 from norms.online import (
     OnlineNorm,
     exclude_streams_from_broadcast,
     own_streams,
     recomputation_contexts,
     set_own_streams,
-    synchronise_streams,
 )
+from norms.statistics import refresh_statistics, share_buffers
 
 NormName = Literal["batch", "sync", "ghost", "group", "layer", "instance", "switchable", "online", "none"]
 
 __all__ = [
     "Norm",
     "OnlineNorm",
-    "average_running_statistics",
     "convert_norm",
     "exclude_streams_from_broadcast",
     "own_streams",
     "recomputation_contexts",
+    "refresh_statistics",
     "set_own_streams",
-    "synchronise_streams",
+    "share_buffers",
 ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -217,20 +216,3 @@ class NoNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.num_features)
-
-
-@torch.no_grad()
-def average_running_statistics(network: nn.Module) -> None:
-    """Give all processes the mean of their batch norms' running means and variances; alone, does nothing."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    buffers = [
-        b for m in network.modules() if isinstance(m, AnyBatchNorm) for b in (m.running_mean, m.running_var)
-    ]
-    tensors = [b for b in buffers if b is not None]
-    if tensors:
-        flat = torch.cat([b.float() for b in tensors])
-        dist.all_reduce(flat)
-        parts = (flat / dist.get_world_size()).split([len(b) for b in tensors])
-        for buffer, part in zip(tensors, parts, strict=True):
-            buffer.copy_(part)

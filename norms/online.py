@@ -381,7 +381,9 @@ class OnlineNorm(nn.Module):
                 self.ls_eps if self.ecm == "ls" else None,
             )
         else:
-            x = F.batch_norm(x, self.m, self.var, self.weight, self.bias, False, 0.0, self.eps)
+            # the kernel wants both in one dtype, and the streams are never of half precision
+            scale, shift = (None if p is None else p.to(self.m.dtype) for p in (self.weight, self.bias))
+            x = F.batch_norm(x, self.m, self.var, scale, shift, False, 0.0, self.eps)
             if self.ecm == "ls":
                 wide = x if x.element_size() >= 4 else x.float()
                 square = wide.square().mean(list(range(1, x.ndim)), keepdim=True)

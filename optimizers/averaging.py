@@ -12,13 +12,37 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import update_bn
 
+from crucible.configuration import select
+from crucible.corrections import Correction
 from crucible.options import ConfigError
+from crucible.private import storage_identity
 from crucible.technique import Factor, Setting, Step, Technique
-from norms import average_running_statistics
+from norms import refresh_statistics
 
 NORM_BATCHES = 100  # that SWA's norm statistics come from
+
+
+def _in_half_precision(config: Mapping[str, Any]) -> bool:
+    return str(select(config, "trainer.precision")) in ("bf16-true", "16-true")
+
+
+def _ema_had_other_sums(config: Mapping[str, Any]) -> bool:
+    return select(config, "model.ema_decay") is not None and _in_half_precision(config)
+
+
+def _swa_had_other_statistics(config: Mapping[str, Any]) -> bool:
+    """Where the last average was not validated, or its norms were not torch's, or its sums rounded."""
+    if select(config, "model.swa_start") is None:
+        return False
+    last_validated = (
+        select(config, "trainer.check_val_every_n_epoch") in (None, 1)
+        and select(config, "trainer.val_check_interval") in (None, 1.0)
+        and select(config, "trainer.limit_val_batches") not in (0, 0.0)
+        and select(config, "trainer.max_steps") in (None, -1)
+    )
+    other_norms = select(config, "model.norm") in ("switchable", "online")
+    return not last_validated or other_norms or _in_half_precision(config)
 
 
 @dataclass(frozen=True)
@@ -26,6 +50,14 @@ class Averaging(Technique):
     """One of two averages of the weights, or none."""
 
     needs: ClassVar = {"ema_warmup": ("ema_decay",), "swa_lr": ("swa_start",)}
+    corrections: ClassVar = (
+        Correction(
+            "model.ema_decay", 2, _ema_had_other_sums, "a slow average in half precision did not move"
+        ),
+        Correction(
+            "model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"
+        ),
+    )
 
     ema_decay: Annotated[
         float | None, "(0, 1)", "decay a step of an exponential moving average of the weights; null: none"
@@ -51,7 +83,7 @@ class Averaging(Technique):
         if self.swa_start is None:
             step.weights.append(AveragedWeights(self.ema_decay, self.ema_warmup))
             return
-        step.weights.append(AveragedWeights(is_due=self._ends_a_late_epoch, refresh_norms=True))
+        step.weights.append(AveragedWeights(is_due=self._ends_a_late_epoch))
         if self.swa_lr is not None:
             step.schedule.append(self._hold)
 
@@ -79,7 +111,8 @@ class WeightAverage:
         SWA:  average <- average + (w - average) / t
 
     The EMA starts at the weights before the first step, SWA at its first update. Floating buffers (running
-    statistics) are averaged alike, counters are copied. The sums are in the tensors' own dtype.
+    statistics) are averaged alike, counters are copied. The sums are float32 or wider, whatever the network's
+    dtype, of which the weights that `applied` shows are. A tensor under several names is one.
 
     Args:
         network: what is averaged; the average is no part of it, nor of its `state_dict()`.
@@ -92,34 +125,40 @@ class WeightAverage:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self._average: dict[str, Tensor] = {}
+        self._first: dict[
+            str, str
+        ] = {}  # of each name the first one of its tensor, which the average goes by
+        self._sums: dict[str, Tensor] = {}
+        self._cast: dict[str, Tensor] = {}  # what `applied` shows where it cannot show the sum itself
 
     @property
     def started(self) -> bool:
         """Whether there is an average; before, the weights themselves stand for it."""
-        return bool(self._average)
+        return bool(self._sums)
 
     @torch.no_grad()
     def start(self) -> None:
         """Set the average to the weights as they are; once."""
-        if not self._average:
-            self._average = {name: tensor.detach().clone() for name, tensor in self._tensors().items()}
+        if not self._sums:
+            self._first = _first_names(self._tensors())
+            self._sums = {n: torch.empty_like(t, dtype=_wide(t)).copy_(t) for n, t in self._present().items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the network's present weights into the average."""
         self.start()
         self.updates += 1
+        self._cast = {}
         share = 1 / self.updates
         if self.decay is not None:
             warm = (1 + self.updates) / (10 + self.updates) if self.warmup else 1.0
             share = 1 - min(self.decay, warm)
-        present = self._tensors()
+        present = self._present()
         kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-        for name, tensor in present.items():
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(name)
+        for name, total in self._sums.items():
+            kinds.setdefault((total.dtype, total.device), []).append(name)
         for (dtype, _), names in kinds.items():
-            average, now = [self._average[n] for n in names], [present[n].detach() for n in names]
+            average, now = [self._sums[n] for n in names], [present[n].detach().to(dtype) for n in names]
             if dtype.is_floating_point:
                 torch._foreach_lerp_(average, now, share)
             else:
@@ -127,35 +166,73 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network holds the averaged weights inside, and its own again afterwards.
+        """The network holds the averaged weights inside, in its own dtype, and its own again afterwards.
 
-        The two sets trade their storage: nothing is copied, and every reference to a parameter stays valid.
-        What changes the network's tensors inside (norm statistics, say) changes the average.
+        Nothing is copied where the sums are of that dtype, and every reference to a parameter stays valid. What
+        changes the network's tensors inside (norm statistics, say) changes what is shown until the next update.
         """
-        self._trade()
+        tensors = self._tensors() if self._sums else {}
+        own = [(tensor, tensor.data) for tensor in tensors.values()]
+        for name, tensor in tensors.items():
+            tensor.data = self._shown(self._first[name], tensor)
         try:
             yield
         finally:
-            self._trade()
+            for tensor, data in own:
+                tensor.data = data
 
-    def _trade(self) -> None:
-        for name, tensor in self._tensors().items() if self._average else ():
-            tensor.data, self._average[name].data = self._average[name].data, tensor.data
+    def _shown(self, name: str, tensor: Tensor) -> Tensor:
+        total, cast = self._sums[name], self._cast.get(name)
+        if cast is None and total.dtype == tensor.dtype and total.device == tensor.device:
+            return total
+        if cast is None or cast.dtype != tensor.dtype or cast.device != tensor.device:
+            with torch.inference_mode(False), torch.no_grad():
+                cast = self._cast[name] = (total if cast is None else cast).to(tensor.device, tensor.dtype)
+        return cast
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the network's keys; the network's own before there is an average."""
-        return dict(self._average) if self._average else self.network.state_dict()
+        """As `applied` shows it, under the network's keys; the network's own before there is an average."""
+        with self.applied():
+            return self.network.state_dict()
+
+    def sums(self) -> dict[str, Tensor]:
+        """The sums that are wider than the network's tensors, by the first name of each tensor."""
+        return {n: self._sums[n] for n, t in self._present().items() if self._sums[n].dtype != t.dtype}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Go on with a saved average, `updates` old."""
-        self.updates = updates
-        self._average = {
-            name: torch.empty_like(tensor).copy_(state[name]) for name, tensor in self._tensors().items()
-        }
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Go on with a saved average, `updates` old; `sums` as the method of that name gave them."""
+        self.updates, sums = updates, sums or {}
+        self._first = _first_names(self._tensors())
+        for name, tensor in self._present().items():
+            total = torch.empty_like(tensor, dtype=_wide(tensor))
+            self._sums[name] = total.copy_(sums.get(name, state[name]))
+            if name in sums:
+                self._cast[name] = torch.empty_like(tensor).copy_(state[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return self.network.state_dict(keep_vars=True)
+        state = self.network.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+    def _present(self) -> dict[str, Tensor]:
+        """Each tensor once, under its first name."""
+        return {name: tensor for name, tensor in self._tensors().items() if self._first.get(name) == name}
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Of a sum: in half precision a share of a thousandth is lost in the rounding."""
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+
+
+def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each name the first one that means the same elements of the same storage."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault((storage_identity(t), t.storage_offset(), t.shape, t.stride()), name)
+        for name, t in tensors.items()
+    }
 
 
 def attach_average(
@@ -191,7 +268,8 @@ class AveragedWeights:
         decay: as of `WeightAverage`.
         warmup: as of `WeightAverage`.
         is_due: whether the step just done is one to average after, asked with the model; None: every step.
-        refresh_norms: take batch norms' statistics anew before an evaluation.
+        refresh_norms: take the norms' statistics anew before they are evaluated or saved; None: for an average of
+            equal weights, as an EMA's statistics are EMAs too.
     """
 
     def __init__(
@@ -199,11 +277,14 @@ class AveragedWeights:
         decay: float | None = None,
         warmup: bool = True,
         is_due: Callable[[Any], bool] | None = None,
-        refresh_norms: bool = False,
+        refresh_norms: bool | None = None,
     ) -> None:
         self.kind = "EMA" if is_due is None else "SWA"  # for training states: one is no start of the other
-        self._decay, self._warmup, self._is_due, self._refreshes = decay, warmup, is_due, refresh_norms
-        self._saved: tuple[Mapping[str, Tensor], int] | None = None
+        self._decay, self._warmup, self._is_due = decay, warmup, is_due
+        self._refreshes = decay is None if refresh_norms is None else refresh_norms
+        self._saved: tuple[Mapping[str, Tensor], int, Mapping[str, Tensor]] | None = None
+        self._epoch = 0  # of the last update
+        self._refreshed: int | None = None  # updates at the last refresh
         self.average: WeightAverage | None = None
 
     @property
@@ -215,45 +296,57 @@ class AveragedWeights:
         return self.average.updates if self.average is not None and self.average.started else None
 
     def start(self, module: Any, optimizer: Optimizer) -> None:
-        self.average = WeightAverage(module.model, self._decay, self._warmup)
+        average = self.average = WeightAverage(module.model, self._decay, self._warmup)
         if self._saved is not None:
-            self.average.load_state_dict(*self._saved)
-        is_due = self._is_due
-        attach_average(optimizer, self.average, None if is_due is None else lambda: is_due(module))
+            average.load_state_dict(*self._saved)
+            self._refreshed = average.updates  # a saved one is
+        is_due, seen = self._is_due, average.updates
+        attach_average(optimizer, average, None if is_due is None else lambda: is_due(module))
+
+        def note_epoch(*_: Any) -> None:
+            nonlocal seen
+            if average.updates != seen:
+                seen, self._epoch = average.updates, module.current_epoch
+
+        optimizer.register_step_post_hook(note_epoch)
 
     def applied(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
 
     def refresh(self, module: Any) -> None:
-        if self._refreshes and self.updates is not None:
-            refresh_norms(module)
+        if self._refreshes and self.updates is not None and self.updates != self._refreshed:
+            self._refreshed = self.updates
+            refresh_norms(module, self._epoch)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {} if self.average is None else self.average.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        self._saved = state, updates
+    def sums(self) -> dict[str, Tensor]:
+        return {} if self.average is None else self.average.sums()
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
+        self._saved = state, updates, sums
 
 
-def refresh_norms(module: Any) -> None:
-    """Batch norms' statistics anew, as those of averaged weights are no average (arXiv 1803.05407, 3.2).
+def refresh_norms(module: Any, epoch: int) -> None:
+    """All norms' statistics anew, as those of averaged weights are no average (arXiv 1803.05407, 3.2).
 
-    From NORM_BATCHES training batches, normalised but neither mixed nor distorted.
+    From the first NORM_BATCHES batches of an epoch, normalised but neither mixed nor distorted. A function of the
+    weights, the epoch and the seed alone, whenever it is called.
 
     Args:
         module: the model, attached to a trainer.
+        epoch: of the training.
     """
-    data, epoch = module.trainer.datamodule, module.current_epoch
+    data = module.trainer.datamodule
     module.reseed("norm statistics", epoch)
 
     def inputs() -> Iterator[Tensor]:
+        if data is None:
+            raise ConfigError("model: the norms of averaged weights need trainer.fit(model, datamodule=...)")
         for batch in data.training_batches(epoch, NORM_BATCHES):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
-    network = module.model
-    training = network.training
     with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():
-        update_bn(inputs(), network)
-    network.train(training)
-    average_running_statistics(network)
+        refresh_statistics(module.model, inputs())
