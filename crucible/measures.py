@@ -125,8 +125,7 @@ class ClassScore(Measure):
 
     def compute(self) -> Tensor:
         """0 to 1; each class's, (K,): NaN for those that are left out."""
-        sums = wide(self.right.device)
-        right, predicted, present = (n.to(sums) for n in (self.right, self.predicted, self.present))
+        right, predicted, present = (n.float() for n in (self.right, self.predicted, self.present))
         above, below = {
             "f1": (2 * right, predicted + present),
             "precision": (right, predicted),
@@ -136,7 +135,7 @@ class ClassScore(Measure):
         each = above / below.clamp(min=1)
         if not self.mean:
             return self.settled(each.masked_fill(self.left_out, math.nan))
-        return self.settled(each.sum() / (~self.left_out).sum().clamp(min=1).to(sums))
+        return self.settled((each / (~self.left_out).sum().clamp(min=1).float()).sum())
 
 
 class CalibrationError(Measure):
