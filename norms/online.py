@@ -382,8 +382,8 @@ class OnlineNorm(nn.Module):
             )
         else:
             # the kernel wants both in one dtype, and the streams are never of half precision
-            weight, bias = (None if p is None else p.to(self.m.dtype) for p in (self.weight, self.bias))
-            x = F.batch_norm(x, self.m, self.var, weight, bias, False, 0.0, self.eps)
+            scale, shift = (None if p is None else p.to(self.m.dtype) for p in (self.weight, self.bias))
+            x = F.batch_norm(x, self.m, self.var, scale, shift, False, 0.0, self.eps)
             if self.ecm == "ls":
                 wide = x if x.element_size() >= 4 else x.float()
                 square = wide.square().mean(list(range(1, x.ndim)), keepdim=True)
