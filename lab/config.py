@@ -30,21 +30,7 @@ from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from norms import Norm
 
-
-def _processes_evaluated_apart(config: Mapping[str, Any]) -> bool:
-    """Several processes, whose norms' statistics are not synchronised in training, or per sample."""
-    norm, synchronised = config["model"].get("norm"), config["trainer"].get("sync_batchnorm")
-    apart = ("ghost", "switchable") if synchronised else (None, "batch", "ghost", "switchable")
-    return world_size(config["trainer"]) > 1 and norm in apart
-
-
-# of what the trainer and the lengths of a run make of it
-CORRECTIONS: tuple[Correction, ...] = (
-    Correction(
-        "trainer.devices", 2, _processes_evaluated_apart,
-        "each process evaluated with running statistics of its own, the checkpoint holds the first one's",
-    ),
-)  # fmt: skip
+CORRECTIONS: tuple[Correction, ...] = ()  # of what the trainer and the lengths of a run make of it
 Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
