@@ -69,11 +69,6 @@ def _accumulates(config: Mapping[str, Any]) -> bool:
     return config["trainer"]["accumulate_grad_batches"] > 1
 
 
-def _processes_evaluated_apart(config: Mapping[str, Any]) -> bool:
-    """Several processes, whose norms' statistics are not synchronised in training, or per sample."""
-    norm, synchronised = config["model"].get("norm"), config["trainer"].get("sync_batchnorm")
-    apart = ("ghost", "switchable") if synchronised else (None, "batch", "ghost", "switchable")
-    return world_size(config["trainer"]) > 1 and norm in apart
 
 
 # of what the trainer and the lengths of a run make of it
@@ -90,10 +85,6 @@ CORRECTIONS: tuple[Correction, ...] = (
     ),
     Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
-    Correction(
-        "trainer.devices", 2, _processes_evaluated_apart,
-        "each process evaluated with running statistics of its own, the checkpoint holds the first one's",
-    ),
 )  # fmt: skip
 Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
 

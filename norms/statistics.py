@@ -146,9 +146,9 @@ def average_running_statistics(network: nn.Module) -> None:
 def share_buffers(network: nn.Module) -> None:
     """Give all processes the network's buffers as a checkpoint has them; alone, does nothing.
 
-    They are the first process's, which DDP hands out before each forward of training, yet not before an
-    evaluation: the last step leaves every process with running statistics of its own. Of online norms' streams,
-    where each process has a part, it is `synchronise_streams`.
+    They are the first process's, as DDP hands them out before a forward; an average of weights, which DDP does not
+    know, has had each process's own. Of online norms' streams, where each process has a part, it is
+    `synchronise_streams`.
     """
     if _alone():
         return

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from crucible.configuration import select
 from crucible.corrections import Correction
+from crucible.machine import world_size
 from crucible.options import ConfigError
 from crucible.private import storage_identity
 from crucible.technique import Factor, Setting, Step, Technique
@@ -27,8 +28,14 @@ def _in_half_precision(config: Mapping[str, Any]) -> bool:
     return str(select(config, "trainer.precision")) in ("bf16-true", "16-true")
 
 
-def _ema_had_other_sums(config: Mapping[str, Any]) -> bool:
-    return select(config, "model.ema_decay") is not None and _in_half_precision(config)
+def _ema_had_other_numbers(config: Mapping[str, Any]) -> bool:
+    """In half precision, and where each process had the average of running statistics of its own."""
+    if select(config, "model.ema_decay") is None:
+        return False
+    synchronised = bool(select(config, "trainer.sync_batchnorm"))
+    apart = ("ghost", "switchable") if synchronised else (None, "batch", "ghost", "switchable")
+    several = world_size(config["trainer"]) > 1 and select(config, "model.norm") in apart
+    return several or _in_half_precision(config)
 
 
 def _swa_had_other_statistics(config: Mapping[str, Any]) -> bool:
@@ -52,7 +59,10 @@ class Averaging(Technique):
     needs: ClassVar = {"ema_warmup": ("ema_decay",), "swa_lr": ("swa_start",)}
     corrections: ClassVar = (
         Correction(
-            "model.ema_decay", 2, _ema_had_other_sums, "a slow average in half precision did not move"
+            "model.ema_decay",
+            2,
+            _ema_had_other_numbers,
+            "a slow average in half precision did not move, and processes evaluated with statistics of their own",
         ),
         Correction(
             "model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"

@@ -17,11 +17,12 @@ from technique_runs import built, composed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
+from crucible.corrections import versions_of
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.build import build_data
 from lab.tasks import with_weights
-from optimizers.averaging import WeightAverage, attach_average
+from optimizers.averaging import Averaging, WeightAverage, attach_average
 
 
 def network() -> nn.Module:
@@ -412,3 +413,24 @@ def test_swa_holds_the_rate_from_its_start_on(cli, tmp_path: Path) -> None:
     assert outcome.status == 0, outcome.err
     (run,) = runs_in(tmp_path)
     assert [float(r["lr"]) for r in rows(run)][2:] == pytest.approx([0.03, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer", "corrected"),
+    [
+        ({"ema_decay": 0.9}, {}, False),
+        ({"ema_decay": 0.9}, {"precision": "bf16-true"}, True),
+        ({"ema_decay": 0.9}, {"devices": 2}, True),
+        ({"ema_decay": 0.9, "norm": "group"}, {"devices": 2}, False),
+        ({"swa_start": 0.5}, {}, False),
+        ({"swa_start": 0.5, "norm": "online"}, {}, True),
+        ({"swa_start": 0.5}, {"check_val_every_n_epoch": 4}, True),
+        ({"swa_start": 0.5}, {"max_steps": 50}, True),
+        ({}, {"precision": "bf16-true", "devices": 2, "max_steps": 50}, False),
+    ],
+)
+def test_only_averages_whose_numbers_changed_are_other_runs(
+    model: dict, trainer: dict, corrected: bool
+) -> None:
+    config = {"model": model, "trainer": {"devices": 1, "num_nodes": 1, "accelerator": "cpu", **trainer}}
+    assert bool(versions_of(Averaging.corrections, config)) == corrected
