@@ -47,7 +47,7 @@ from lab.planning import (
     plan,
 )
 from lab.search import search
-from reporting.statistics import SAME_COST, paired_t
+from reporting.statistics import RULE, SAME_COST, paired_t
 
 WAIT_S = 5.0
 
@@ -211,7 +211,7 @@ class Record:
         self.facts = {
             "folder": str(self.folder), "design": options.design or "as typed", "baseline": options.baseline,
             "margin_points": options.margin_points, "planned_seeds": options.planned_seeds or len(units),
-            "created": time.time(),
+            "created": time.time(), "rule": RULE,
         }  # fmt: skip
         self._planned = planned
         self.rivals: dict[str, str] = {}

@@ -141,12 +141,34 @@ def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], req
 
 
 class Plan(NamedTuple):
-    """What was fixed before the runs: margin as logged (None: none), planned seeds, level of each look."""
+    """What was fixed before the runs.
+
+    Attributes:
+        margin: as logged; None: none.
+        seeds: planned, or the planned looks.
+        techniques: how many the first sweep planned, 0 where none says.
+        rule: of the verdicts, by which the first sweep was planned; None: no sweep.
+        remarks: for the face of the report.
+    """
 
     margin: float | None
     seeds: tuple[int, ...]
-    level: float
+    techniques: int
+    rule: int | None
     remarks: tuple[str, ...]
+
+    def share(self, seeds: int) -> float:
+        """The share of the error that a look at so many seeds may spend."""
+        return s.share_of(seeds, self.seeds)
+
+    def level(self, seeds: int) -> float:
+        """An interval at so many seeds covers 1 less this."""
+        return s.ALPHA * self.share(seeds)
+
+    @property
+    def last_level(self) -> float:
+        """That of the last planned look."""
+        return self.level(self.seeds[-1]) if self.seeds else s.ALPHA
 
 
 def first_sweep(runs: Iterable[Run]) -> Sweep | None:
@@ -190,8 +212,9 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     if any(run.sweep is None for run in runs) and first is not None:
         outside = sum(run.sweep is None for run in runs)
         remarks.append(f"{outside} of {len(runs)} runs belong to no recorded sweep.")
-    planned = tuple(sorted(set(first.planned))) if first else ()
-    return Plan(margin, planned, s.ladder_level(planned) if len(planned) > 1 else s.ALPHA, tuple(remarks))
+    planned = s.looks_of(first.planned) if first else ()
+    techniques = len(first.techniques) if first else 0
+    return Plan(margin, planned, techniques, first.rule if first else None, tuple(remarks))
 
 
 # The options

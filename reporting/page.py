@@ -144,7 +144,7 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(
             Heading(f"Against {table.baseline}, paired by seed{unit}", 3), _comparison_grid(table), brief=True
         )
-        page.add(Text(_DETECTABLE))
+        page.add(Text(_DETECTABLE + remarks.sd_of_detectable(table)))
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
@@ -159,7 +159,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
 
 _DETECTABLE = (
     "*detectable*: the effect that so many pairs find 4 times in 5 at the level of the verdict, corrected for all "
-    "techniques; *alone*: if there were one technique only."
+    "techniques; *alone*: if there were one technique only. *margin p*: that the effect is smaller than the margin, "
+    "one-sided and corrected likewise; *Holm p* and *margin p* are held against 0.05."
 )
 _COST_LABELS = (
     "*free*: helps, and the time ratio is surely below 1.05. *pays*: helps, and beats the baseline that was "
@@ -226,20 +227,31 @@ def _comparison_grid(table: Table) -> Grid:
     metric = table.metric
     flips = any(not math.isnan(c.p_flip) for c in table.comparisons)
     new = any(c.images is not None for c in table.comparisons)
-    percent = f"{100 * (1 - table.plan.level):.3g}%"
-    head = ["arm", "pairs", "diff", f"{percent} interval", *(["new images"] if new else []), "p"]
-    head += [*(["flip p"] if flips else []), "Holm p", "detectable", "alone"]
+    levels = [remarks.percent(table, c) for c in table.comparisons]
+    several = len(set(levels)) > 1
+    interval_name = "interval" if several else f"{levels[0]} interval"
+    head = ["arm", "pairs", "diff", interval_name, *(["new images"] if new else []), "p"]
+    head += [
+        *(["flip p"] if flips else []),
+        "Holm p",
+        *(["margin p"] if table.plan.margin is not None else []),
+    ]
+    head += ["detectable", "alone"]
     rows = []
-    for c in table.comparisons:
+    for c, level in zip(table.comparisons, levels, strict=True):
         interval = metric.formatted_interval(float(c.t.low), float(c.t.high))
+        if several and interval != "-":
+            interval += f" ({level})"
         if c.n == 2:
             interval = "both: " + ", ".join(metric.formatted(float(d), signed=True) for d in c.differences)
         row = [_word(c.arm), _number(c.n, "d"), _metric(table, float(c.t.mean), signed=True)]
         row.append((interval, float(c.t.low)))
         if new:
             low, high = (c.images.low, c.images.high) if c.images else (math.nan, math.nan)
-            row.append((metric.formatted_interval(low, high), low))
+            told = metric.formatted_interval(low, high)
+            row.append(("not estimable" if c.images and math.isnan(low) else told, low))
         row += [_p(float(c.t.p)), *([_p(c.p_flip)] if flips else []), _p(c.p_holm)]
+        row += [_p(c.p_none)] if table.plan.margin is not None else []
         rows.append([*row, *(_metric(table, d) for d in c.detectable)])
     return Grid(head, rows, frozenset({"arm"}))
 

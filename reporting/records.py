@@ -39,6 +39,8 @@ class Sweep:
     baseline: str | None
     rivals: Mapping[str, str]  # arm -> the baseline trained for as long as that arm takes
     command: str
+    rule: int  # of the verdicts, by which it was planned
+    techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
 
 
 class Correctness(NamedTuple):
@@ -310,6 +312,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in record.get("runs") or ()
     ]
     created = record.get("created")
+    baseline, rivals = record.get("baseline"), record.get("rivals") or {}
     return Sweep(
         folder=folder,
         design=str(record.get("design") or ""),
@@ -317,9 +320,11 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         planned=tuple(int(p) for p in (planned if isinstance(planned, list) else [planned]) if p),
         created=float(created) if isinstance(created, (int, float)) else 0.0,
         runs=frozenset(Path(r).name for r in runs),
-        baseline=record.get("baseline"),
-        rivals=record.get("rivals") or {},
+        baseline=baseline,
+        rivals=rivals,
         command=str(record.get("command") or ""),
+        rule=int(record.get("rule") or 1),
+        techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
     )
 
 

@@ -556,14 +556,90 @@ def test_the_sweep_may_name_the_baseline(tmp_path):
 def test_planned_looks_share_the_level(tmp_path):
     make_arm(tmp_path, "baseline", BASE)
     differences = np.array([0.007, 0.0015, 0.006, 0.001, 0.005])
-    assert 0.0191 < stats.ttest_1samp(differences, 0).pvalue < 0.05
+    share = 0.5**1.5 - 0.3**1.5  # of the second of three looks
+    assert 0.05 * share < stats.ttest_1samp(differences, 0).pvalue < 0.05
     make_arm(tmp_path, "mixup", (np.array(BASE) + differences).tolist())
     record_sweep(tmp_path, ["baseline", "mixup"], planned_seeds=[3, 5, 10])
     rows, text = run_report(tmp_path)
-    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.0191)
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(1 - 0.05 * share)
     assert [float(rows["mixup"]["low"]), float(rows["mixup"]["high"])] == pytest.approx([low, high])
     assert rows["mixup"]["verdict"].startswith("undecided")
-    assert "98.1% interval" in text and "unplanned look" not in text
+    assert "99.1% interval" in text and "unplanned look" not in text
+    assert "3 (0.164), 5 (0.189), 10 (0.646)" in text
+
+
+def test_arms_that_ended_at_different_looks_are_each_held_to_their_own(tmp_path):
+    rng = np.random.default_rng(4)
+    base = (0.9 + 0.002 * rng.normal(size=10)).tolist()
+    make_arm(tmp_path, "baseline", base)
+    early, late = ((np.array(base[:n]) + 0.004 + 0.002 * rng.normal(size=n)).tolist() for n in (5, 10))
+    make_arm(tmp_path, "early", early)
+    make_arm(tmp_path, "late", late)
+    record_sweep(tmp_path, ["baseline", "early", "late"], seeds=10, planned_seeds=[5, 10])
+    rows, text = run_report(tmp_path)
+    shares = {"early": 0.5**1.5, "late": 1 - 0.5**1.5}
+    p = {"early": stats.ttest_rel(early, base[:5]).pvalue, "late": stats.ttest_rel(late, base).pvalue}
+    q = sorted((p[arm] / shares[arm], arm) for arm in p)
+    expected = {q[0][1]: min(1, 2 * q[0][0]), q[1][1]: min(1, max(2 * q[0][0], q[1][0]))}
+    for arm, share in shares.items():
+        assert float(rows[arm]["p_holm"]) == pytest.approx(expected[arm])
+        assert float(rows[arm]["level"]) == pytest.approx(0.05 * share)
+    assert "| interval |" in text and "(98.2%)" in text and "(96.8%)" in text
+
+
+def test_no_difference_is_corrected_for_the_number_of_techniques(tmp_path):
+    """An interval inside the margin is enough for one technique, and not for the same among six."""
+    make_arm(tmp_path, "baseline", BASE)
+    near = shifted(0.0012, -0.0011, 0.0016, -0.0012, 0.0013)
+    make_arm(tmp_path, "t0", near)
+    assert run_report(tmp_path)[0]["t0"]["verdict"] == "no difference larger than 0.30 points"
+    for k in range(1, 6):
+        make_arm(tmp_path, f"t{k}", BETTER)
+    rows, _ = run_report(tmp_path)
+    assert rows["t0"]["verdict"].startswith("undecided: between")
+    assert "(within ±0.30 points alone, not after correction for 6)" in rows["t0"]["verdict"]
+    d = np.array(near) - BASE
+    inside = [
+        stats.ttest_1samp(d, 0.003, alternative="less").pvalue,
+        stats.ttest_1samp(d, -0.003, alternative="greater").pvalue,
+    ]
+    assert float(rows["t0"]["p_none"]) == pytest.approx(min(1, 2 * 6 * max(inside)))
+
+
+def test_techniques_that_got_no_further_runs_are_corrected_for(tmp_path):
+    """Whoever drops an arm, or whose runs diverge, has looked at it."""
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    make_arm(tmp_path, "wrecked", [math.nan] * 5)
+    record_sweep(tmp_path, ["baseline", "mixup", "wrecked"])
+    row = run_report(tmp_path)[0]["mixup"]
+    assert float(row["p_holm"]) == pytest.approx(2 * float(row["p"]))
+    record_sweep(tmp_path, ["baseline", "mixup", "wrecked", "never", "begun"], time="0", created=0.5)
+    row = run_report(tmp_path)[0]["mixup"]
+    assert float(row["p_holm"]) == pytest.approx(4 * float(row["p"]))
+
+
+def test_the_report_says_by_which_rule_it_judged(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    record_sweep(tmp_path, ["baseline", "mixup"])
+    text = run_report(tmp_path)[1]
+    assert "Judged by rule 2" in text and "were planned under rule 1" in text
+    record_sweep(tmp_path, ["baseline", "mixup"], time="0", created=0.5, rule=2)
+    text = run_report(tmp_path)[1]
+    assert "Judged by rule 2" in text and "rule 1" not in text
+
+
+def test_the_sd_behind_what_is_detectable_is_named(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    rows, text = run_report(tmp_path)
+    sd = 100 * np.std(np.array(BETTER) - BASE, ddof=1)
+    assert (
+        f"sd of a paired difference of {sd:.2f} points, pooled over all arms (4 degrees of freedom)" in text
+    )
+    expected = statistics.detectable_effect(5, 0.05) * sd / 100
+    assert float(rows["mixup"]["detectable"]) == pytest.approx(expected)
 
 
 # The last epoch's weights, or for all arms those that were best on validation
