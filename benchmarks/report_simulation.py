@@ -188,10 +188,10 @@ def main() -> None:
 
 {len(TRUTHS)} kinds of truth, K techniques, sd of a paired difference {spreads} points, margin {MARGIN}:
 {len(cells):,} cells of {arguments.tables:,} tables, in {seconds:.0f} s on one core. The worst cell of each row is
-shown, in percent with the Monte-Carlo standard error; *decided* and *runs* are means. Coverage should be 95 (more where several looks are planned), the
-family-wise error at most 5, tables with any wrong finding (a false *helps*, *hurts* or *no difference larger than*)
-at most 6. "Wrong size" counts a false *by more* or *by less* as well: where all but one effect lie just beyond the
-margin and are found, 5 and 2.5 of 100 add up.
+shown, in percent with the Monte-Carlo standard error; *decided* and *runs* are means. Coverage should be 95 (more
+where several looks are planned), the family-wise error at most 5, tables with any wrong finding (a false *helps*,
+*hurts* or *no difference larger than*) at most 6. "Wrong size" counts a false *by more* or *by less* as well: where
+all but one effect lie just beyond the margin and are found, 5 and 2.5 of 100 add up.
 
 Just beyond is {BEYOND:.5g} points; signs alternate unless said otherwise. An arm that is decided at a look gets no more
 seeds. The worst of so many cells is worse than it is by luck, so the {WORST} worst are

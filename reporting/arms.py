@@ -186,7 +186,7 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     remarks = []
     if request.margin is not None:
         margin: float | None = request.margin
-        asked = f"{metric.formatted(request.margin)} points"
+        asked = f"{metric.formatted(request.margin)}{metric.unit}"
         if recorded is None:
             remarks.append(f"The margin of {asked} was asked for now; no sweep recorded one before its runs.")
         elif not math.isclose(recorded / metric.scale, request.margin):

@@ -159,7 +159,11 @@ def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Compari
     t = s.paired_t(differences, level, moderate)
     if is_copied(differences, base):
         t = t._replace(low=math.nan, high=math.nan, p=math.nan)
-    logs = [math.log(a.seconds / b.seconds) for a, b in pairs if a.seconds and b.seconds]
+    logs = [
+        math.log(a.seconds / b.seconds)
+        for a, b in pairs
+        if a.seconds and b.seconds and a.compiled == b.compiled
+    ]
     ratio = s.paired_t(logs)
     ratio = ratio._replace(**{k: float(np.exp(getattr(ratio, k))) for k in ("mean", "low", "high")})
     images, p_mcnemar = None, math.nan

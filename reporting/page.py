@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from crucible.command_line import quoted
 from reporting import remarks
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table
@@ -334,7 +335,11 @@ def _commands(table: Table) -> Iterable[Block]:
         groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
         for run in arm.all_runs:
             last = {o.split("=", 1)[0]: o for o in run.overrides}  # what is given twice counts once
-            kept = [o for name, o in last.items() if name not in ("seed", "data.module.fold", "exp_dir")]
+            kept = [
+                o for name, o in last.items() if name not in ("seed", "data.module.fold", "exp_dir", "sweep")
+            ]
+            if kept or arm.name == table.baseline:
+                kept += [*_of_the_sweep(last.get("sweep"), run), *_arm_option(run, last)]
             groups[tuple(kept)].append(run)
         for overrides, runs in groups.items():
             if not overrides and arm.name != table.baseline:
@@ -358,3 +363,31 @@ def _commands(table: Table) -> Iterable[Block]:
         yield Text("; ".join(circumstances) + ".")
     if without:
         yield Text(f"No overrides are recorded of {len(without)} runs; their config.yaml holds all options.")
+
+
+_SWEEPS = {
+    "ablation",
+    "joblib",
+    "optuna",
+    "submitit",
+}  # what these set, but for the checkpoints, is of a whole sweep
+
+
+def _of_the_sweep(override: str | None, run: Run) -> Iterable[str]:
+    """What a run of a sweep needs to be run without the others: there may be no baseline, and no search."""
+    if override is None:
+        return
+    own = [name for name in re.findall(r"[^\[\],\s]+", override.partition("=")[2]) if name not in _SWEEPS]
+    if own:
+        yield f"sweep=[{','.join(own)}]"
+        yield "baseline=null"
+    keep = run.settings.get("checkpoint.keep")
+    if keep in ("last", "none"):
+        yield f"checkpoint.keep={keep}"
+
+
+def _arm_option(run: Run, typed: Mapping[str, str]) -> Iterable[str]:
+    """A name that comes of what the sweep swept, or of what other runs differ in, is typed."""
+    techniques = set(re.findall(r"\w+", typed.get("technique", "").partition("=")[2])) - {"baseline"}
+    if "arm" not in typed and set(run.arm.split("+")) != (techniques or run.techniques or {"baseline"}):
+        yield f"arm={quoted(run.arm)}"

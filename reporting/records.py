@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,6 +86,10 @@ class Run:
     correctness: Correctness | None
     remark: str  # what is wrong with its records
 
+    @property
+    def compiled(self) -> bool:
+        return bool(self.settings.get("model.compile"))
+
     def curves(self) -> dict[str, NDArray[np.float64]]:
         """The columns of metrics.csv, (epochs,) each; NaN where an epoch has no value."""
         try:
@@ -120,15 +125,22 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and (not request.metric.name.startswith("val/")):
-            raise ConfigError(
-                f"checkpoint=best: no run has tested its best weights; python main.py run={runs[0].path} "
-                "task=test does, for one run",
-                see=SEE,
-            )
+            raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
     return runs, [r for r in read if isinstance(r, LeftOut)]
+
+
+def _to_test(runs: Sequence[Run]) -> str:
+    """How a reader gets there; without best weights a test would be one of the last."""
+    kept = next((r.path for r in runs if (r.path / "checkpoints" / "best.ckpt").is_file()), None)
+    if kept is None:
+        return (
+            ", and none has kept them (as with sweep=ablation); train with checkpoint.keep=best fresh=true, then "
+            "python main.py run=RUN task=test"
+        )
+    return f"; {shlex.join(['python', 'main.py', f'run={kept}', 'task=test'])} does, for one run"
 
 
 def _find(folder: Path) -> Iterable[Path]:
@@ -206,7 +218,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _left_out(path: Path, status: str, reason: str) -> LeftOut:
-    resume = f"go on with: python main.py run={path}"
+    resume = f"go on with: {shlex.join(['python', 'main.py', f'run={path}'])}"
     if status == "running":
         lives = RunDirectory(path).state() == "running"
         status, reason = ("running", "") if lives else ("lost", f"stopped without a word; {resume}")

@@ -151,6 +151,9 @@ def _circumstances(table: Table) -> Iterable[str]:
         yield f"runs come from {len(commits)} commits of the code: {', '.join(sorted(commits))}"
     if any(r.dirty for r in runs):
         yield "the code had uncommitted changes when some of the runs were made"
+    compiled = sorted({arm.name for arm in table.arms.values() if any(r.compiled for r in arm.runs.values())})
+    if compiled and not all(r.compiled for arm in table.arms.values() for r in arm.runs.values()):
+        yield f"some runs were compiled ({', '.join(compiled)}), others not: these share no time ratio"
     if len(devices) > 1:
         names = ", ".join(sorted(devices))
         yield f"runs come from different devices ({names}): time ratios compare these too"

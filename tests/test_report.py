@@ -290,6 +290,36 @@ def test_of_a_loss_lower_is_better_and_there_is_no_margin(tmp_path):
     assert "(lower is better); margin none" in text and "points" not in text
 
 
+@pytest.mark.parametrize(
+    ("metric", "scale"), [("test/loss", 0.01), ("test/mae", 1.0), ("test/mse", 1e-5), ("test/r2", 0.1)]
+)
+def test_a_metric_that_is_no_percentage_takes_a_margin_in_its_own_unit(tmp_path, metric, scale):
+    base = [scale * v for v in (31.0, 30.0, 33.0, 32.0, 31.5)]
+    make_arm(tmp_path, "baseline", base, metric=metric)
+    make_arm(
+        tmp_path,
+        "a",
+        [b + scale * d for b, d in zip(base, (0.1, -0.1, 0.05, 0.1, -0.1), strict=True)],
+        metric=metric,
+    )
+    make_arm(
+        tmp_path,
+        "b",
+        [b - scale * d for b, d in zip(base, (3.1, 2.9, 3.0, 3.2, 2.8), strict=True)],
+        metric=metric,
+    )
+    rows, text = run_report(tmp_path, f"metric={metric}", f"margin={scale}")
+    assert rows["a"]["verdict"] == f"no difference larger than {scale:.4g}"
+    assert rows["b"]["verdict"] == f"{'hurts' if metric == 'test/r2' else 'helps'} by more than {scale:.4g}"
+    assert f"margin {scale:.4g};" in text and "points" not in text
+
+
+def test_a_margin_in_the_metrics_unit_is_in_points_for_a_percentage(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    assert run_report(tmp_path, "margin=0.2")[0] == run_report(tmp_path, "margin_points=0.2")[0]
+
+
 def test_the_f1_of_a_class_is_shown_in_percent_like_that_of_all(tmp_path):
     make_arm(tmp_path, "baseline", BASE, metric="test/f1_per_class/cat")
     make_arm(tmp_path, "mixup", BETTER, metric="test/f1_per_class/cat")
@@ -453,7 +483,12 @@ def test_the_baseline_is_chosen_or_asked_for(tmp_path, capsys):
         (["runs={}", "metric=val/acc"], "no finished run has it; known: test/acc"),
         (["runs={}", "margin_points=much"], "margin_points must be a number in (0, 100), got 'much'"),
         (["runs={}", "margin_points=-1"], "margin_points must be a number in (0, 100), got '-1'"),
-        (["runs={}", "metric=test/loss", "margin_points=1"], "test/loss is not a percentage"),
+        (
+            ["runs={}", "metric=test/loss", "margin_points=1"],
+            "test/loss is not a percentage; margin=1 is in its own",
+        ),
+        (["runs={}", "metric=test/loss", "margin=-1"], "margin must be a number in (0, inf), got '-1'"),
+        (["runs={}", "margin=1", "margin_points=1"], "give one"),
         (["runs="], "runs= has no value"),
         (["runs={}", "checkpoint=first"], "checkpoint must be one of last, best, got 'first'"),
         (["runs={}", "checkpoint=best"], "no run has tested its best weights"),
@@ -708,6 +743,16 @@ def test_the_cost_columns_are_means_over_the_runs(tmp_path):
         make_run(tmp_path, "baseline", seed, BASE[seed], seconds=10, images_per_s=50.0, peak_memory_mb=memory)
     row = run_report(tmp_path)[0]["baseline"]
     assert [float(row[n]) for n in ("time_s", "images_per_s", "images", "memory_mb")] == [10, 50, 500, 200]
+
+
+def test_runs_that_were_compiled_share_no_time_ratio_with_others(tmp_path):
+    for seed in range(4):
+        make_run(tmp_path, "baseline", seed, BASE[seed], seconds=100)
+        compiled = {"model.compile": seed < 3}
+        make_run(tmp_path, "sam", seed, BETTER[seed], seconds=150 if seed < 3 else 200, settings=compiled)
+    rows, text = run_report(tmp_path)
+    assert float(rows["sam"]["time_ratio"]) == pytest.approx(2.0)
+    assert "some runs were compiled (sam), others not" in text
 
 
 # Two techniques together
