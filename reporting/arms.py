@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +77,76 @@ def _mean(values: Iterable[float | None]) -> float:
 def unit_name(unit: Unit) -> str:
     """`seed 3`, or `seed 3 fold 1`."""
     return f"seed {unit[0]}" + (f" fold {unit[1]}" if unit[1] else "")
+
+
+def name_arms(runs: Sequence[Run]) -> list[Run]:
+    """The runs with arms that differ wherever more than the seed does.
+
+    A run that no sweep made is named as a sweep of all these runs would name it: by its techniques and by what was
+    typed, unless all of them have it. Of runs with one name and different settings most keep the name; to that of
+    the others what differs is added.
+    """
+    named = [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
+    by_arm: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in named:
+        by_arm[run.arm][_same_but_for_the_seed(run)].append(run)
+    result = []
+    for arm, groups in by_arm.items():
+        usual, *others = sorted(groups.values(), key=lambda g: (-len(g), min(r.started for r in g)))
+        result += usual
+        for group in others:
+            differing = _differing(group[0], usual[0])
+            if not differing:  # the code's own options have changed, not what was asked for
+                result += group
+                continue
+            shown = [f"{n.removeprefix('model.')}={as_text(group[0].settings.get(n))}" for n in differing]
+            more = (
+                f" and {len(shown) - 3} more ({_same_but_for_the_seed(group[0])[:8]})"
+                if len(shown) > 3
+                else ""
+            )
+            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown[:3])}{more}"
+            result += [replace(run, arm=name) for run in group]
+    return result
+
+
+def _typed_name(run: Run, runs: Sequence[Run]) -> str:
+    """The arm of a run that no sweep made; as recorded where nothing typed is known, or where it was typed itself."""
+    typed = {o.lstrip("+~").partition("=")[0]: o.partition("=")[2] for o in run.overrides}
+    parts = run.arm.split(" ")
+    for name, value in {} if "arm" in typed else typed.items():
+        part = f"{name.removeprefix('model.')}={value}"
+        if "." not in name or not is_setting(name):
+            continue
+        if len({as_text(other.settings.get(name)) for other in runs}) == 1:
+            parts = [p for p in parts if p != part]
+        elif part not in parts:
+            parts.append(part)
+    return " ".join(p for p in parts if p != "baseline") or "baseline"
+
+
+def _same_but_for_the_seed(run: Run) -> str:
+    """Equal for runs that differ in nothing that changes the result but their seed and fold."""
+    if run.identity and not run.unit[1]:
+        return run.identity
+    settings = {n: v for n, v in run.settings.items() if _tells_arms_apart(n, v)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _differing(run: Run, other: Run) -> list[str]:
+    """The settings in which two runs differ."""
+    names = {*run.settings, *other.settings}
+    return sorted(
+        n
+        for n in names
+        if (mine := run.settings.get(n)) != (others := other.settings.get(n))
+        and (_tells_arms_apart(n, mine) or _tells_arms_apart(n, others))
+    )
+
+
+def _tells_arms_apart(name: str, value: Any) -> bool:
+    """Not what is off, which an option was before there was one; nor paths, such as those of a seed's teacher."""
+    return is_setting(name) and value not in (None, False) and "/" not in str(value)
 
 
 def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:

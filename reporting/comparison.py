@@ -20,6 +20,7 @@ from reporting.arms import (
     Settings,
     check_versions,
     choose_baseline,
+    name_arms,
     plan_of,
     settings_of,
     sort_into_arms,
@@ -116,6 +117,7 @@ def compare(runs: Sequence[Run], request: Request) -> list[Table]:
 
 def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     check_versions(runs)
+    runs = name_arms(runs)
     arms = sort_into_arms(runs)
     baseline = choose_baseline(data, arms, runs, request)
     arms = {baseline: arms[baseline], **arms}

@@ -81,6 +81,7 @@ class Run:
     device: str
     versions: Mapping[str, str]
     started: float
+    identity: str  # of all that changes the result but the seed; empty where none is recorded
     corrected: Mapping[str, int]  # {option: version} of numbers that have been corrected
     sweep: Sweep | None
     correctness: Correctness | None
@@ -199,6 +200,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         device=str(summary.get("device") or ""),
         versions=summary.get("versions") or {},
         started=float(summary.get("started") or 0.0),
+        identity=str(summary.get("identity") or ""),
         corrected=summary.get("corrected") or {},
         sweep=_sweep_of(path, summary, sweeps),
         correctness=correctness,

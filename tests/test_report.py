@@ -360,11 +360,63 @@ def test_an_option_that_older_runs_did_not_have_counts_as_its_default(tmp_path):
     assert "model.lookahead_k (7, baseline 5)" in text and "model.lookahead (" not in text
 
 
-def test_runs_of_one_arm_that_differ_are_named(tmp_path):
-    make_arm(tmp_path, "baseline", BASE[:4])
-    make_run(tmp_path, "baseline", 4, BASE[4], settings={"model.lr": 0.2})
-    text = run_report(tmp_path)[1]
-    assert "baseline: its runs differ in model.lr (0.05: seed 0, seed 1, seed 2, seed 3; 0.2: seed 4)" in text
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("model.lr", 0.2, "lr=0.2"),
+        ("trainer.max_epochs", 20, "trainer.max_epochs=20"),
+        ("data.module.batch_size", 32, "data.module.batch_size=32"),
+        ("model.mixup", True, "mixup=true"),
+    ],
+)
+@pytest.mark.parametrize("arm", ["baseline", "sam"])
+def test_two_runs_that_differ_in_more_than_the_seed_are_never_one_arm(tmp_path, arm, option, value, name):
+    make_arm(tmp_path, "baseline", BASE)
+    if arm == "sam":
+        make_arm(tmp_path, arm, BETTER)
+    for seed in (0, 5):
+        make_run(tmp_path, arm, seed, 0.95, settings={option: value}, name=f"other-s{seed}", started=0.0)
+    rows, _ = run_report(tmp_path)
+    other = name if arm == "baseline" else f"{arm} {name}"
+    assert rows[arm]["n"] == "5" and rows[other]["n"] == "2"
+    assert float(rows[other]["mean"]) == pytest.approx(0.95)
+
+
+def test_what_does_not_change_a_result_parts_no_arm(tmp_path):
+    """Workers, paths, a seed's own teacher, an option that older code did not have; nor anything of one identity."""
+    make_run(tmp_path, "baseline", 0, 0.91, settings={"model.teacher": "/runs/a", "model.lookahead": False})
+    make_run(tmp_path, "baseline", 1, 0.92, settings={"model.teacher": "/runs/b"})
+    make_run(tmp_path, "baseline", 2, 0.93, identity="x")
+    make_run(tmp_path, "baseline", 3, 0.93, identity="x", settings={"model.new_option": 7})
+    assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {"baseline": "4"}
+
+
+def typed(run: Path, *overrides: str) -> None:
+    (run / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+
+
+def test_single_runs_are_named_as_a_sweep_of_them_would_be(tmp_path):
+    """What all runs share is no arm, whatever was typed; a typed callback's option is one."""
+    mixup = {"mixup": {"model.mixup": True}}
+    for seed in range(3):
+        shared = ["trainer.max_epochs=12", "model.lr=0.3", f"seed={seed}", "data=digits"]
+        lr = {"model.lr": 0.3}
+        typed(make_run(tmp_path, "lr=0.3", seed, BASE[seed], settings=lr, name=f"a-s{seed}"), *shared)
+        run = make_run(
+            tmp_path, "mixup lr=0.3", seed, BETTER[seed], techniques=mixup,
+            settings={**lr, "model.mixup": True}, name=f"b-s{seed}",
+        )  # fmt: skip
+        typed(run, *shared, "technique=mixup")
+        run = make_run(
+            tmp_path, "lr=0.3", seed, 0.9, settings={**lr, "callbacks": {"x": {"k": 2}}}, name=f"c-s{seed}"
+        )
+        typed(run, *shared, "callbacks.x.k=2")
+    rows, _ = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {
+        "baseline": "3",
+        "mixup": "3",
+        "callbacks.x.k=2": "3",
+    }
 
 
 def test_of_two_runs_with_one_seed_the_later_counts(tmp_path):
@@ -748,10 +800,10 @@ def test_the_cost_columns_are_means_over_the_runs(tmp_path):
 def test_runs_that_were_compiled_share_no_time_ratio_with_others(tmp_path):
     for seed in range(4):
         make_run(tmp_path, "baseline", seed, BASE[seed], seconds=100)
-        compiled = {"model.compile": seed < 3}
-        make_run(tmp_path, "sam", seed, BETTER[seed], seconds=150 if seed < 3 else 200, settings=compiled)
+        make_run(tmp_path, "sam", seed, BETTER[seed], seconds=150, settings={"model.compile": True})
+        make_run(tmp_path, "mixup", seed, BETTER[seed], seconds=110, settings={"model.compile": False})
     rows, text = run_report(tmp_path)
-    assert float(rows["sam"]["time_ratio"]) == pytest.approx(2.0)
+    assert rows["sam"]["time_ratio"] == "" and float(rows["mixup"]["time_ratio"]) == pytest.approx(1.1)
     assert "some runs were compiled (sam), others not" in text
 
 
