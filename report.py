@@ -21,8 +21,10 @@ Options
   metric=test/acc           any logged final metric: test/acc, val/acc, test/loss, test/mae, ...
   margin_points=0.3         percentage points below which a difference does not matter; fix it before the runs
                             (a sweep's own is used without asking)
+  margin=0.02               the same in the unit of the metric, for those that are no percentage: test/loss, test/mae
   checkpoint=last           last: the last epoch's weights are scored; best: those that were best on validation,
-                            of all arms alike (python main.py run=RUN task=test scores them)
+                            of all arms alike (checkpoint.keep=best keeps them; python main.py run=RUN task=test
+                            scores them)
   variance=own              own: each arm's; shared: moderated over 3 techniques or more, for few seeds
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
@@ -31,6 +33,7 @@ Options
 Examples
   python report.py runs=experiments/digits
   python report.py runs=experiments/cifar10 metric=val/acc margin_points=0.2
+  python report.py runs=experiments/cifar10 metric=test/loss margin=0.02
   python report.py 'runs=experiments/*/1a2b*,/other/experiments' baseline=sgd out=comparison
 
 How it compares

@@ -160,3 +160,11 @@ def _siblings(key: str) -> list[str]:
     parent = key.rsplit(".", 1)[0] if "." in key else None
     node = OmegaConf.select(config, parent) if parent else config
     return [str(k) for k in node] if OmegaConf.is_dict(node) else [str(k) for k in config]
+
+
+def quoted(value: str) -> str:
+    """A text as the value of an override, for Hydra's grammar; plain words stay as they are."""
+    if re.fullmatch(r"[A-Za-z][\w.+-]*", value):
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    return f"'{escaped}'"

@@ -69,8 +69,6 @@ def _accumulates(config: Mapping[str, Any]) -> bool:
     return config["trainer"]["accumulate_grad_batches"] > 1
 
 
-
-
 # of what the trainer and the lengths of a run make of it
 CORRECTIONS: tuple[Correction, ...] = (
     Correction("ckpt_path", 2, option_is("ckpt_path"), "the state's rates, schedule and decay stood for those typed"),

@@ -94,8 +94,8 @@ def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | 
     Args:
         config: plain.
         overrides: what was typed for this run.
-        swept: the options that differ between the jobs of a sweep; None: this is no sweep, and the `model.*`
-            options typed make the difference.
+        swept: the options that differ between the jobs of a sweep; None: this is no sweep, and the options of
+            model and callbacks that were typed make the difference, where they change the result.
     """
     if config["arm"]:
         return str(config["arm"])
@@ -103,7 +103,8 @@ def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | 
     parts = ["+".join(techniques)] if techniques else []
     for override in overrides:
         name, _, value = override.lstrip("+").partition("=")
-        ours = name.startswith("model.") if swept is None else name in swept
+        named = name.startswith(("model.", "callbacks.")) and is_semantic(name)
+        ours = named if swept is None else name in swept
         if ours and name not in ("seed", "technique", "data.module.fold"):
             parts.append(f"{name.removeprefix('model.')}={value}")
     return " ".join(parts) or "baseline"
@@ -150,7 +151,7 @@ def identity(
 
 
 def kind(config: Config) -> str:
-    """Eight hex digits that runs share which cost about the same a step: network, data, batch and precision."""
+    """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and whether compiled."""
     target = find_target(config["model"]["_target_"], "")
     own = set(signature_options(target)) - set(signature_options(BaseModel))
     of_the_cost = {
@@ -164,8 +165,16 @@ def kind(config: Config) -> str:
         )
         and not n.startswith("data.module.fold")
     }
+    if config["model"].get("compile"):
+        of_the_cost["model.compile"] = True
     text = json.dumps({"model": config["model"]["_target_"], **of_the_cost}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def passes(config: Config) -> float:
+    """Forward and backward passes of a step, on average, with the techniques of a configuration."""
+    techniques = checking.step_of(config).setting.techniques.values()
+    return 1 + sum(technique.passes - 1 for technique in techniques if technique.on)
 
 
 def _is_default(config: Config, name: str, value: Any) -> bool:
@@ -247,7 +256,7 @@ class Examiner:
             "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
             "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),
             "techniques": sorted(config.get("techniques") or {}), "kind": kind(config), "resolved": settled,
-            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names,
+            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names, "passes": passes(config),
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from crucible.command_line import describe
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.config import SWEEP_OPTIONS
-from lab.experiment import Examiner, Job
+from lab.experiment import Examiner, Job, passes
 
 SEE = "docs/sweeps.md"
 UNITS = ("seed", "data.module.fold")  # what arms are paired by
@@ -193,8 +193,11 @@ def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
     planned: list[Planned] = []
     runs: dict[Path, Planned] = {}
     examiner = Examiner()
-    for overrides in grid.jobs:
-        one = examine(examiner, compose, overrides, grid.swept, options)
+    for one in _compiled_alike(
+        [examine(examiner, compose, overrides, grid.swept, options) for overrides in grid.jobs],
+        lambda overrides: examine(examiner, compose, overrides, grid.swept, options),
+    ):
+        overrides = one.overrides
         if one.job is None:
             together = any(o.startswith("technique=[") and "," in o for o in overrides)
             one.state = "impossible" if grid.generated and together else "refused"
@@ -212,6 +215,20 @@ def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
             "(technique=baseline,... adds one)", SEE,
         )  # fmt: skip
     return planned
+
+
+def _compiled_alike(
+    planned: list[Planned], examine_again: Callable[[list[str]], Planned]
+) -> Iterator[Planned]:
+    """The jobs; where `compile=null` came out on for some and off for others, off for all: their times compare."""
+
+    def automatic(one: Planned) -> bool:
+        return one.job is not None and any(w.startswith("compile ") for w in one.job.facts["resolved"])
+
+    differ = len({one.job.config["model"]["compile"] for one in planned if one.job and automatic(one)}) > 1
+    for one in planned:
+        compiled = automatic(one) and one.job is not None and one.job.config["model"]["compile"]
+        yield examine_again([*one.overrides, "model.compile=false"]) if differ and compiled else one
 
 
 class Measured:
@@ -242,7 +259,12 @@ class Measured:
         if not finished or not math.isfinite(planned.job.steps):
             return None
         done = planned.job.run.summary().get("steps", 0) if planned.state in ("resume", "retry") else 0
-        a_step = statistics.fmean(s["elapsed_s"] / s["steps"] for s in finished)
+        own = planned.job.facts["identity"]
+        mine = planned.job.facts.get("passes", 1.0)
+        a_step = statistics.fmean(
+            s["elapsed_s"] / s["steps"] * (1 if s.get("identity") == own else mine / _passes(s))
+            for s in finished
+        )
         return a_step * max(planned.job.steps - done, 0)
 
     def bytes(self, planned: Planned) -> float | None:
@@ -251,6 +273,14 @@ class Measured:
         finished = self._finished(planned.job)
         sizes = [_size(s["path"]) for s in finished[:5]]
         return statistics.fmean(sizes) if sizes else None
+
+
+def _passes(summary: dict[str, Any]) -> float:
+    """Of a finished run's step; of runs from before that was recorded the configuration tells."""
+    if "passes" in summary:
+        return float(summary["passes"])
+    config = RunDirectory(summary["path"]).config()
+    return passes(config) if "model" in config else 1.0
 
 
 def _size(folder: Path) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import shlex
 import statistics
 import sys
@@ -26,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from crucible.command_line import quoted
+from crucible.configuration import select
 from crucible.files import write_atomically
 from crucible.metrics import headline
 from crucible.options import ConfigError, read_options
@@ -47,7 +48,7 @@ from lab.planning import (
     plan,
 )
 from lab.search import search
-from reporting.statistics import SAME_COST, paired_t
+from reporting.statistics import RULE, SAME_COST, paired_t
 
 WAIT_S = 5.0
 
@@ -211,7 +212,7 @@ class Record:
         self.facts = {
             "folder": str(self.folder), "design": options.design or "as typed", "baseline": options.baseline,
             "margin_points": options.margin_points, "planned_seeds": options.planned_seeds or len(units),
-            "created": time.time(),
+            "created": time.time(), "rule": RULE,
         }  # fmt: skip
         self._planned = planned
         self.rivals: dict[str, str] = {}
@@ -265,6 +266,8 @@ class Sweep:
                 added += [one for one in group if one.job is None or one.job.run.path not in paths]
             planned.extend(added)
             self.record.write()
+            if not found:
+                print(f"\nequal_time: no baseline is trained for longer: {why_none(planned, self.options)}")
             if added:
                 print("\nthe baseline, trained for as long as the slower arms take")
                 print_plan(added, replace(self.options, equal_time=False), self.measured, self.executor)
@@ -373,8 +376,8 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
         group = []
         for job, overrides in base.values():
             name = f"{options.baseline}_x{ratio:.2f}"
-            name = name if re.fullmatch(r"[\w.+-]+", name) else f"'{name}'"
-            stretched = [*overrides, *stretch(job.config, ratio), f"arm={name}"]
+            alike = f"model.compile={str(bool(job.config['model']['compile'])).lower()}"
+            stretched = [*overrides, *stretch(job.config, ratio), alike, f"arm={quoted(name)}"]
             rival = examine(examiner, compose, stretched, (), options)
             if rival.job is not None:
                 of = {"rival_of": arm, "rival_base": sample.facts["identity"], "ratio": ratio}
@@ -382,6 +385,30 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
             group.append(rival)
         found[arm] = group
     return found
+
+
+def why_none(planned: Sequence[Planned], options: SweepOptions) -> str:
+    """Why `rivals` found none, for the reader."""
+    ended = {
+        (one.arm, one.unit): one.job.run for one in planned if one.job is not None and one.state == "finished"
+    }
+    arms = dict.fromkeys(arm for arm, _ in ended if arm != options.baseline)
+    measured, without = [], []
+    for arm in arms:
+        units = [unit for name, unit in ended if name == arm and (options.baseline, unit) in ended]
+        times = step_time_ratio([(ended[str(options.baseline), u], ended[arm, u]) for u in units])
+        if times is None:
+            without.append(arm)
+        else:
+            measured.append(f"{arm} {times.ratio:.2f} (at least {times.low:.2f})")
+    parts = (
+        [f"no arm's steps surely take over {SAME_COST} times as long: {', '.join(measured)}"]
+        if measured
+        else []
+    )
+    if without:
+        parts.append(f"no pair of finished runs on one device, compiled alike, of {', '.join(without)}")
+    return "; ".join(parts) or f"no arm but {options.baseline} has finished"
 
 
 class StepTimes(NamedTuple):
@@ -392,10 +419,15 @@ class StepTimes(NamedTuple):
 
 
 def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepTimes | None:
-    """How much longer an arm's steps take, from pairs (baseline, arm); None without a pair on one device."""
+    """How much longer an arm's steps take, from pairs (baseline, arm).
+
+    None without a pair on one device of which both or neither are compiled.
+    """
     logs = []
     for pair in pairs:
         base, arm = (run.summary() for run in pair)
+        if len({bool(select(run.config(), "model.compile")) for run in pair}) > 1:
+            continue
         if base.get("device") == arm.get("device") and base.get("wall_time_s") and arm.get("wall_time_s"):
             logs.append(
                 math.log(arm["wall_time_s"] / arm["steps"]) - math.log(base["wall_time_s"] / base["steps"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +79,76 @@ def unit_name(unit: Unit) -> str:
     return f"seed {unit[0]}" + (f" fold {unit[1]}" if unit[1] else "")
 
 
+def name_arms(runs: Sequence[Run]) -> list[Run]:
+    """The runs with arms that differ wherever more than the seed does.
+
+    A run that no sweep made is named as a sweep of all these runs would name it: by its techniques and by what was
+    typed, unless all of them have it. Of runs with one name and different settings most keep the name; to that of
+    the others what differs is added.
+    """
+    named = [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
+    by_arm: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in named:
+        by_arm[run.arm][_same_but_for_the_seed(run)].append(run)
+    result = []
+    for arm, groups in by_arm.items():
+        usual, *others = sorted(groups.values(), key=lambda g: (-len(g), min(r.started for r in g)))
+        result += usual
+        for group in others:
+            differing = _differing(group[0], usual[0])
+            if not differing:  # the code's own options have changed, not what was asked for
+                result += group
+                continue
+            shown = [f"{n.removeprefix('model.')}={as_text(group[0].settings.get(n))}" for n in differing]
+            more = (
+                f" and {len(shown) - 3} more ({_same_but_for_the_seed(group[0])[:8]})"
+                if len(shown) > 3
+                else ""
+            )
+            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown[:3])}{more}"
+            result += [replace(run, arm=name) for run in group]
+    return result
+
+
+def _typed_name(run: Run, runs: Sequence[Run]) -> str:
+    """The arm of a run that no sweep made; as recorded where nothing typed is known, or where it was typed itself."""
+    typed = {o.lstrip("+~").partition("=")[0]: o.partition("=")[2] for o in run.overrides}
+    parts = run.arm.split(" ")
+    for name, value in {} if "arm" in typed else typed.items():
+        part = f"{name.removeprefix('model.')}={value}"
+        if "." not in name or not is_setting(name):
+            continue
+        if len({as_text(other.settings.get(name)) for other in runs}) == 1:
+            parts = [p for p in parts if p != part]
+        elif part not in parts:
+            parts.append(part)
+    return " ".join(p for p in parts if p != "baseline") or "baseline"
+
+
+def _same_but_for_the_seed(run: Run) -> str:
+    """Equal for runs that differ in nothing that changes the result but their seed and fold."""
+    if run.identity and not run.unit[1]:
+        return run.identity
+    settings = {n: v for n, v in run.settings.items() if _tells_arms_apart(n, v)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _differing(run: Run, other: Run) -> list[str]:
+    """The settings in which two runs differ."""
+    names = {*run.settings, *other.settings}
+    return sorted(
+        n
+        for n in names
+        if (mine := run.settings.get(n)) != (others := other.settings.get(n))
+        and (_tells_arms_apart(n, mine) or _tells_arms_apart(n, others))
+    )
+
+
+def _tells_arms_apart(name: str, value: Any) -> bool:
+    """Not what is off, which an option was before there was one; nor paths, such as those of a seed's teacher."""
+    return is_setting(name) and value not in (None, False) and "/" not in str(value)
+
+
 def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
     """The arms by name; of several runs of one seed and fold the last that was started counts."""
     by_arm: dict[str, dict[Unit, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -141,12 +212,34 @@ def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], req
 
 
 class Plan(NamedTuple):
-    """What was fixed before the runs: margin as logged (None: none), planned seeds, level of each look."""
+    """What was fixed before the runs.
+
+    Attributes:
+        margin: as logged; None: none.
+        seeds: planned, or the planned looks.
+        techniques: how many the first sweep planned, 0 where none says.
+        rule: of the verdicts, by which the first sweep was planned; None: no sweep.
+        remarks: for the face of the report.
+    """
 
     margin: float | None
     seeds: tuple[int, ...]
-    level: float
+    techniques: int
+    rule: int | None
     remarks: tuple[str, ...]
+
+    def share(self, seeds: int) -> float:
+        """The share of the error that a look at so many seeds may spend."""
+        return s.share_of(seeds, self.seeds)
+
+    def level(self, seeds: int) -> float:
+        """An interval at so many seeds covers 1 less this."""
+        return s.ALPHA * self.share(seeds)
+
+    @property
+    def last_level(self) -> float:
+        """That of the last planned look."""
+        return self.level(self.seeds[-1]) if self.seeds else s.ALPHA
 
 
 def first_sweep(runs: Iterable[Run]) -> Sweep | None:
@@ -164,7 +257,7 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     remarks = []
     if request.margin is not None:
         margin: float | None = request.margin
-        asked = f"{metric.formatted(request.margin)} points"
+        asked = f"{metric.formatted(request.margin)}{metric.unit}"
         if recorded is None:
             remarks.append(f"The margin of {asked} was asked for now; no sweep recorded one before its runs.")
         elif not math.isclose(recorded / metric.scale, request.margin):
@@ -190,8 +283,9 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     if any(run.sweep is None for run in runs) and first is not None:
         outside = sum(run.sweep is None for run in runs)
         remarks.append(f"{outside} of {len(runs)} runs belong to no recorded sweep.")
-    planned = tuple(sorted(set(first.planned))) if first else ()
-    return Plan(margin, planned, s.ladder_level(planned) if len(planned) > 1 else s.ALPHA, tuple(remarks))
+    planned = s.looks_of(first.planned) if first else ()
+    techniques = len(first.techniques) if first else 0
+    return Plan(margin, planned, techniques, first.rule if first else None, tuple(remarks))
 
 
 # The options

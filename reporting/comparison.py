@@ -20,6 +20,7 @@ from reporting.arms import (
     Settings,
     check_versions,
     choose_baseline,
+    name_arms,
     plan_of,
     settings_of,
     sort_into_arms,
@@ -34,13 +35,15 @@ class Comparison:
 
     arm: str
     differences: NDArray[np.float64]
+    seeds: int  # of the arm, or of the baseline where it has fewer: what is looked at
     t: s.PairedT
     p_flip: float
     ratio: s.PairedT  # of training times, exponentiated
     images: s.PairedT | None  # the interval for new images
     p_mcnemar: float
     correlation: float
-    p_holm: float = math.nan
+    p_holm: float = math.nan  # corrected for techniques and looks
+    p_none: float = math.nan  # that the effect is smaller than the margin, corrected likewise
     detectable: tuple[float, float] = (math.nan, math.nan)  # at the verdict's level, and alone
     finding: str = ""
     verdict: str = ""
@@ -83,8 +86,21 @@ class Table:
 
     @property
     def tested(self) -> list[Comparison]:
-        """The comparisons that the p values are corrected for."""
+        """The comparisons with a p value."""
         return [c for c in self.comparisons if not math.isnan(c.t.p) and c.arm not in self.rivals]
+
+    @property
+    def family(self) -> int:
+        """The number of techniques that p values are corrected for.
+
+        Never fewer because runs diverged, or because a planned technique got no more seeds.
+        """
+        diverged = [
+            c
+            for c in self.comparisons
+            if math.isnan(c.t.p) and c.arm not in self.rivals and self.arms[c.arm].diverged
+        ]
+        return max(len(self.tested) + len(diverged), self.plan.techniques, 1)
 
 
 def compare(runs: Sequence[Run], request: Request) -> list[Table]:
@@ -101,6 +117,7 @@ def compare(runs: Sequence[Run], request: Request) -> list[Table]:
 
 def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     check_versions(runs)
+    runs = name_arms(runs)
     arms = sort_into_arms(runs)
     baseline = choose_baseline(data, arms, runs, request)
     arms = {baseline: arms[baseline], **arms}
@@ -112,11 +129,9 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     moderate = _moderating(table, request)
     base = arms[baseline]
     table.comparisons = [_pair(arm, base, plan, moderate) for arm in arms.values() if arm is not base]
-    tested = table.tested
-    for c, p in zip(tested, s.holm([c.t.p for c in tested]), strict=True):
-        c.p_holm = float(p)
+    found = _findings(table)
     for c in table.comparisons:
-        _judge(c, table, request)
+        _judge(c, table, request, found.get(c.arm, "undecided"))
     _label_costs(table, runs)
     table.together = list(_interactions(table))
     return table
@@ -139,12 +154,18 @@ def _pairs(arm: Arm, base: Arm) -> list[tuple[Run, Run]]:
 
 def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Comparison:
     pairs = _pairs(arm, base)
+    seeds = max(len(pairs), min(len(arm.all_runs), len(base.all_runs)))
+    level = plan.level(seeds)
     mine, theirs = (np.array([p[i].value for p in pairs], dtype=np.float64) for i in (0, 1))
     differences = mine - theirs
-    t = s.paired_t(differences, plan.level, moderate)
+    t = s.paired_t(differences, level, moderate)
     if is_copied(differences, base):
         t = t._replace(low=math.nan, high=math.nan, p=math.nan)
-    logs = [math.log(a.seconds / b.seconds) for a, b in pairs if a.seconds and b.seconds]
+    logs = [
+        math.log(a.seconds / b.seconds)
+        for a, b in pairs
+        if a.seconds and b.seconds and a.compiled == b.compiled
+    ]
     ratio = s.paired_t(logs)
     ratio = ratio._replace(**{k: float(np.exp(getattr(ratio, k))) for k in ("mean", "low", "high")})
     images, p_mcnemar = None, math.nan
@@ -155,11 +176,16 @@ def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Compari
         if len(pairs) == 1:
             p_mcnemar = s.mcnemar(technique[0], baseline[0])
         elif not math.isnan(t.low):
-            images = s.new_images(technique, baseline, plan.level)
+            images = s.new_images(technique, baseline, level)
+            if (
+                images.error <= s.paired_t(differences).error
+            ):  # the images' share cannot be told: not estimable
+                images = images._replace(low=math.nan, high=math.nan, p=math.nan)
     varies = len(pairs) >= 10 and mine.std() > 0 and theirs.std() > 0
     return Comparison(
         arm=arm.name,
         differences=differences,
+        seeds=seeds,
         t=t,
         p_flip=s.sign_flip_p(differences),
         ratio=ratio,
@@ -199,19 +225,38 @@ def _moderating(table: Table, request: Request) -> s.Shared | None:
 # Verdicts
 
 
-def _judge(c: Comparison, table: Table, request: Request) -> None:
-    """Set finding, verdict and detectable effect: the first rule that holds."""
+def _findings(table: Table) -> dict[str, str]:
+    """What the numbers of each tested arm say; their corrected p values are set."""
+    tested = table.tested
+    if not tested:
+        return {}
+    columns = zip(*(c.t.times(table.metric.sign) for c in tested), strict=True)
+    t = s.PairedT(*(np.array(column, dtype=np.float64) for column in columns))
+    shares = [table.plan.share(c.seeds) for c in tested]
+    found = s.findings(t, table.plan.margin, shares, table.family)
+    for c, p, p_none in zip(tested, found.p, found.p_none, strict=True):
+        c.p_holm, c.p_none = float(p), float(p_none)
+    return {c.arm: str(finding) for c, finding in zip(tested, found.found, strict=True)}
+
+
+def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
+    """Set finding, verdict and detectable effect: the first rule that holds.
+
+    Args:
+        finding: what the numbers alone say.
+    """
     if c.arm in table.rivals:
         c.finding, c.verdict = "rival", "no technique: the baseline trained for longer, to measure costs by"
         return
     if c.n >= 3 and not math.isnan(c.t.low):
         sd = math.sqrt(table.shared.variance) if table.shared else float(c.t.sd)
-        alphas = (table.plan.level / max(1, len(table.tested)), table.plan.level)
+        level = table.plan.level(c.seeds)
+        alphas = (level / table.family, level)
         c.detectable = tuple(s.detectable_effect(c.n, a) * sd for a in alphas)  # type: ignore[assignment]
-    c.finding, c.verdict = _verdict(c, table, request)
+    c.finding, c.verdict = _verdict(c, table, request, finding)
 
 
-def _verdict(c: Comparison, table: Table, request: Request) -> tuple[str, str]:
+def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tuple[str, str]:
     arm, base = table.arms[c.arm], table.arms[table.baseline]
     metric, margin = table.metric, table.plan.margin
     for who in (arm, base):
@@ -227,8 +272,6 @@ def _verdict(c: Comparison, table: Table, request: Request) -> tuple[str, str]:
         return "cannot say", f"cannot say ({pairs}, all with the same difference)"
     if c.n < 3:
         return "cannot say", f"cannot say ({pairs})"
-    bounds = sorted((metric.sign * float(c.t.low), metric.sign * float(c.t.high)))
-    finding = s.findings(bounds[0], bounds[1], c.p_holm, margin, table.plan.level)
     shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"
     if finding == "no difference":
         return finding, f"no difference larger than {shown}"
@@ -237,7 +280,9 @@ def _verdict(c: Comparison, table: Table, request: Request) -> tuple[str, str]:
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
     text = f"undecided: between {low} and {high}{metric.unit}"
     if c.t.low > 0 or c.t.high < 0:
-        text += f" (excludes 0 alone, not after correction for {len(table.tested)})"
+        text += f" (excludes 0 alone, not after correction for {table.family})"
+    elif margin is not None and -margin < c.t.low and c.t.high < margin:
+        text += f" (within ±{shown} alone, not after correction for {table.family})"
     return finding, text + _more_seeds(c, table)
 
 
@@ -252,10 +297,10 @@ def _selected_on_scored(table: Table, best: bool) -> bool:
 
 
 def _more_seeds(c: Comparison, table: Table) -> str:
-    margin, shared, techniques = table.plan.margin, table.shared, len(table.tested)
+    margin, shared, techniques = table.plan.margin, table.shared, table.family
     if margin is None or shared is None or shared.variance == 0:
         return ""
-    more = s.more_seeds(c.n, margin, shared, table.plan.level / techniques)
+    more = s.more_seeds(c.n, margin, shared, table.plan.last_level / techniques)
     if more.about is None:
         return f"; not resolvable at {table.metric.formatted(margin)}{table.metric.unit} (over {s.MOST_SEEDS} seeds)"
     if techniques == 1 and c.n < 5:  # one sd of so few pairs says next to nothing
@@ -272,12 +317,14 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
     rivals = {c.arm: rival for c in table.comparisons if (rival := _rival(c, table, runs)) is not None}
     tests = {arm: _against(table.arms[arm], table.arms[rival], table) for arm, rival in rivals.items()}
     testable = {arm: t for arm, t in tests.items() if not math.isnan(t.p)}
-    corrected = dict(zip(testable, s.holm([t.p for t in testable.values()]), strict=True))
+    shares = {c.arm: table.plan.share(c.seeds) for c in table.comparisons}
+    p_values = s.holm([t.p / shares[arm] for arm, t in testable.items()])
+    corrected = dict(zip(testable, p_values, strict=True))
     for c in table.comparisons:
         if c.finding in ("unstable", "cannot say", "rival") or math.isnan(c.ratio.low):
             continue
         helps = c.finding.startswith("helps")
-        beats = c.arm in corrected and corrected[c.arm] < table.plan.level and testable[c.arm].mean > 0
+        beats = c.arm in corrected and corrected[c.arm] <= s.ALPHA and testable[c.arm].mean > 0
         if helps and c.ratio.high <= s.SAME_COST:
             c.cost = "free"
         elif helps and beats:
@@ -317,7 +364,7 @@ def _rival(c: Comparison, table: Table, runs: Sequence[Run]) -> str | None:
 def _against(arm: Arm, rival: Arm, table: Table) -> s.PairedT:
     """Differences in the good direction."""
     values = [(a.value or 0.0) - (b.value or 0.0) for a, b in _pairs(arm, rival)]
-    return s.paired_t(table.metric.sign * np.array(values), table.plan.level)
+    return s.paired_t(table.metric.sign * np.array(values))
 
 
 # Two techniques together
@@ -341,7 +388,7 @@ def _interactions(table: Table) -> Iterable[Together]:
             values = [np.array([arm.runs[u].value for u in units], dtype=np.float64) for arm in arms]
             if not units:
                 continue
-            found = s.interaction(values, error, table.metric.sign)
+            found = s.interaction(values, error, table.metric.sign, table.plan.level(len(units)))
             text = found.finding
             if text == "adds up":
                 half = max(abs(found.points.low), abs(found.points.high))

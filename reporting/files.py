@@ -15,7 +15,7 @@ from reporting.rendering import to_html, to_markdown
 CSV_COLUMNS = (
     "data", "arm", "metric", "n", "diverged", "mean", "sd", "median", "min", "max", "time_s", "images_per_s",
     "images", "memory_mb", "pairs", "difference", "sd_difference", "low", "high", "images_low", "images_high", "p",
-    "p_flip", "p_holm", "correlation", "detectable", "detectable_alone", "time_ratio", "time_ratio_low",
+    "p_flip", "p_holm", "p_none", "correlation", "detectable", "detectable_alone", "time_ratio", "time_ratio_low",
     "time_ratio_high", "margin", "level", "noise_floor", "verdict", "cost",
 )  # fmt: skip
 
@@ -46,7 +46,7 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
     for arm in table.arms.values():
         row: dict[str, Any] = {"data": table.data, "arm": arm.name, "metric": table.metric.name}
         row |= {"n": len(arm.runs), "diverged": len(arm.diverged), **arm.spread(), **arm.costs()}
-        row |= {"margin": table.plan.margin, "level": table.plan.level, "noise_floor": table.floor}
+        row |= {"margin": table.plan.margin, "noise_floor": table.floor}
         if c := against.get(arm.name):
             row |= {
                 "pairs": c.n,
@@ -54,6 +54,8 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
                 "sd_difference": c.t.sd,
                 "low": c.t.low,
                 "high": c.t.high,
+                "level": table.plan.level(c.seeds),
+                "p_none": c.p_none,
             }
             row |= {"p": c.t.p, "p_flip": c.p_flip, "p_holm": c.p_holm, "correlation": c.correlation}
             row |= {"detectable": c.detectable[0], "detectable_alone": c.detectable[1]}

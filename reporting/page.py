@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from crucible.command_line import quoted
 from reporting import remarks
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table
@@ -144,7 +145,7 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(
             Heading(f"Against {table.baseline}, paired by seed{unit}", 3), _comparison_grid(table), brief=True
         )
-        page.add(Text(_DETECTABLE))
+        page.add(Text(_DETECTABLE + remarks.sd_of_detectable(table)))
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
@@ -159,7 +160,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
 
 _DETECTABLE = (
     "*detectable*: the effect that so many pairs find 4 times in 5 at the level of the verdict, corrected for all "
-    "techniques; *alone*: if there were one technique only."
+    "techniques; *alone*: if there were one technique only. *margin p*: that the effect is smaller than the margin, "
+    "one-sided and corrected likewise; *Holm p* and *margin p* are held against 0.05."
 )
 _COST_LABELS = (
     "*free*: helps, and the time ratio is surely below 1.05. *pays*: helps, and beats the baseline that was "
@@ -226,20 +228,31 @@ def _comparison_grid(table: Table) -> Grid:
     metric = table.metric
     flips = any(not math.isnan(c.p_flip) for c in table.comparisons)
     new = any(c.images is not None for c in table.comparisons)
-    percent = f"{100 * (1 - table.plan.level):.3g}%"
-    head = ["arm", "pairs", "diff", f"{percent} interval", *(["new images"] if new else []), "p"]
-    head += [*(["flip p"] if flips else []), "Holm p", "detectable", "alone"]
+    levels = [remarks.percent(table, c) for c in table.comparisons]
+    several = len(set(levels)) > 1
+    interval_name = "interval" if several else f"{levels[0]} interval"
+    head = ["arm", "pairs", "diff", interval_name, *(["new images"] if new else []), "p"]
+    head += [
+        *(["flip p"] if flips else []),
+        "Holm p",
+        *(["margin p"] if table.plan.margin is not None else []),
+    ]
+    head += ["detectable", "alone"]
     rows = []
-    for c in table.comparisons:
+    for c, level in zip(table.comparisons, levels, strict=True):
         interval = metric.formatted_interval(float(c.t.low), float(c.t.high))
+        if several and interval != "-":
+            interval += f" ({level})"
         if c.n == 2:
             interval = "both: " + ", ".join(metric.formatted(float(d), signed=True) for d in c.differences)
         row = [_word(c.arm), _number(c.n, "d"), _metric(table, float(c.t.mean), signed=True)]
         row.append((interval, float(c.t.low)))
         if new:
             low, high = (c.images.low, c.images.high) if c.images else (math.nan, math.nan)
-            row.append((metric.formatted_interval(low, high), low))
+            told = metric.formatted_interval(low, high)
+            row.append(("not estimable" if c.images and math.isnan(low) else told, low))
         row += [_p(float(c.t.p)), *([_p(c.p_flip)] if flips else []), _p(c.p_holm)]
+        row += [_p(c.p_none)] if table.plan.margin is not None else []
         rows.append([*row, *(_metric(table, d) for d in c.detectable)])
     return Grid(head, rows, frozenset({"arm"}))
 
@@ -322,7 +335,11 @@ def _commands(table: Table) -> Iterable[Block]:
         groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
         for run in arm.all_runs:
             last = {o.split("=", 1)[0]: o for o in run.overrides}  # what is given twice counts once
-            kept = [o for name, o in last.items() if name not in ("seed", "data.module.fold", "exp_dir")]
+            kept = [
+                o for name, o in last.items() if name not in ("seed", "data.module.fold", "exp_dir", "sweep")
+            ]
+            if kept or arm.name == table.baseline:
+                kept += [*_of_the_sweep(last.get("sweep"), run), *_arm_option(run, last)]
             groups[tuple(kept)].append(run)
         for overrides, runs in groups.items():
             if not overrides and arm.name != table.baseline:
@@ -346,3 +363,31 @@ def _commands(table: Table) -> Iterable[Block]:
         yield Text("; ".join(circumstances) + ".")
     if without:
         yield Text(f"No overrides are recorded of {len(without)} runs; their config.yaml holds all options.")
+
+
+_SWEEPS = {
+    "ablation",
+    "joblib",
+    "optuna",
+    "submitit",
+}  # what these set, but for the checkpoints, is of a whole sweep
+
+
+def _of_the_sweep(override: str | None, run: Run) -> Iterable[str]:
+    """What a run of a sweep needs to be run without the others: there may be no baseline, and no search."""
+    if override is None:
+        return
+    own = [name for name in re.findall(r"[^\[\],\s]+", override.partition("=")[2]) if name not in _SWEEPS]
+    if own:
+        yield f"sweep=[{','.join(own)}]"
+        yield "baseline=null"
+    keep = run.settings.get("checkpoint.keep")
+    if keep in ("last", "none"):
+        yield f"checkpoint.keep={keep}"
+
+
+def _arm_option(run: Run, typed: Mapping[str, str]) -> Iterable[str]:
+    """A name that comes of what the sweep swept, or of what other runs differ in, is typed."""
+    techniques = set(re.findall(r"\w+", typed.get("technique", "").partition("=")[2])) - {"baseline"}
+    if "arm" not in typed and set(run.arm.split("+")) != (techniques or run.techniques or {"baseline"}):
+        yield f"arm={quoted(run.arm)}"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from reporting.arms import Arm
 from reporting.comparison import Table
+from reporting.remarks import percent
 
 INK = "#1f2328"
 BASELINE_COLOUR = "#7a828e"
@@ -164,8 +165,9 @@ def _differences(table: Table) -> Drawn | None:
     label = f"difference to {_short(table.baseline, 20)} in {metric.name}{unit} ({better} is better)"
     figure.supxlabel(label, fontsize=9.5)  # of the figure: long names leave the axes little room
     band = "" if margin is None else " The band is the margin."
+    levels = sorted({percent(table, c) for c in shown})
     caption = (
-        f"Mean paired difference with its {100 * (1 - table.plan.level):.3g}% interval; ticks are single seeds. "
+        f"Mean paired difference with its {' or '.join(levels)} interval; ticks are single seeds. "
         f"Filled: helps or hurts.{band}"
     )
     return "differences", f"Differences to {table.baseline}", caption, figure

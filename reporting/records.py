@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,8 @@ class Sweep:
     baseline: str | None
     rivals: Mapping[str, str]  # arm -> the baseline trained for as long as that arm takes
     command: str
+    rule: int  # of the verdicts, by which it was planned
+    techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
 
 
 class Correctness(NamedTuple):
@@ -78,10 +81,15 @@ class Run:
     device: str
     versions: Mapping[str, str]
     started: float
+    identity: str  # of all that changes the result but the seed; empty where none is recorded
     corrected: Mapping[str, int]  # {option: version} of numbers that have been corrected
     sweep: Sweep | None
     correctness: Correctness | None
     remark: str  # what is wrong with its records
+
+    @property
+    def compiled(self) -> bool:
+        return bool(self.settings.get("model.compile"))
 
     def curves(self) -> dict[str, NDArray[np.float64]]:
         """The columns of metrics.csv, (epochs,) each; NaN where an epoch has no value."""
@@ -118,15 +126,22 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and (not request.metric.name.startswith("val/")):
-            raise ConfigError(
-                f"checkpoint=best: no run has tested its best weights; python main.py run={runs[0].path} "
-                "task=test does, for one run",
-                see=SEE,
-            )
+            raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
     return runs, [r for r in read if isinstance(r, LeftOut)]
+
+
+def _to_test(runs: Sequence[Run]) -> str:
+    """How a reader gets there; without best weights a test would be one of the last."""
+    kept = next((r.path for r in runs if (r.path / "checkpoints" / "best.ckpt").is_file()), None)
+    if kept is None:
+        return (
+            ", and none has kept them (as with sweep=ablation); train with checkpoint.keep=best fresh=true, then "
+            "python main.py run=RUN task=test"
+        )
+    return f"; {shlex.join(['python', 'main.py', f'run={kept}', 'task=test'])} does, for one run"
 
 
 def _find(folder: Path) -> Iterable[Path]:
@@ -185,6 +200,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         device=str(summary.get("device") or ""),
         versions=summary.get("versions") or {},
         started=float(summary.get("started") or 0.0),
+        identity=str(summary.get("identity") or ""),
         corrected=summary.get("corrected") or {},
         sweep=_sweep_of(path, summary, sweeps),
         correctness=correctness,
@@ -204,7 +220,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _left_out(path: Path, status: str, reason: str) -> LeftOut:
-    resume = f"go on with: python main.py run={path}"
+    resume = f"go on with: {shlex.join(['python', 'main.py', f'run={path}'])}"
     if status == "running":
         lives = RunDirectory(path).state() == "running"
         status, reason = ("running", "") if lives else ("lost", f"stopped without a word; {resume}")
@@ -325,6 +341,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in record.get("runs") or ()
     ]
     created = record.get("created")
+    baseline, rivals = record.get("baseline"), record.get("rivals") or {}
     return Sweep(
         folder=folder,
         design=str(record.get("design") or ""),
@@ -332,9 +349,11 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         planned=tuple(int(p) for p in (planned if isinstance(planned, list) else [planned]) if p),
         created=float(created) if isinstance(created, (int, float)) else 0.0,
         runs=frozenset(Path(r).name for r in runs),
-        baseline=record.get("baseline"),
-        rivals=record.get("rivals") or {},
+        baseline=baseline,
+        rivals=rivals,
         command=str(record.get("command") or ""),
+        rule=int(record.get("rule") or 1),
+        techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
     )
 
 

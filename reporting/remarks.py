@@ -152,6 +152,9 @@ def _circumstances(table: Table) -> Iterable[str]:
         yield f"runs come from {len(commits)} commits of the code: {', '.join(sorted(commits))}"
     if any(r.dirty for r in runs):
         yield "the code had uncommitted changes when some of the runs were made"
+    compiled = sorted({arm.name for arm in table.arms.values() if any(r.compiled for r in arm.runs.values())})
+    if compiled and not all(r.compiled for arm in table.arms.values() for r in arm.runs.values()):
+        yield f"some runs were compiled ({', '.join(compiled)}), others not: these share no time ratio"
     if len(devices) > 1:
         names = ", ".join(sorted(devices))
         yield f"runs come from different devices ({names}): time ratios compare these too"
@@ -159,7 +162,7 @@ def _circumstances(table: Table) -> Iterable[str]:
 
 def notes(table: Table) -> Iterable[str]:
     """What the numbers of the table say, and what they do not."""
-    metric, level, tested, shared = table.metric, table.plan.level, table.tested, table.shared
+    metric, tested, shared = table.metric, table.tested, table.shared
     if not math.isnan(table.floor):
         sd, freedom = _run_sd(table)
         known = f"; one run's sd here is {metric.formatted(sd)}" if freedom else ""
@@ -176,25 +179,67 @@ def notes(table: Table) -> Iterable[str]:
             )
     if not tested:
         return
-    k, n = len(tested), min(c.n for c in tested)
-    note = f"Each interval covers its own truth {100 * (1 - level):.3g}% of the time"
+    yield _rule(table)
+    k, few = len(tested), min(tested, key=lambda c: c.n)
+    levels = sorted({table.plan.level(c.seeds) for c in tested})
+    covered = " or ".join(f"{100 * (1 - level):.3g}%" for level in levels)
+    note = f"Each interval covers its own truth {covered} of the time"
     if k > 1:
-        note += (
-            f"; among {k}, one or more miss in about {100 * (1 - (1 - level) ** k):.0f} of 100 such tables"
-        )
+        missed = 1 - math.prod(1 - table.plan.level(c.seeds) for c in tested)
+        note += f"; among {k}, one or more miss in about {100 * missed:.0f} of 100 such tables"
     yield note + ". They say what holds on this test set, over seeds."
     if any(c.images is not None for c in table.comparisons):
         yield "The interval for new images says what holds for other images of the same kind."
-    if len(table.plan.seeds) > 1:
-        looks = ", ".join(map(str, table.plan.seeds))
-        yield f"Looks were planned at {looks} seeds: each is held to {level:.4f}, all together err in 5 of 100."
-    if shared is not None and n > 1:
-        sd = math.sqrt(shared.variance)
-        corrected, alone = (s.detectable_effect(n, a) * sd for a in (level / k, level))
+    if any(c.images is not None and math.isnan(c.images.low) for c in table.comparisons):
         yield (
-            f"With {n} pairs and {k} technique{'' if k == 1 else 's'} this design finds effects above "
+            "*Not estimable*: the seeds vary more than the images do, and so few of them cannot tell the images' share."
+        )
+    if len(table.plan.seeds) > 1:
+        looks = ", ".join(f"{n} ({table.plan.share(n):.3f})" for n in table.plan.seeds)
+        yield (
+            f"Looks were planned at so many seeds (with this share of the error of 5 in 100): {looks}. Holm p and "
+            "margin p are corrected for the share, and intervals allow for looking more than once."
+        )
+    if shared is not None and few.n > 1:
+        sd, level, of = math.sqrt(shared.variance), table.plan.level(few.seeds), table.family
+        corrected, alone = (s.detectable_effect(few.n, a) * sd for a in (level / of, level))
+        yield (
+            f"With {few.n} pairs and {of} technique{'' if of == 1 else 's'} this design finds effects above "
             f"{metric.formatted(corrected)}{metric.unit} 4 times in 5"
-            + (f" (one technique alone: {metric.formatted(alone)}{metric.unit})." if k > 1 else ".")
+            + (f" (one technique alone: {metric.formatted(alone)}{metric.unit})." if of > 1 else ".")
         )
     if any(c.finding.startswith(("helps", "hurts")) and c.n <= 5 for c in tested):
         yield "Effects that are significant with 5 pairs or fewer tend to be overstated, by 1.3 to 2 times."
+
+
+def percent(table: Table, c: Comparison) -> str:
+    """What the comparison's interval covers, as text."""
+    return f"{100 * (1 - table.plan.level(c.seeds)):.3g}%"
+
+
+def sd_of_detectable(table: Table) -> str:
+    """Of which sd the detectable effects are; empty where there are none."""
+    if all(math.isnan(c.detectable[0]) for c in table.comparisons):
+        return ""
+    metric, shared = table.metric, table.shared
+    if shared is None:
+        return " Both from each arm's own sd of the paired differences."
+    sd = f"{metric.formatted(math.sqrt(shared.variance))}{metric.unit}"
+    freedom = f"{shared.freedom} degrees of freedom"
+    return f" Both from an sd of a paired difference of {sd}, pooled over all arms ({freedom})."
+
+
+def _rule(table: Table) -> str:
+    """Which rule judged the table, and whether it is that by which its runs were planned."""
+    family = f"{table.family} technique{'' if table.family == 1 else 's'}"
+    rule = (
+        f"Judged by rule {s.RULE}: *helps* and *hurts* by Holm's correction, *no difference larger than* and *by less "
+        f"than* the margin by a one-sided test against it, both corrected for {family} and for all planned looks."
+    )
+    if table.plan.rule is not None and table.plan.rule < s.RULE:
+        rule += (
+            " These runs were planned under rule 1, which said *no difference* where the interval lay within the "
+            "margin, uncorrected, and held each look to one level: a report written then may say it of arms that are "
+            "undecided here."
+        )
+    return rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
-OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "checkpoint", "variance", "wandb")
+OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "wandb")
 CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
@@ -135,7 +135,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         baseline=given.get("baseline", "baseline"),
         baseline_given="baseline" in given,
         metric=metric,
-        margin=_margin(given.get("margin_points"), metric),
+        margin=_margin(given, metric),
         best=given.get("checkpoint") == "best",
         shared_variance=given.get("variance") == "shared",
         out=out,
@@ -144,19 +144,25 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     )
 
 
-def _margin(text: str | None, metric: Metric) -> float | None:
-    if text is None:
+def _margin(given: Mapping[str, str], metric: Metric) -> float | None:
+    """As logged: `margin_points` of fractions, or `margin` in the unit that the report shows the metric in."""
+    name = "margin" if "margin" in given else "margin_points"
+    if name not in given:
         return None
-    if not metric.is_fraction:
+    text, most = given[name], "100" if metric.is_fraction else "inf"
+    if {"margin", "margin_points"} <= given.keys():
+        raise ConfigError("margin and margin_points are two names of one thing; give one", see=SEE)
+    if name == "margin_points" and not metric.is_fraction:
         raise ConfigError(
-            f"margin_points={text}: {metric.name} is not a percentage; it has no margin", see=SEE
+            f"margin_points={text}: {metric.name} is not a percentage; margin={text} is in its own unit",
+            see=SEE,
         )
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not in_interval(value, "(0, 100)"):
-        raise ConfigError(f"margin_points must be a number in (0, 100), got {text!r}", see=SEE)
+    if not in_interval(value, f"(0, {most})"):
+        raise ConfigError(f"{name} must be a number in (0, {most}), got {text!r}", see=SEE)
     return value / metric.scale
 
 

@@ -7,7 +7,7 @@ that they hold what they promise is simulated in benchmarks/report_simulation.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -23,20 +23,30 @@ SAME_COST = 1.05  # time ratios up to here cost nothing
 COPIED = 1e-9
 FLIP_FROM, FLIP_EXACT_TO = 8, 16
 OUTLIER_SD = 6.0
-# Levels at each look for which the whole ladder of looks errs in 5 of 100 tables (simulated)
-LADDERS = {(5, 10, 20): 0.0192, (5, 10): 0.0280, (3, 5, 10): 0.0191, (3, 5, 10, 20): 0.0148}
+RULE = 2  # of the verdicts; 1: the interval inside the margin, one level for all looks
 
 Floats = NDArray[np.float64]
 
 
 class PairedT(NamedTuple):
-    """Student's t over differences: floats, or arrays over the leading axes."""
+    """Student's t over differences: floats, or arrays over the leading axes.
+
+    `error` is the standard error of the mean, `freedom` its degrees of freedom.
+    """
 
     mean: Any
     sd: Any
     low: Any
     high: Any
     p: Any
+    error: Any = math.nan
+    freedom: Any = math.nan
+
+    def times(self, sign: int) -> PairedT:
+        """Of the differences times +1 or -1."""
+        if sign > 0:
+            return self
+        return self._replace(mean=-self.mean, low=-self.high, high=-self.low)
 
 
 class Shared(NamedTuple):
@@ -46,7 +56,7 @@ class Shared(NamedTuple):
     freedom: int
 
 
-def paired_t(differences: ArrayLike, alpha: float = ALPHA, shared: Shared | None = None) -> PairedT:
+def paired_t(differences: ArrayLike, alpha: ArrayLike = ALPHA, shared: Shared | None = None) -> PairedT:
     """Mean of the differences with its `1 - alpha` interval, and the two-sided p of Student's paired t.
 
     NaN for what the differences cannot tell: nothing from none; interval and p only from three on (of two
@@ -54,34 +64,41 @@ def paired_t(differences: ArrayLike, alpha: float = ALPHA, shared: Shared | None
 
     Args:
         differences: (..., n).
-        alpha: the interval covers `1 - alpha`.
+        alpha: the interval covers `1 - alpha`; one, or one for each mean.
         shared: moderate the variance towards this one, with two more degrees of freedom.
     """
     d = np.asarray(differences, dtype=np.float64)
     n = d.shape[-1]
     nothing = np.full(d.shape[:-1], np.nan)[()]
     if n == 0:
-        return PairedT(*(nothing,) * 5)
+        return PairedT(*(nothing,) * 7)
     mean = d.mean(axis=-1)
     if n == 1:
-        return PairedT(mean, *(nothing,) * 4)
+        return PairedT(mean, *(nothing,) * 6)
     own = d.var(axis=-1, ddof=1)
     sd = np.sqrt(own)
     if n == 2:
-        return PairedT(mean, sd, *(nothing,) * 3)
+        return PairedT(mean, sd, *(nothing,) * 5)
     variance, freedom = own, n - 1
     if shared is not None:
         variance, freedom = (2 * shared.variance + (n - 1) * own) / (n + 1), n + 1
     error = np.where(sd > 0, np.sqrt(variance / n), np.nan)[()]
-    half = stats.t.ppf(1 - alpha / 2, freedom) * error
-    return PairedT(mean, sd, mean - half, mean + half, 2 * stats.t.sf(np.abs(mean) / error, freedom))
+    half = stats.t.ppf(1 - np.asarray(alpha) / 2, freedom) * error
+    p = 2 * stats.t.sf(np.abs(mean) / error, freedom)
+    return PairedT(mean, sd, mean - half, mean + half, p, error, np.full(d.shape[:-1], freedom)[()])
 
 
-def holm(p_values: ArrayLike) -> Floats:
-    """Holm's step-down correction over the last axis: the family-wise error stays at the p values' level."""
+def holm(p_values: ArrayLike, family: int | None = None) -> Floats:
+    """Holm's step-down correction over the last axis: the family-wise error stays at the p values' level.
+
+    Args:
+        p_values: (..., K).
+        family: of how many hypotheses these are the ones that can be tested; K where it is less.
+    """
     p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, axis=-1)
-    steps = np.take_along_axis(p, order, axis=-1) * np.arange(p.shape[-1], 0, -1)
+    most = max(p.shape[-1], family or 0)
+    steps = np.take_along_axis(p, order, axis=-1) * (most - np.arange(p.shape[-1]))
     corrected = np.empty_like(p)
     np.put_along_axis(corrected, order, np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0), axis=-1)
     return corrected
@@ -100,42 +117,78 @@ def sign_flip_p(differences: ArrayLike) -> float:
     return float((np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).mean())
 
 
-# Findings: what interval, corrected p and margin allow to say
+# Findings: what the differences, the margin and the plan allow to say
 
 
-def findings(low: ArrayLike, high: ArrayLike, p_holm: ArrayLike, margin: float | None, level: float) -> Any:
+def looks_of(planned: Iterable[int]) -> tuple[int, ...]:
+    """The planned looks (numbers of seeds) in their order."""
+    return tuple(sorted(set(planned)))
+
+
+def share_of(seeds: int, planned: Iterable[int]) -> float:
+    """The share of the error that a look at so many seeds may spend; the shares of the planned looks add up to 1.
+
+    1 where at most one look is planned. A look between two planned ones spends what has come due since the one
+    before it; one after the last has the last one's share.
+    """
+    looks = looks_of(planned)
+    if len(looks) < 2:
+        return 1.0
+    reached = max(1, min(seeds, looks[-1]))
+    before = max((look for look in looks if look < reached), default=0)
+    return float((reached / looks[-1]) ** 1.5 - (before / looks[-1]) ** 1.5)
+
+
+class Findings(NamedTuple):
+    """What may be said of each arm: text, and the p values for it, to be held against 0.05.
+
+    `p` is corrected for the number of techniques and of looks, `p_none` (that the effect is smaller than the
+    margin) as well; NaN without a margin.
+    """
+
+    found: Any
+    p: Floats
+    p_none: Floats
+
+
+def findings(t: PairedT, margin: float | None, share: ArrayLike = 1.0, family: int | None = None) -> Findings:
     """The verdicts that follow from the numbers alone, as text without the margin's value.
 
-    `helps`, `helps by more`, `helps by less`, the same of `hurts`, `no difference`, `undecided`.
+    `helps`, `helps by more`, `helps by less`, the same of `hurts`, `no difference`, `undecided`. At a share w of
+    the error, of K arms, an arm helps or hurts at 0.05 w / (K - r), with r the arms that do already; it makes no
+    difference larger than the margin, or helps by less, by a one-sided test against the margin at 0.05 w / K
+    (0.025 / K where there is one look). So false findings stay below 6 of 100 tables whatever the effects are:
+    an arm's effect is not both 0 and beyond the margin.
 
     Args:
-        low: lower bounds of the differences in the good direction (positive is better), of any shape.
-        high: upper bounds.
-        p_holm: corrected p values.
-        margin: differences below it do not matter; None: there is no margin.
-        level: what corrected p values must be below.
+        t: of the differences in the good direction (positive is better), (..., K).
+        margin: differences below it do not matter; None: there is none, and nothing is said about it.
+        share: of the error that this look may spend, of each arm or of all.
+        family: the number of techniques, where some of them cannot be tested now.
     """
-    low, high, p = np.broadcast_arrays(*(np.asarray(a, dtype=np.float64) for a in (low, high, p_holm)))
     d = math.nan if margin is None else margin  # comparisons with NaN are false: rules with a margin are off
-    significant, inside = p < level, (-d < low) & (high < d)
-    better = low + high > 0
+    mean, error = np.asarray(t.mean, dtype=np.float64), np.asarray(t.error, dtype=np.float64)
+    w = np.broadcast_to(np.asarray(share, dtype=np.float64), mean.shape)
+    arms = max(mean.shape[-1], family or 0)
+    q = np.asarray(t.p, dtype=np.float64) / w
+    p = holm(q, arms)
+    none = stats.t.sf((d - np.abs(mean)) / error, t.freedom)
+    more = 2 * stats.t.sf((np.abs(mean) - d) / error, t.freedom) / w
+    left = arms - np.argsort(np.argsort(q, axis=-1), axis=-1)  # K - r, where the arm's turn comes
+    p_none = np.minimum(none * arms * np.where(w < 1, 1, 2) / w, 1.0)
+    significant, better, within = p <= ALPHA, mean > 0, p_none <= ALPHA
+    beyond = more * left <= ALPHA
     rules = [
-        (significant & better & (low > d), "helps by more"),
-        (significant & ~better & (high < -d), "hurts by more"),
-        (significant & inside & better, "helps by less"),
-        (significant & inside & ~better, "hurts by less"),
+        (significant & better & beyond, "helps by more"),
+        (significant & ~better & beyond, "hurts by more"),
+        (significant & better & within, "helps by less"),
+        (significant & ~better & within, "hurts by less"),
         (significant & better, "helps"),
         (significant & ~better, "hurts"),
-        (inside, "no difference"),
+        (within, "no difference"),
     ]
     found = np.select([rule for rule, _ in rules], [name for _, name in rules], default="undecided")
-    return found if found.ndim else str(found)
-
-
-def ladder_level(planned: Sequence[int]) -> float:
-    """The level at each of the planned looks (numbers of seeds) that keeps the total error at 5%."""
-    looks = tuple(sorted(set(planned)))
-    return LADDERS.get(looks, ALPHA / max(1, len(looks)))  # of unknown ladders Bonferroni's, which is safe
+    return Findings(found, p, p_none)
 
 
 # Planning: power, needed seeds, detectable effects
@@ -218,7 +271,9 @@ class Interaction(NamedTuple):
     finding: str
 
 
-def interaction(values: Sequence[Floats], error: Callable[[Floats], Floats], sign: int) -> Interaction:
+def interaction(
+    values: Sequence[Floats], error: Callable[[Floats], Floats], sign: int, alpha: float = ALPHA
+) -> Interaction:
     """Whether two techniques help each other, by seed.
 
     Techniques that each take a tenth off the error lose in points without any interaction; so `synergy` and
@@ -228,17 +283,18 @@ def interaction(values: Sequence[Floats], error: Callable[[Floats], Floats], sig
         values: the metric with both techniques, with one, with the other, with neither; (n,) each.
         error: maps the metric to an error above 0, lower is better.
         sign: +1 where a higher metric is better, else -1.
+        alpha: the intervals cover `1 - alpha`.
     """
     both, one, other, neither = values
-    points = paired_t(sign * (both - one - other + neither))
+    points = paired_t(sign * (both - one - other + neither), alpha)
     errors = [error(a) for a in values]
     if all((e > 0).all() for e in errors):
         b, o, t, n = (-np.log(e) for e in errors)
-        logs = paired_t(b - o - t + n)
+        logs = paired_t(b - o - t + n, alpha)
     else:
         logs = paired_t(np.empty(0))
     best = one if sign * (one.mean() - other.mean()) >= 0 else other
-    together = paired_t(sign * (both - best))
+    together = paired_t(sign * (both - best), alpha)
     if not math.isfinite(points.low):
         finding = "cannot say"
     elif points.low > 0 and logs.low > 0:
@@ -262,7 +318,8 @@ def new_images(technique: NDArray[np.bool_], baseline: NDArray[np.bool_], alpha:
     """The mean difference in accuracy with an interval for new images of the same kind.
 
     The runs' variance, plus that of the images: the variance over images of the mean over seeds of the
-    difference, less what the seeds themselves bring to it.
+    difference, less what the seeds themselves bring to it. Where nothing is left of it, the interval is that of the
+    runs: so few seeds cannot tell the images' share.
 
     Args:
         technique: (n, N) whether run s was right on image i, paired by seed with `baseline`.
@@ -281,7 +338,7 @@ def new_images(technique: NDArray[np.bool_], baseline: NDArray[np.bool_], alpha:
     error = math.sqrt(float(plain.sd) ** 2 / n + image_variance / images)
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(plain.mean) / error, n - 1))
-    return PairedT(plain.mean, plain.sd, plain.mean - half, plain.mean + half, p)
+    return PairedT(plain.mean, plain.sd, plain.mean - half, plain.mean + half, p, error, n - 1)
 
 
 def mcnemar(technique: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> float:

@@ -156,6 +156,91 @@ def test_time_left_is_that_of_the_arms_own_runs_else_of_its_kind(tmp_path: Path)
     assert measured.seconds(planned) is None
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_dry_run_knows_that_sam_takes_two_passes(
+    cli: Callable[..., Outcome], tmp_path: Path, recorded: bool
+) -> None:
+    """From a finished run of the plain arm: SAM's takes twice as long, every fifth step of it a fifth longer."""
+    assert cli(*TINY, "trainer.max_epochs=1").status == 0
+    (run,) = runs_in(tmp_path)
+    summary = summary_of(run)
+    assert summary["passes"] == 1
+    if not recorded:
+        del summary["passes"]
+    (run / "summary.json").write_text(json.dumps({**summary, "elapsed_s": 20.0}))
+    out = cli(
+        "-m", *TINY, "trainer.max_epochs=1", "technique=baseline,sam,sam_every_5", "seed=1", "dry_run=true"
+    ).out
+    times = {line.split()[0]: line.split()[-2] for line in out.splitlines() if line.endswith(" s")}
+    assert times == {"baseline": "20", "sam": "40", "sam_every_5": "24"}, out
+
+
+def compile_settled(folder: Path, on: bool | None, automatic: bool = True) -> Planned:
+    planned = planned_run(folder, model={"compile": bool(on)})
+    planned.job.facts["resolved"] = [f"compile {'on' if on else 'off'}"] if automatic else []  # type: ignore[union-attr, index]
+    return planned
+
+
+@pytest.mark.parametrize(
+    ("automatic", "typed", "again"),
+    [
+        ([True, False, True], [], [0, 2]),
+        ([True, True], [False], []),
+        ([False], [True], []),
+        ([], [True, False], []),
+    ],
+)
+def test_compile_is_settled_once_a_sweep(
+    tmp_path: Path, automatic: list[bool], typed: list[bool], again: list[int]
+) -> None:
+    """Off for all where it came out on for some only; what was typed stays."""
+    planned = [compile_settled(tmp_path / f"a{i}", on) for i, on in enumerate(automatic)]
+    planned += [compile_settled(tmp_path / f"t{i}", on, automatic=False) for i, on in enumerate(typed)]
+    off = planned_run(tmp_path / "off")
+    asked: list[list[str]] = []
+    settled = list(planning._compiled_alike(planned, lambda overrides: asked.append(overrides) or off))
+    assert asked == [["model.compile=false"]] * len(again)
+    assert [i for i, one in enumerate(settled) if one is off] == again
+
+
+def test_runs_that_differ_by_compile_are_not_of_one_kind() -> None:
+    from lab.experiment import kind
+
+    eager = yaml.safe_load((ROOT / "tests/recorded_runs/plain/config.yaml").read_text())
+    compiled = {**eager, "model": {**eager["model"], "compile": True}}
+    assert kind(compiled) != kind(eager)
+
+
+def test_step_times_of_compiled_runs_are_not_compared_with_others(tmp_path: Path) -> None:
+    def run(name: str, seconds: float, compiled: bool) -> RunDirectory:
+        directory = RunDirectory(tmp_path / name)
+        directory.record({"model": {"compile": compiled}}, [])
+        directory.update_summary(wall_time_s=seconds, steps=100, device="gpu")
+        return directory
+
+    pairs = [(run("a", 10, False), run("b", 5, True)), (run("c", 10, True), run("d", 20, True))]
+    assert sweeps.step_time_ratio(pairs) == pytest.approx((2.0, 2.0))
+    assert sweeps.step_time_ratio(pairs[:1]) is None
+
+
+def test_equal_time_that_adds_no_rival_says_why(tmp_path: Path) -> None:
+    def finished(arm: str, seed: int, seconds: float, device: str = "gpu") -> Planned:
+        planned = planned_run(tmp_path / f"{arm}-{seed}", seed=seed)
+        planned.job.facts["arm"], planned.state = arm, "finished"  # type: ignore[union-attr, index]
+        planned.job.run.record({}, [])  # type: ignore[union-attr]
+        planned.job.run.update_summary(wall_time_s=seconds, steps=100, device=device)  # type: ignore[union-attr]
+        return planned
+
+    options = SweepOptions(baseline="baseline", equal_time=True)
+    planned = [finished("baseline", s, 10) for s in (0, 1)]
+    assert sweeps.why_none(planned, options) == "no arm but baseline has finished"
+    planned += [finished("mixup", s, 10.2) for s in (0, 1)] + [finished("sam", 0, 20, "another")]
+    assert sweeps.rivals(lambda overrides: None, planned, options) == {}  # type: ignore[arg-type, return-value]
+    why = sweeps.why_none(planned, options)
+    assert "no arm's steps surely take over 1.05 times as long: mixup 1.02 (at least 1.02)" in why
+    assert "no pair of finished runs on one device, compiled alike, of sam" in why
+
+
 def test_trackers_group_a_sweeps_runs_by_arm_and_design(tmp_path: Path) -> None:
     from lab.tasks import logger_facts
 
