@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from augmentation.mixing import Mix, check_mixes_classes, class_probabilities, mixing_partners
 from crucible.batch import Batch
+from crucible.corrections import rounded_targets
 from crucible.keyed import stream_key
 from crucible.options import ConfigError
 from crucible.seams import Seam, insert_seams
@@ -25,6 +26,7 @@ class ManifoldMixup(Technique):
         "manifold_mixup_alpha": ("manifold_mixup",),
         "manifold_mixup_layers": ("manifold_mixup",),
     }
+    corrections: ClassVar = (rounded_targets("model.manifold_mixup"),)
 
     manifold_mixup: Annotated[
         bool, "mix pairs of samples at a layer drawn for each batch (arXiv 1806.05236)"

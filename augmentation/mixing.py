@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from crucible.batch import Batch
-from crucible.corrections import Correction, option_is
+from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.options import ConfigError
 from crucible.technique import BatchStage, Setting, Step, Technique
@@ -34,6 +34,8 @@ class Mix(Technique):
             "pasted .178 in the mean, and .298 as published (of benchmarks/results, technique_cost.md has it, whose "
             "times do not depend on a box's size)",
         ),
+        rounded_targets("model.mixup"),
+        rounded_targets("model.cutmix_alpha"),
     )  # fmt: skip
 
     mixup: Annotated[bool, "mix pairs of samples (arXiv 1710.09412)"] = False

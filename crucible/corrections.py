@@ -37,6 +37,17 @@ def option_is(option: str, *values: Any) -> Callable[[Mapping[str, Any]], bool]:
     return concerns
 
 
+def rounded_targets(option: str) -> Correction:
+    """Of the float targets that an option brings in, or a value of it: they had the precision of the weights."""
+    name, _, value = option.partition("=")
+    is_on = option_is(name, value) if value else option_is(name)
+    return Correction(
+        "trainer.precision", 2,
+        lambda config: select(config, "trainer.precision") in HALF_PRECISION and is_on(config),
+        "float targets were rounded to the weights' dtype",
+    )  # fmt: skip
+
+
 def versions_of(corrections: Iterable[Correction], config: Mapping[str, Any]) -> dict[str, int]:
     """`{option: version}` of the numbers of a configuration; an option without a correction has none."""
     found: dict[str, int] = {}

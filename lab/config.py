@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from crucible.configuration import Config, find_target, select
-from crucible.corrections import HALF_PRECISION, Correction, option_is
+from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
 from crucible.options import (
@@ -34,13 +34,6 @@ from norms import Norm
 from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 
-def _targets_were_rounded(config: Mapping[str, Any]) -> bool:
-    model = config["model"]
-    mixed = model.get("mixup") or model.get("cutmix_alpha") or model.get("manifold_mixup")
-    rounded = select(config, "trainer.precision") in HALF_PRECISION
-    return rounded and bool(mixed or config["data"]["task"] == "regression")
-
-
 def _is_limited(split: str) -> Callable[[Mapping[str, Any]], bool]:
     def concerns(config: Mapping[str, Any]) -> bool:
         trainer = config["trainer"]
@@ -51,9 +44,8 @@ def _is_limited(split: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _has_two_lengths(config: Mapping[str, Any]) -> bool:
-    trainer, model = config["trainer"], config["model"]
-    by_length = model.get("scheduler") is not None or model.get("swa_start") is not None
-    return by_length and (trainer["max_epochs"] or -1) > 0 and trainer["max_steps"] > 0
+    trainer, scheduler = config["trainer"], config["model"].get("scheduler")
+    return scheduler is not None and (trainer["max_epochs"] or -1) > 0 and trainer["max_steps"] > 0
 
 
 def _may_cut_an_epoch(config: Mapping[str, Any]) -> bool:
@@ -72,10 +64,8 @@ def _accumulates(config: Mapping[str, Any]) -> bool:
 # of what the trainer and the lengths of a run make of it
 CORRECTIONS: tuple[Correction, ...] = (
     Correction("ckpt_path", 2, option_is("ckpt_path"), "the state's rates, schedule and decay stood for those typed"),
-    Correction(
-        "trainer.precision", 2, _targets_were_rounded, "float targets were rounded to the weights' dtype"
-    ),
-    Correction("trainer.max_steps", 2, _has_two_lengths, "schedule and SWA went by max_epochs, whichever ended first"),
+    rounded_targets("data.task=regression"),
+    Correction("trainer.max_steps", 2, _has_two_lengths, "the schedule went by max_epochs, whichever ended first"),
     Correction("trainer.max_time", 2, _may_cut_an_epoch, "an epoch that was cut had the training values of the last"),
     Correction(
         "trainer.accumulate_grad_batches", 2, _accumulates,
@@ -144,8 +134,8 @@ NEEDED = (
     Needed("trainer.min_steps", _can_end_early, "trainer.max_time or a callback, to end the training before"),
     Needed(
         "model.lr_interval",
-        lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart", "swa_lr", "stages")),
-        "model.scheduler, model.warmstart or model.swa_lr: the rate never changes", "epoch",
+        lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart")) or step_of(config).schedule,
+        "model.scheduler, model.warmstart, or a technique that sets the rate: it never changes", "epoch",
     ),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
 )  # fmt: skip

@@ -256,7 +256,8 @@ class Examiner:
             "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
             "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),
             "techniques": sorted(config.get("techniques") or {}), "kind": kind(config), "resolved": settled,
-            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names, "passes": passes(config),
+            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names,
+            "passes": passes(config),
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep

@@ -5,33 +5,29 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from crucible.batch import Batch
 from crucible.keyed import stream_key
-from crucible.machine import widened
-from crucible.metrics import build_metrics, remarks, scalars
+from crucible.metrics import build_metrics
 from crucible.options import ConfigError, option_names, read_options, suggest
 from crucible.sums import Sums
-from crucible.technique import BatchStage, Setting, Weights, assemble, check_techniques, read_techniques
+from crucible.technique import BatchStage, Setting, assemble, check_techniques, read_techniques
 from losses import LossOptions, evaluation_criterion
+from models.evaluation import EvaluatedModel
 from models.techniques import technique_kinds
-from norms import exclude_streams_from_broadcast, share_buffers
+from norms import exclude_streams_from_broadcast
 from optimizers import OptimizerOptions, build_optimizer
-from optimizers.accumulation import restore_window, save_window
-from optimizers.schedules import ScheduleOptions, build_scheduler, place, training_length
+from optimizers.accumulation import group_factor, restore_window, save_window
+from optimizers.schedules import ScheduleOptions, build_scheduler, resume_schedule, training_length
 
 log = logging.getLogger("crucible")
 
 BASICS = (LossOptions, OptimizerOptions, ScheduleOptions)  # options that no training is without
-Stage = Literal["train", "val", "val_raw", "test"]
 
 
 def _own_share(sums: list[float], trainer: Any) -> list[float]:
@@ -42,7 +38,7 @@ def _own_share(sums: list[float], trainer: Any) -> list[float]:
     return [sum(part) for part in zip(*each, strict=True)] if trainer.is_global_zero else [0.0] * 3
 
 
-class BaseModel(LightningModule):
+class BaseModel(EvaluatedModel):
     """What every model shares; a family sets `self.model` and, where it needs more, defines `forward`.
 
         class MyNet(BaseModel):
@@ -131,11 +127,6 @@ class BaseModel(LightningModule):
     def forward(self, input: Tensor) -> Tensor:
         """`(N, C, *spatial)` float to `(N, num_outputs)`."""
         return self.model(input)
-
-    def outputs(self, input: Tensor) -> Tensor:
-        """Logits `(N, K)`, or predictions `(N,)` for regression."""
-        out = self(input)
-        return out if self.task == "classification" else out.flatten()
 
     def convert(self) -> None:
         """Let techniques change the network; before weights are drawn or loaded, and once.
@@ -237,27 +228,7 @@ class BaseModel(LightningModule):
         self._logged = False
         if state:
             restore_window(self, state)
-            self._place_schedule(state)
-
-    def _place_schedule(self, state: dict[str, Any]) -> None:
-        """The rates that this configuration has where the state ended."""
-        trainer = self.trainer
-        epoch: Any = trainer.fit_loop.epoch_progress.current
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        batches = progress.processed
-        done, inside = trainer.current_epoch, epoch.started > epoch.processed
-        if inside and batches >= trainer.num_training_batches:  # saved while its validation ran
-            done, inside = done + 1, False
-        steps = trainer.global_step
-        if (
-            state.get("steps_per_epoch", self.steps_per_epoch) != self.steps_per_epoch
-        ):  # batches of another size
-            steps = done * self.steps_per_epoch + (
-                batches // trainer.accumulate_grad_batches if inside else 0
-            )
-        for known in trainer.lr_scheduler_configs:
-            if isinstance(known.scheduler, LambdaLR):
-                place(known.scheduler, steps if known.interval == "step" else done)
+            resume_schedule(self.trainer, state, self.steps_per_epoch)
 
     def on_train_epoch_start(self) -> None:
         self._sums["train"] = Sums(self.task, self.device)
@@ -290,13 +261,8 @@ class BaseModel(LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        # Lightning divides by accumulate_grad_batches, also where an epoch ends before a group of them is whole
-        group = self.trainer.accumulate_grad_batches
-        if group > 1:
-            batches = self.trainer.num_training_batches
-            left = batches % group
-            if self._batch_number() > batches - left:
-                loss = loss * (group / left)
+        if self.trainer.accumulate_grad_batches > 1:
+            loss = loss * group_factor(self.trainer, self._batch_number())
         super().backward(loss, *args, **kwargs)
 
     def optimizer_step(
@@ -382,87 +348,3 @@ class BaseModel(LightningModule):
             state = {k.removeprefix("model."): v for k, v in checkpoint["averaged_state_dict"].items()}
             for weights in self.step.weights:
                 weights.load_state_dict(state, updates, checkpoint.get("average_sums", {}))
-
-    # Evaluation: plain loss, exact over ranks; of the weights that ship
-
-    @property
-    def _evaluated_stages(self) -> tuple[Stage, ...]:
-        return ("val", "test", "val_raw") if self.step.weights else ("val", "test")
-
-    @property
-    def _shipped(self) -> Weights | None:
-        return next((weights for weights in self.step.weights if weights.active), None)
-
-    def _with_shipped(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._shipped is None else self._shipped.applied()
-
-    def _make_fit(self) -> None:
-        """Before whatever evaluates or ships the weights: the same buffers in all processes, shipped ones fresh."""
-        share_buffers(self.model)
-        if (weights := self._shipped) is not None:
-            with weights.applied():
-                share_buffers(self.model)
-                weights.refresh(self)
-
-    def on_validation_epoch_start(self) -> None:
-        self._make_fit()
-        for stage in self._evaluated_stages:
-            self._sums[stage] = Sums(self.task, self.device)
-
-    def on_predict_epoch_start(self) -> None:
-        self._make_fit()
-
-    def on_test_epoch_start(self) -> None:
-        self._make_fit()
-        self._sums["test"] = Sums(self.task, self.device)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Returns `logits` (N, K) or (N,), `target` (N,) and `index` (N,), for the callbacks."""
-        if self._shipped is not None:
-            self._evaluate(batch, "val_raw")
-        with self._with_shipped():
-            return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """As `validation_step`."""
-        with self._with_shipped():
-            return self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
-        logits = widened(self.outputs(batch.input))
-        self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
-        scores = logits.softmax(dim=1) if self.task == "classification" else logits
-        self.metrics[f"{stage}_metrics"].update(scores, batch.target, logits=logits)  # type: ignore[operator]
-        return {"logits": logits, "target": batch.target, "index": batch.index}
-
-    def on_validation_epoch_end(self) -> None:
-        for stage in self._evaluated_stages:
-            if stage != "test":
-                self._log_evaluation(stage)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: Stage) -> None:
-        metrics = self.metrics[f"{stage}_metrics"]
-        class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
-        values = {"loss": self._sums[stage].means(self.trainer)["loss"]}
-        values |= scalars(metrics.compute(), class_names)  # type: ignore[operator]
-        if self.trainer.is_global_zero:
-            for remark in remarks(metrics, class_names):  # type: ignore[arg-type]
-                if (said := f"{stage}: {remark}") not in self._said:
-                    self._said.add(said)
-                    log.warning("%s", said)
-        metrics.reset()  # type: ignore[operator]
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32 or wider."""
-        with self._with_shipped():
-            logits = widened(self.outputs(batch.input))
-        scores = logits.softmax(dim=1) if self.task == "classification" else logits
-        return {"scores": scores, "target": batch.target, "index": batch.index}
-
-    def running_metrics(self) -> dict[str, float]:
-        """This rank's means of the epoch so far. Waits for the device: call it rarely."""
-        return {k: float(v) for k, v in self._sums["train"].means().items()}

@@ -29,6 +29,20 @@ def _place_in_the_epoch(trainer: Any) -> int:
     return batches.processed if inside else 0
 
 
+def group_factor(trainer: Any, batch: int) -> float:
+    """What makes the gradient of an epoch's last group of batches a mean where the group is not whole; else 1.
+
+    Lightning divides by `accumulate_grad_batches` there too.
+
+    Args:
+        trainer: that trains.
+        batch: the number of the batch in its epoch, from 1.
+    """
+    group, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    left = batches % group
+    return group / left if batch > batches - left else 1.0
+
+
 def save_window(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Add to a training state the gradients that each process has summed, as they are before the exchange.
 

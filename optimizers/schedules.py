@@ -207,6 +207,27 @@ def _named(epochs: float) -> str:
     return f"the training's {epochs:.4g} epochs (trainer.max_epochs, trainer.max_steps)"
 
 
+def resume_schedule(trainer: Any, state: Mapping[str, Any], steps_per_epoch: int) -> None:
+    """Set the rates that this configuration has where a training state ended.
+
+    Args:
+        trainer: at the start of its training, its progress restored.
+        state: of which `steps_per_epoch` counts, where batches had another size.
+        steps_per_epoch: of this training.
+    """
+    epoch = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    done, inside = trainer.current_epoch, epoch.started > epoch.processed
+    if inside and batches >= trainer.num_training_batches:  # saved while its validation ran
+        done, inside = done + 1, False
+    steps = trainer.global_step
+    if state.get("steps_per_epoch", steps_per_epoch) != steps_per_epoch:
+        steps = done * steps_per_epoch + (batches // trainer.accumulate_grad_batches if inside else 0)
+    for known in trainer.lr_scheduler_configs:
+        if isinstance(known.scheduler, LambdaLR):
+            place(known.scheduler, steps if known.interval == "step" else done)
+
+
 def place(scheduler: LambdaLR, count: int) -> None:
     """Set the rates as they are after `count` epochs or steps of the configured schedule, whatever was loaded."""
     groups = scheduler.optimizer.param_groups
