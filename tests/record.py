@@ -2,7 +2,7 @@
 
     export PYTHONPATH=.:tests OMP_NUM_THREADS=1
     python tests/record.py write tests/recorded.json     # all of it; before the first move
-    python tests/record.py compare tests/recorded.json   # after the last
+    python tests/record.py compare tests/recorded.json   # after the last; what a correction changes is written anew
 
 Each trained case is six steps on digits of one technique or of a drawn pair, in fp32 and bf16: a hash of weights,
 averages and optimizer state, and their norms. Hashes hold on one kind of machine and one version of torch, norms

@@ -29,6 +29,7 @@ from crucible.measures import Auroc, log_odds
 from crucible.metrics import CORRECTIONS, METRICS, build_metrics, remarks, scalars
 from crucible.sums import Sums
 from lab import config as checking
+from models.techniques import TECHNIQUES
 
 NAMES = {task: [row.name for row in METRICS if row.task == task] for task in ("classification", "regression")}
 LOGGED = {row.name: row.logged for row in METRICS}
@@ -301,7 +302,8 @@ def test_only_runs_whose_metrics_were_wrong_are_other_runs(
 )
 def test_only_runs_whose_targets_were_rounded_are_other_runs(model, task, precision, concerned) -> None:
     config = {"model": model, "data": {"task": task}, "trainer": {"precision": precision}}
-    own = [c for c in checking.CORRECTIONS if c.option == "trainer.precision"]
+    corrections = [*checking.CORRECTIONS, *(c for kind in TECHNIQUES for c in kind.corrections)]
+    own = [c for c in corrections if c.option == "trainer.precision"]
     assert versions_of(own, config) == ({"trainer.precision": 2} if concerned else {})
 
 
