@@ -10,6 +10,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from crucible.configuration import find_target
@@ -94,12 +95,19 @@ def exempt_parameters(module: nn.Module) -> set[nn.Parameter]:
     """What networks exempt from weight decay themselves: class tokens, position embeddings, tables of biases.
 
     By the method of timm's networks, `no_weight_decay()`: names of parameters, with wildcards. Of networks within one
-    another the outermost that has it speaks.
+    another the outermost that has it speaks; a part of a network does not, though some layers of timm have the method.
     """
-    if callable(names := getattr(module, "no_weight_decay", None)):
+    return _exempt(module, within=False)
+
+
+def _exempt(module: nn.Module, within: bool) -> set[nn.Parameter]:
+    is_network = not within or hasattr(module, "num_classes")
+    if is_network and callable(names := getattr(module, "no_weight_decay", None)):
         patterns = list(names())
         return {p for name, p in module.named_parameters() if any(fnmatch(name, each) for each in patterns)}
-    return {p for child in module.children() for p in exempt_parameters(child)}
+    holds_networks = isinstance(module, (LightningModule, nn.ModuleDict, nn.ModuleList))
+    within = within or not holds_networks
+    return {p for child in module.children() for p in _exempt(child, within)}
 
 
 def decay_by_layer(module: nn.Module, groups: Groups, decay: float) -> Groups:
