@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Outcome, runs_in
+from conftest import TINY, Outcome, nightly, runs_in
 
 import report
 from lab import sweeps
@@ -65,7 +65,9 @@ SWEPT: Mapping[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("swept", SWEPT)
+@pytest.mark.parametrize(
+    "swept", ["techniques", "options", *nightly("a design", "a list and a text", "folds")]
+)
 def test_the_commands_of_the_page_make_the_runs_of_the_page(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: None, swept: str
 ) -> None:
