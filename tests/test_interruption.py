@@ -118,6 +118,31 @@ def test_a_crash_is_recorded_with_its_reason(cli, tmp_path: Path) -> None:
     assert not (run / "claim").exists()
 
 
+@pytest.mark.parametrize("limit", [3, 1.0])
+def test_a_crash_in_the_first_batch_of_an_epoch_loses_no_step(cli, tmp_path: Path, limit: float) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "late_bomb.py").write_text(
+        "from pathlib import Path\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Bomb(Callback):\n"
+        "    def on_train_batch_start(self, trainer, *rest):\n"
+        "        if trainer.current_epoch == 2 and Path('bomb').exists():\n"
+        "            raise RuntimeError('the roof is on fire')\n"
+    )
+    command = [*TINY, "trainer.max_epochs=4", f"trainer.limit_train_batches={limit}"]
+    command += ["user_dir=mine", "+callbacks.bomb._target_=late_bomb.Bomb"]
+    assert cli(*command, "exp_dir=whole").status == 0
+    (tmp_path / "bomb").touch()
+    assert cli(*command, "exp_dir=stopped").status == 1
+    (tmp_path / "bomb").unlink()
+    assert cli(*command, "exp_dir=stopped").status == 0
+    (whole,), (stopped,) = runs_in(tmp_path / "whole"), runs_in(tmp_path / "stopped")
+    assert equal(weights(whole), weights(stopped))
+    rows = [(run / "metrics.csv").read_text().splitlines() for run in (whole, stopped)]
+    assert [len(table) for table in rows] == [5, 5]
+
+
 def test_the_next_run_of_a_process_writes_nothing_into_the_log_of_the_one_before(cli, tmp_path: Path) -> None:
     assert cli(*TINY).status == 0
     (first,) = runs_in(tmp_path)
