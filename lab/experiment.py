@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from crucible import configuration, metrics
 from crucible.configuration import Config, find_target, flatten, is_semantic
-from crucible.corrections import versions_of
+from crucible.corrections import Correction, versions_of
 from crucible.files import absolute
 from crucible.handover import received
 from crucible.loggers import check_loggers
@@ -110,8 +110,8 @@ def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | 
     return " ".join(parts) or "baseline"
 
 
-def corrected(config: Config) -> dict[str, int]:
-    """`{option: version}` of the numbers of this configuration that have been corrected."""
+def _corrections(config: Config) -> list[Correction]:
+    """All that stand with what this configuration has."""
     model, module = config["model"], config["data"]["module"]
     owners = [
         *BASICS,
@@ -120,7 +120,28 @@ def corrected(config: Config) -> dict[str, int]:
         find_target(module["_target_"], "data.module._target_"),
     ]
     own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
-    return versions_of([*own, *metrics.CORRECTIONS, *checking.CORRECTIONS], config)
+    return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]
+
+
+def corrected(config: Config) -> dict[str, int]:
+    """`{option: version}` of the numbers of this configuration that have been corrected."""
+    return versions_of(_corrections(config), config)
+
+
+def check_goes_on(run: RunDirectory, config: Config) -> None:
+    """A run that was begun with other numbers does not go on with these: it would be neither.
+
+    Raises:
+        ConfigError: saying what has been corrected.
+    """
+    begun = run.summary().get("corrected") or {}
+    for correction in _corrections(config):
+        if correction.concerns(config) and begun.get(correction.option, 1) < correction.version:
+            raise ConfigError(
+                f"run={run.path}: {correction.option} has been corrected since it was begun: {correction.what}; "
+                "the command that made it starts it anew",
+                see="CHANGELOG.md",
+            )
 
 
 def identity(

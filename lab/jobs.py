@@ -40,7 +40,7 @@ from crucible.run import Held, RunDirectory
 from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
-from lab.experiment import Examiner, Job, quiet_lightning
+from lab.experiment import Examiner, Job, check_goes_on, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.summary import print_summary
 
@@ -111,6 +111,8 @@ def start(run: RunDirectory, config: Config) -> int:
             _say(f"{run.path}: finished before ({headline(summary.get('final', {}))}{by}); {again}")
             _warn_of_other_code(run)
         return 0
+    if not is_child_rank():
+        check_goes_on(run, config)
     if externally_launched():
         return execute(run, config)
     if world_size(config["trainer"]) > 1 and not received().does_the_work:

@@ -52,6 +52,31 @@ def test_a_correction_is_another_run_and_stands_in_its_summary(
     assert after["plain"] == before["plain"] and after["smooth"] != before["smooth"]
 
 
+def test_a_run_does_not_go_on_across_a_correction(cli, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "halfway.py").write_text(
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Halfway(Callback):\n"
+        "    def on_train_epoch_start(self, trainer, module):\n"
+        "        if trainer.current_epoch == 1:\n"
+        "            raise RuntimeError('stop here')\n"
+    )
+    command = [*TINY, "model.label_smoothing=0.1", "trainer.max_epochs=2", "user_dir=mine"]
+    assert cli(*command, "+callbacks.halfway._target_=halfway.Halfway").status == 1
+    (run,) = runs_in(tmp_path)
+    owner = next(kind for kind in TECHNIQUES if "label_smoothing" in kind.__dataclass_fields__)
+    correction = Correction("model.label_smoothing", 2, option_is("model.label_smoothing"), "it was wrong")
+    monkeypatch.setattr(owner, "corrections", (correction,))
+    state = (run / "checkpoints" / "last.ckpt").read_bytes()
+    refused = cli(f"run={run}")
+    assert refused.status == 2 and len(refused.err.strip().splitlines()) == 1
+    assert "model.label_smoothing has been corrected since it was begun: it was wrong" in refused.err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == state
+    assert cli(*command, "+callbacks.halfway._target_=halfway.Halfway").status == 1
+    assert len(runs_in(tmp_path)) == 2, "the same command is another run"
+
+
 def test_a_report_refuses_to_pair_runs_of_different_versions(tmp_path, capsys) -> None:
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", BASE[:3], settings={"model.mixup": True})
