@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from crucible.options import ConfigError
+from crucible.training import watched
 
 NAMES = ("norm", "mean", "max", "var")
 PREFIXES = {"train": "logits", "val": "val/logits", "test": "test/logits"}
@@ -159,7 +160,7 @@ class LogitStats(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._hook = pl_module.register_forward_hook(self._after_forward)
-        wanted: list[Any] = pl_module.epoch_values  # type: ignore[assignment]
+        wanted = watched(pl_module).epoch_values
         values = partial(self._epoch_values, trainer, pl_module)
         wanted.append(values)
         self._no_values = partial(wanted.remove, values)

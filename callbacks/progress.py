@@ -16,6 +16,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from crucible.training import watched
+
 REDRAW_S = 0.1
 _SECOND = ("acc", "mae", "mse", "r2")
 
@@ -85,19 +87,19 @@ class Progress(ProgressBar):
             self._steps += 1
             if self._steps % self.refresh_rate == 0 and self._due():
                 self._first_step = batch_idx + 1 - self._steps
-                values = pl_module.running_metrics()  # type: ignore[operator]
+                values = watched(pl_module).running_metrics()
                 self._redraw(f"{_metrics(values)} lr {self._rate:.3g}  ", trainer.world_size)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
-        pl_module.log_training()  # type: ignore[operator]  # of an epoch that was cut, say
+        watched(pl_module).log_training()  # of an epoch that was cut, say
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}
         parts = [_epoch_title(trainer, pl_module), _split(values, "train")]
         if self._validated:
             parts.append(_split(values, "val"))
         parts += [f"lr {self._rate:.3g}", self._speed(trainer.world_size)]
-        done, epochs = trainer.current_epoch + 1, float(pl_module.epochs)  # type: ignore[arg-type]
+        done, epochs = trainer.current_epoch + 1, watched(pl_module).epochs
         if done < epochs < math.inf:
             an_epoch = (time.monotonic() - self._fit_started) / (done - self._first_epoch)
             parts.append(f"left {_clock(an_epoch * (epochs - done))}")
@@ -246,7 +248,7 @@ def _live_line() -> RichProgress:
 
 
 def _epoch_title(trainer: Trainer, pl_module: LightningModule) -> str:
-    number, epochs = str(trainer.current_epoch + 1), float(pl_module.epochs)  # type: ignore[arg-type]
+    number, epochs = str(trainer.current_epoch + 1), watched(pl_module).epochs
     if math.isinf(epochs):
         return f"epoch {number}"
     last = math.ceil(epochs)

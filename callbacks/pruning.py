@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from crucible.training import watched
+
 if TYPE_CHECKING:
     import optuna
 
@@ -89,7 +91,7 @@ class Pruning(Callback):
                     "ignore"
                 )  # an epoch that is trained again after a resume was reported before
                 self._trial.report(float(trainer.callback_metrics[self._metric]), trainer.current_epoch)
-            last = trainer.current_epoch + 1 >= pl_module.epochs  # type: ignore[operator]
+            last = trainer.current_epoch + 1 >= watched(pl_module).epochs
             prune = not last and self._trial.should_prune()
         if trainer.strategy.reduce_boolean_decision(prune, all=False):
             raise Pruned(f"pruned after epoch {trainer.current_epoch + 1}: worse than earlier trials were")

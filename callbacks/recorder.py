@@ -17,6 +17,7 @@ from torch import Tensor
 from callbacks.checkpoints import Checkpoints
 from crucible import private
 from crucible.run import RunDirectory
+from crucible.training import watched
 from norms import own_streams, set_own_streams
 
 
@@ -95,7 +96,7 @@ class Recorder(Callback):
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_training()  # type: ignore[operator]  # of an epoch that was cut, say
+        watched(pl_module).log_training()  # of an epoch that was cut, say
         # Lightning keeps the values of an earlier epoch's validation
         fresh = ("train/", "logits/", *(("val/", "val_raw/") if self._validated else ()))
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from crucible.batch import Batch
 from crucible.machine import widened
@@ -84,8 +85,11 @@ class EvaluatedModel(LightningModule):
         logits = widened(self.outputs(batch.input))
         self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
-        self.metrics[f"{stage}_metrics"].update(scores, batch.target, logits=logits)  # type: ignore[operator]
+        self._metrics(stage).update(scores, batch.target, logits=logits)
         return {"logits": logits, "target": batch.target, "index": batch.index}
+
+    def _metrics(self, stage: Stage) -> MetricCollection:
+        return cast(MetricCollection, self.metrics[f"{stage}_metrics"])
 
     def on_validation_epoch_end(self) -> None:
         for stage in self._evaluated_stages:
@@ -96,16 +100,16 @@ class EvaluatedModel(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: Stage) -> None:
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics = self._metrics(stage)
         class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
         values = {"loss": self._sums[stage].means(self.trainer)["loss"]}
-        values |= scalars(metrics.compute(), class_names)  # type: ignore[operator]
+        values |= scalars(metrics.compute(), class_names)
         if self.trainer.is_global_zero:
-            for remark in remarks(metrics, class_names):  # type: ignore[arg-type]
+            for remark in remarks(metrics, class_names):
                 if (said := f"{stage}: {remark}") not in self._said:
                     self._said.add(said)
                     log.warning("%s", said)
-        metrics.reset()  # type: ignore[operator]
+        metrics.reset()
         self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -177,10 +177,6 @@ def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Compari
             p_mcnemar = s.mcnemar(technique[0], baseline[0])
         elif not math.isnan(t.low):
             images = s.new_images(technique, baseline, level)
-            if (
-                images.error <= s.paired_t(differences).error
-            ):  # the images' share cannot be told: not estimable
-                images = images._replace(low=math.nan, high=math.nan, p=math.nan)
     varies = len(pairs) >= 10 and mine.std() > 0 and theirs.std() > 0
     return Comparison(
         arm=arm.name,

@@ -318,8 +318,8 @@ def new_images(technique: NDArray[np.bool_], baseline: NDArray[np.bool_], alpha:
     """The mean difference in accuracy with an interval for new images of the same kind.
 
     The runs' variance, plus that of the images: the variance over images of the mean over seeds of the
-    difference, less what the seeds themselves bring to it. Where nothing is left of it, the interval is that of the
-    runs: so few seeds cannot tell the images' share.
+    difference, less what the seeds themselves bring to it. Where nothing is left of it, so few seeds cannot tell the
+    images' share: interval and p are NaN, not estimable.
 
     Args:
         technique: (n, N) whether run s was right on image i, paired by seed with `baseline`.
@@ -335,6 +335,8 @@ def new_images(technique: NDArray[np.bool_], baseline: NDArray[np.bool_], alpha:
     total, squares = d.sum(axis=0, dtype=np.int32), np.abs(d).sum(axis=0, dtype=np.int32)
     within = ((squares - total**2 / n) / (n - 1)).mean()
     image_variance = max(0.0, float((total / n).var(ddof=1) - within / n))
+    if not image_variance:
+        return plain._replace(low=math.nan, high=math.nan, p=math.nan)
     error = math.sqrt(float(plain.sd) ** 2 / n + image_variance / images)
     half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(plain.mean) / error, n - 1))

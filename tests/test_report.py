@@ -775,6 +775,26 @@ def test_an_older_test_of_other_images_is_told_by_the_images(tmp_path):
     assert "test.json is of other data than the run's" in text
 
 
+def test_an_interval_for_new_images_that_cannot_be_told_is_called_so(tmp_path):
+    gained_by = np.repeat([0, 1, 2], [50, 100, 150])
+    for seed in range(3):
+        for arm in ("baseline", "mixup"):
+            right = np.arange(600) < 300
+            right[300:] = (gained_by == seed) if arm == "mixup" else False
+            run = make_run(tmp_path, arm, seed, float(right.mean()))
+            blocks = np.stack([np.full(15, 40), np.full(15, 20), np.full(15, 20)])
+            np.savez(
+                run / "test_correct.npz",
+                correct=np.packbits(right),
+                count=600,
+                samples="own",
+                calibration=blocks,
+            )
+    rows, text = run_report(tmp_path)
+    assert "| not estimable |" in text and "*Not estimable*: the seeds vary more than the images do" in text
+    assert rows["mixup"]["verdict"]
+
+
 def test_weights_selected_on_the_test_images_get_no_verdict(tmp_path):
     settings = {"data.module.val_split": "test"}
     for arm, values in (("baseline", BASE), ("mixup", BETTER)):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,15 +20,8 @@ from lab.warm import Cold, Started, WarmParent
 Start = Callable[..., Started]
 
 
-@pytest.fixture(scope="module")
-def parent() -> Iterator[WarmParent]:
-    parent = WarmParent()
-    yield parent
-    parent.close()
-
-
 @pytest.fixture
-def start(parent: WarmParent, tmp_path: Path) -> Start:
+def start(warm_parent: WarmParent, tmp_path: Path) -> Start:
     """Start a script of these lines; what it says goes to `said` in its folder."""
 
     def run(
@@ -38,7 +31,7 @@ def start(parent: WarmParent, tmp_path: Path) -> Start:
         script.write_text("import os, signal, sys, time\n" + "\n".join(lines))
         with (tmp_path / "said").open("ab") as file:
             told = {**os.environ, **(environment or {})}
-            return (by or parent).start(
+            return (by or warm_parent).start(
                 [str(script), "a=1"], told, file.fileno(), file.fileno(), cwd=tmp_path
             )
 

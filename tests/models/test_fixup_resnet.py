@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from network_checks import NetworkChecks, parameters
-from torch import nn
+from torch import Tensor, nn
 
 from crucible.options import ConfigError
 from models.dynamic_resnet import ResNet18
@@ -42,27 +42,25 @@ def test_initialisation_is_fixups(model: Any, blocks: int) -> None:
             assert module.value.tolist() == [1.0 if module.multiplies else 0.0]
 
 
-def test_a_block_is_the_papers_formula() -> None:
+def block_and_branch(*channels: int, stride: int = 1) -> tuple[FixupBasicBlock, Tensor, Tensor, Tensor]:
+    """A block with random scalars, an input, what its branch makes of it by the paper's formula, and its first bias."""
     torch.manual_seed(0)
-    block = FixupBasicBlock(4, 4).double()
+    block = FixupBasicBlock(*channels, stride=stride).double()
     for module in block.modules():
         if isinstance(module, Scalar):
             nn.init.normal_(module.value)
     b1, b2, b3, b4 = (getattr(block, f"bias{i}").value for i in range(1, 5))
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    y = block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4
+    x = torch.randn(2, channels[0], 5, 5, dtype=torch.float64)
+    return block, x, block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4, b1
+
+
+def test_a_block_is_the_papers_formula() -> None:
+    block, x, y, _ = block_and_branch(4, 4)
     torch.testing.assert_close(block(x), (y + x).relu())
 
 
 def test_a_projected_shortcut_has_the_blocks_first_bias_before_it() -> None:
-    torch.manual_seed(0)
-    block = FixupBasicBlock(4, 6, stride=2).double()
-    for module in block.modules():
-        if isinstance(module, Scalar):
-            nn.init.normal_(module.value)
-    b1, b2, b3, b4 = (getattr(block, f"bias{i}").value for i in range(1, 5))
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    y = block.conv2((block.conv1(x + b1) + b2).relu() + b3) * block.scale.value + b4
+    block, x, y, b1 = block_and_branch(4, 6, stride=2)
     shortcut = nn.functional.conv2d(x + b1, block.downsample.weight, stride=2)
     torch.testing.assert_close(block(x), (y + shortcut).relu())
 

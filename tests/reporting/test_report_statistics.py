@@ -171,14 +171,24 @@ def test_a_look_that_was_not_planned_spends_what_has_come_due():
 
 
 def test_the_interval_for_new_images_adds_the_images_own_variance(rng):
-    technique, baseline = rng.random((2, 4, 300)) < [[[0.9]], [[0.8]]]
+    gain = rng.choice([-0.4, 0.0, 0.5], size=300)  # each image's own
+    technique, baseline = rng.random((2, 4, 300)) < [[0.5 + gain / 2], [0.5 - gain / 2]]
     d = technique.astype(float) - baseline
     within = d.var(axis=0, ddof=1).mean()
     images = d.mean(axis=0).var(ddof=1) - within / 4
-    error = math.sqrt(d.mean(axis=1).var(ddof=1) / 4 + max(0, images) / 300)
+    assert images > 0
+    error = math.sqrt(d.mean(axis=1).var(ddof=1) / 4 + images / 300)
     half = stats.t(3).ppf(0.975) * error
     found = s.new_images(technique, baseline)
     assert [found.low, found.high] == pytest.approx([d.mean() - half, d.mean() + half], **EXACT)
+
+
+def test_where_only_seeds_vary_the_interval_for_new_images_is_not_estimable():
+    gained_by = np.repeat([0, 1, 2], [50, 100, 150])  # each image by one of the three seeds
+    technique, baseline = gained_by == np.arange(3)[:, None], np.zeros((3, 300), bool)
+    found, runs = s.new_images(technique, baseline), s.paired_t(technique.mean(axis=1))
+    assert found.mean == pytest.approx(1 / 3) and runs.low < found.mean < runs.high
+    assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(found.p)
 
 
 def test_the_interval_for_new_images_covers_the_difference_on_all_images():

@@ -1,0 +1,32 @@
+"""What callbacks may ask of the model that they watch, besides what Lightning's own modules have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, cast
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+
+class Training(Protocol):
+    """`models.base_model.BaseModel`, as the callbacks see it.
+
+    Attributes:
+        epochs: length of the training, of which the last may be a part; infinite where it has none.
+        epoch_values: asked for once, at the end of a training epoch: what is logged beside the model's own values.
+    """
+
+    epochs: float
+    epoch_values: list[Callable[[], Mapping[str, Tensor]]]
+
+    def log_training(self) -> None:
+        """Log the epoch's values of training, unless that is done; of an epoch that was cut, those of its part."""
+
+    def running_metrics(self) -> dict[str, float]:
+        """This rank's means of the epoch so far. Waits for the device: call it rarely."""
+
+
+def watched(module: LightningModule) -> Training:
+    """The module that a callback is handed, as what it is."""
+    return cast(Training, module)
