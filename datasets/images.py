@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,7 @@ class ImageFiles(Dataset):
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
         for part in (str((SCHEME, str(self.root.absolute()), len(self))).encode(), *self.names.content()):
             key.update(part)
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / "fingerprints"
+        kept = _cache()
         with contextlib.suppress(OSError):
             if len(digest := (kept / key.hexdigest()).read_bytes()) == 16:
                 return digest
@@ -203,6 +204,13 @@ class ImageFiles(Dataset):
         targets = numbers[self.targets]
         changed = ImageFiles(self.root, self.names, targets, self.channels, classes)
         return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
+
+
+def _cache() -> Path:
+    """Where digests of files are kept."""
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / "fingerprints"
+    return Path(tempfile.gettempdir()) / "crucible" / "fingerprints"
 
 
 def _digest(path: Path, whole: bool) -> bytes:

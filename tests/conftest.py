@@ -32,11 +32,20 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """Inductor compiles in the test's process; what it made is shared by the session's workers and goes with it.
 
-    The techniques of a user's folder join every matrix.
+    So do the digests of files, which are otherwise kept in the user's cache. The techniques of a user's folder join
+    every matrix.
     """
     if not hasattr(config, "workerinput"):
-        cache = tempfile.TemporaryDirectory(prefix="inductor")
-        os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache.name}
+        cache = tempfile.TemporaryDirectory(prefix="caches")
+        os.environ |= {
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": f"{cache.name}/inductor",
+        }
+        users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault(
+            "MPLCONFIGDIR", str(users / "matplotlib")
+        )  # its list of fonts takes long to make
+        os.environ["XDG_CACHE_HOME"] = cache.name
         config.add_cleanup(cache.cleanup)
     if user_dir := config.getoption("--user-dir"):
         from technique_runs import add_techniques
