@@ -36,7 +36,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab.build import build_data, build_model, build_trainer, with_weights
-from lab.evaluation import DataToScore, data_to_score
+from lab.scoring import DataToScore, data_to_score
 from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 

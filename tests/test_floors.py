@@ -18,7 +18,7 @@ FLOORS = (
     ("augmentation", "losses", "norms", "optimizers", "callbacks"),
     ("datasets", "models"),
     ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.states", "lab.experiment"),
-    ("lab.evaluation",),
+    ("lab.scoring",),
     ("lab.tasks",),
     ("lab.warm", "lab.processes", "lab.jobs"),
     ("lab.planning", "lab.executors", "lab.cluster", "lab.search", "lab.sweeps"),
