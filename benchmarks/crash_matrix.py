@@ -9,7 +9,6 @@ holds, file by file, with the same run in one piece: weights, optimizer, average
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import sys
@@ -21,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-os.environ["OMP_NUM_THREADS"] = "1"
 
 from conftest import Command
 from crashes import CONFIGURATIONS, TINY, contents, killed_after, killed_before, only_run, operations
