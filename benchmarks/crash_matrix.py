@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from conftest import Command
-from crashes import CONFIGURATIONS, TINY, contents, killed_after, killed_before, only_run, operations
-from paired import provenance, report
+from conftest import Command  # noqa: E402
+from crashes import CONFIGURATIONS, TINY, contents, killed_after, killed_before, only_run, operations  # noqa: E402
+from paired import provenance, report  # noqa: E402
 
-from lab.warm import WarmParent
+from lab.warm import WarmParent  # noqa: E402
 
 WALKED = ["plain", "ema, every step", "swa", "only the last kept"]  # in one process, operation by operation
 
