@@ -254,7 +254,7 @@ class Search:
                 if not starting:
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             elif run.state() != "running" and not (
-                starting and run.summary().get("status", "created") == "created"
+                starting and run.known().get("status", "created") == "created"
             ):
                 found.append(trial)
         return found

@@ -442,7 +442,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
 def _earlier_ratio(sample: Job, arm: str) -> float | None:
     identities = set()
     for file in sorted(sample.run.path.parent.glob("*/summary.json")):
-        summary = RunDirectory(file.parent).summary()
+        summary = RunDirectory(file.parent).known()
         if summary.get("rival_of") == arm and summary.get("rival_base") == sample.facts["identity"]:
             identities.add(summary["ratio"])
     return identities.pop() if len(identities) == 1 else None
