@@ -14,6 +14,7 @@ import csv
 import json
 import logging
 import os
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,7 @@ class RunDirectory:
     def _command(self) -> str:
         """What was typed, where that is known."""
         try:
-            return " ".join(["python main.py", *self.overrides()])
+            return shlex.join(["python", "main.py", *self.overrides()])
         except Damaged:
             return ""
 

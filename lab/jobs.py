@@ -383,7 +383,7 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
 
 
 def _check_recorded(run: RunDirectory, config: Config) -> None:
-    """An earlier version's options that are no more, and a summary that cannot be read, are said before anything."""
+    """Options of an earlier version that are no more are said before anything is built."""
     try:
         checking.check_known(config)
     except ConfigError as error:
