@@ -118,7 +118,7 @@ class Recorder(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
         seconds, self._open = self._epoch_seconds(), False
         # also those before a stop within the epoch, which the state brings back
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         images = batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
         self.train_seconds += seconds
         self.images += images

@@ -149,7 +149,7 @@ class RunDirectory:
         way_on = "config.yaml holds all options; the command that made the run writes it again"
         overrides = _parsed(file, _text(file, way_on), lambda text: yaml.load(text, _LOADER), way_on)
         if not isinstance(overrides, list) or not all(isinstance(o, str) for o in overrides):
-            raise Damaged(file, f"is no list of texts but {_kind(overrides)}", way_on)
+            raise Damaged(file, "is no list of texts", way_on)
         return overrides
 
     def summary(self) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class RunDirectory:
         try:
             head, *cells = list(csv.reader(lines[:-1])) or [[]]
         except csv.Error:  # of bytes that are no text
-            return [], "is damaged: it is no table"
+            return [], "is damaged, it is no table"
         if "epoch" not in head:
             return [], "has no head"
         rows: list[dict[str, str]] = []
@@ -259,17 +259,17 @@ class RunDirectory:
             summary = self.summary()
         except Damaged as error:
             summary = {}
-            said.append(f"summary.json {error.why}: made anew from metrics.csv and what the run is")
+            said.append(f"summary.json {error.why}; it is made anew from metrics.csv and what the run is")
         else:
             said += (
                 []
                 if summary
-                else ["summary.json was missing: made anew from metrics.csv and what the run is"]
+                else ["summary.json was missing; it is made anew from metrics.csv and what the run is"]
             )
         rows, why = self._readable_metrics()
         if rows and not summary and not any(self.checkpoints.glob("*.ckpt")):
             way_on = "no checkpoint is left to go on from; fresh=true trains it anew"
-            raise Damaged(self.path / "summary.json", said[0].partition(":")[0].partition(" ")[2], way_on)
+            raise Damaged(self.path / "summary.json", said[0].partition(";")[0].partition(" ")[2], way_on)
         own = {} if summary else self._as_it_stands(rows)
         if own or not {"run_id", "identity", "arm", "seed"} <= summary.keys():
             missing = {**facts(rows), **own, "options": len(flatten(dict(config)))}
@@ -287,15 +287,15 @@ class RunDirectory:
                 why_not = error.why
             if content is None:
                 if why_not != "was missing":
-                    said.append(f"{name} {why_not}: what was typed is lost, config.yaml holds all options")
+                    said.append(f"{name} {why_not}; what was typed is lost, config.yaml holds all options")
                     self._put_aside(name, always=True)
                 continue
-            said.append(f"{name} {why_not}: written again from this command")
+            said.append(f"{name} {why_not}; it is written again from this command")
             self._put_aside(name)
             write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False), sync=True)
         if why:
             kept = ", ".join(row["epoch"] for row in rows) or "none"
-            said.append(f"metrics.csv {why}: kept are those of epochs {kept}, the others are lost")
+            said.append(f"metrics.csv {why}; kept are those of epochs {kept}, the others are lost")
             self._put_aside("metrics.csv", always=True)
             if rows:
                 self.write_metrics(rows)
@@ -520,7 +520,7 @@ class RunDirectory:
         if claim:
             return f"on {claim['host']}, process {claim['pid']}"
         if self.claim_file.exists():
-            return f"its claim cannot be read, and counts for {LOST_AFTER_S:.0f} s after it was written"
+            return f"its claim cannot be read; {LOST_AFTER_S:.0f} s after it was written it counts no more"
         return "by nobody"
 
     def _beat(self, claim: dict[str, Any]) -> None:
@@ -585,7 +585,7 @@ def _text(file: Path, way_on: str) -> str:
     except IsADirectoryError:
         raise Damaged(file, "is a folder", way_on) from None
     except UnicodeDecodeError:
-        raise Damaged(file, "is damaged: it is no text", way_on) from None
+        raise Damaged(file, "is damaged, it is no text", way_on) from None
     except OSError as error:
         raise Damaged(file, f"cannot be read ({error.strerror})", way_on) from None
     if not text.strip():
@@ -597,7 +597,7 @@ def _parsed(file: Path, text: str, parse: Callable[[str], Any], way_on: str) -> 
     try:
         return parse(text)
     except (ValueError, yaml.YAMLError, RecursionError):
-        raise Damaged(file, "is damaged: it cannot be parsed", way_on) from None
+        raise Damaged(file, "is damaged, it cannot be parsed", way_on) from None
 
 
 def _kind(value: Any) -> str:

@@ -204,8 +204,7 @@ def check_known(config: Config) -> None:
             model_options(target, node.get("stages")) if prefix == "model" else signature_options(target)
         )
     for prefix, known in takes.items():
-        node = nodes.get(prefix, config.get(prefix, {}))
-        for name, value in node.items():
+        for name, value in nodes.get(prefix, config.get(prefix) or {}).items():
             if name not in known and not (name.startswith("_") and name.endswith("_")):
                 raise ConfigError(
                     f"{prefix}.{name}={value!r}: recorded by another version, this one has no such option"

@@ -321,7 +321,7 @@ class Sweep:
         self.record.write()
         self.measured.forget()
         run = planned.job.run
-        values = headline(run.summary().get("final", {})) if planned.state == "finished" else planned.reason
+        values = headline(run.known().get("final", {})) if planned.state == "finished" else planned.reason
         words = {"held": "left alone", "finished": "finished"}.get(planned.state, planned.state)
         times = [self.measured.seconds(one) for one in self._todo if one.state in TO_RUN]
         left = [t for t in times if t is not None]  # the run that has just ended is one of their kind
@@ -425,7 +425,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
     """
     logs = []
     for pair in pairs:
-        base, arm = (run.summary() for run in pair)
+        base, arm = (run.known() for run in pair)
         if len({bool(select(run.config(), "model.compile")) for run in pair}) > 1:
             continue
         if base.get("device") == arm.get("device") and base.get("wall_time_s") and arm.get("wall_time_s"):
