@@ -192,19 +192,20 @@ def check_known(config: Config) -> None:
     Raises:
         ConfigError: naming the option.
     """
-    nodes = {"model": config["model"], "data.module": config["data"]["module"]}
+    nodes = {n: config[n] for n in ("trainer", "checkpoint", "model")} | {
+        "data.module": config["data"]["module"]
+    }
     for group in ("callbacks", "logger"):
         nodes |= {f"{group}.{n}": node for n, node in config[group].items() if isinstance(node, Mapping)}
-    takes: dict[str, Collection[str]] = {
-        "trainer": signature_options(Trainer), "checkpoint": signature_options(Checkpoints),
-    }  # fmt: skip
     for prefix, node in nodes.items():
-        target = find_target(node.get("_target_", ""), f"{prefix}._target_")
-        takes[prefix] = (
-            model_options(target, node.get("stages")) if prefix == "model" else signature_options(target)
-        )
-    for prefix, known in takes.items():
-        for name, value in nodes.get(prefix, config.get(prefix) or {}).items():
+        known: Collection[str]
+        if prefix in ("trainer", "checkpoint"):
+            known = signature_options(Trainer if prefix == "trainer" else Checkpoints)
+        else:
+            target = find_target(node.get("_target_", ""), f"{prefix}._target_")
+            of_a_model = prefix == "model"
+            known = model_options(target, node.get("stages")) if of_a_model else signature_options(target)
+        for name, value in node.items():
             if name not in known and not (name.startswith("_") and name.endswith("_")):
                 raise ConfigError(
                     f"{prefix}.{name}={value!r}: recorded by another version, this one has no such option"

@@ -142,21 +142,16 @@ def test_a_folder_of_the_same_eight_digits_is_not_taken_for_this_run(cli, copied
     assert "finished before" in cli(*COMMAND).out
     set_summary(copied, identity_hash=full[:8] + "0" * 56)
     one_line(cli(*COMMAND), str(copied), "another run", full[:16], "another exp_dir")
-    one_line(cli(*COMMAND, "exp_dir=experiments/../experiments"), "another run")
-    assert cli(*COMMAND, "exp_dir=elsewhere", "trainer.limit_train_batches=1").status == 0
 
 
 def test_an_older_folder_is_compared_by_its_options_and_then_has_the_hash(cli, copied: Path) -> None:
     full = summary_of(copied)["identity_hash"]
-    set_summary(copied, identity_hash=None)
-    assert "finished before" in cli(*COMMAND).out
-    assert summary_of(copied)["identity_hash"] == full
-    set_summary(copied, identity_hash=None)
     config = yaml.safe_load((copied / "config.yaml").read_text())
     del config["model"]["swa_start"], config["data"]["module"]["class_map"]  # options of later versions
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
-    set_summary(copied, options=None)
+    set_summary(copied, identity_hash=None, options=None)
     assert "finished before" in cli(*COMMAND).out
+    assert summary_of(copied)["identity_hash"] == full
     set_summary(copied, identity_hash=None)
     config["model"]["lr"] = 0.7
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
@@ -168,7 +163,7 @@ def test_an_older_folder_is_compared_by_its_options_and_then_has_the_hash(cli, c
 
 def test_a_summary_of_a_later_version_is_refused(cli, copied: Path) -> None:
     set_summary(copied, schema=SCHEMA + 1)
-    for command in ([f"run={copied}"], [f"run={copied}", "task=test"], COMMAND):
+    for command in ([f"run={copied}"], [f"run={copied}", "task=test"]):
         one_line(cli(*command), "summary.json", f"schema {SCHEMA + 1}", "later Crucible")
     with pytest.raises(ConfigError, match="later Crucible"):
         load_run(copied)
@@ -190,7 +185,7 @@ def test_a_recorded_configuration_that_lacks_newer_options_runs(cli, copied: Pat
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     set_summary(copied, options=None, status="interrupted")
     whole = summary_of(copied)["final"]
-    for more in ([], ["task=test", "ckpt_path=last"], ["task=test", "data.module.prefetch_factor=4"]):
+    for more in ([], ["task=test", "data.module.prefetch_factor=4"]):
         outcome = cli(f"run={copied}", *more)
         assert outcome.status == 0, outcome.err
     assert summary_of(copied)["final"] == pytest.approx(whole)
@@ -203,7 +198,7 @@ def test_a_recorded_option_that_is_no_more_is_named(cli, copied: Path) -> None:
     for place, name in (("model:\n", "model.frobnicate"), ("  module:\n", "data.module.frobnicate")):
         indent = " " * (2 + len(place) - len(place.lstrip()))
         (copied / "config.yaml").write_text(text.replace(place, f"{place}{indent}frobnicate: 3\n", 1))
-        for task in ("train", "test", "predict"):
+        for task in ("train", "test"):
             one_line(cli(f"run={copied}", f"task={task}"), str(copied), f"{name}=3", "another version")
 
 
@@ -220,13 +215,10 @@ QUICK = [
     damage.Case("summary.json", "garbage", "run=RUN"),
     damage.Case("summary.json", "a folder", "report.py"),
     damage.Case("config.yaml", "truncated", "run=RUN"),
-    damage.Case("config.yaml", "a folder", "the same command"),
     damage.Case("config.yaml", "a list", "load_run"),
-    damage.Case("metrics.csv", "truncated", "run=RUN"),
     damage.Case("metrics.csv", "garbage", "load_run"),
     damage.Case("overrides.yaml", "garbage", "run=RUN"),
     damage.Case("claim", "empty", "run=RUN"),
-    damage.Case("old claim", "a folder", "the same command"),
     damage.Case("test.json", "a list", "report.py"),
 ]
 
