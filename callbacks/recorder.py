@@ -59,40 +59,56 @@ class Recorder(Callback):
         self.rows: list[dict[str, Any]] = []
         self.train_seconds = 0.0
         self.images = 0
+        self._open = False  # an epoch is under way
+        self._earlier = 0.0  # seconds of it, in a part of the run before this one
         self._epoch_started = 0.0
         self._paused = 0.0
+        self._validation_started: float | None = None
         self._lr = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Training time and images so far, so that a resumed run's totals are whole."""
-        return {"train_seconds": self.train_seconds, "images": self.images}
+        """Training time and images of the epochs so far, and the time of the one under way.
+
+        The images of that one are in the state already, as Lightning's count of batches.
+        """
+        seconds = self._epoch_seconds() if self._open else 0.0
+        return {"train_seconds": self.train_seconds, "images": self.images, "epoch_seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
         self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
+        self._earlier = state_dict.get("epoch_seconds", 0.0)  # states of earlier versions have none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = self.run.metrics()
         self.rows = [dict(row) for row in known if int(row["epoch"]) < trainer.current_epoch]
-        self._begin_epoch()  # Lightning calls no on_train_epoch_start for an epoch resumed in its middle
+        # Lightning calls no on_train_epoch_start for an epoch resumed in its middle
+        self._begin_epoch(self._earlier)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_epoch()
+        self._begin_epoch(0.0)
 
-    def _begin_epoch(self) -> None:
-        self._epoch_started, self._paused, self._batches, self._validated = time.monotonic(), 0.0, 0, False
+    def _begin_epoch(self, earlier: float) -> None:
+        self._open, self._earlier, self._paused, self._validated = True, earlier, 0.0, False
+        self._epoch_started, self._validation_started = time.monotonic(), None
+
+    def _epoch_seconds(self) -> float:
+        """Of the epoch under way, in all parts of the run, without validation."""
+        until = time.monotonic() if self._validation_started is None else self._validation_started
+        return self._earlier + until - self._epoch_started - self._paused
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves on
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused += time.monotonic() - self._validation_started
+        if self._validation_started is not None:
+            self._paused += time.monotonic() - self._validation_started
+            self._validation_started = None
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,8 +116,10 @@ class Recorder(Callback):
         # Lightning keeps the values of an earlier epoch's validation
         fresh = ("train/", "logits/", *(("val/", "val_raw/") if self._validated else ()))
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
-        seconds = time.monotonic() - self._epoch_started - self._paused
-        images = self._batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
+        seconds, self._open = self._epoch_seconds(), False
+        # also those before a stop within the epoch, which the state brings back
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        images = batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
         self.train_seconds += seconds
         self.images += images
         if trainer.is_global_zero:
@@ -135,7 +153,11 @@ class Recorder(Callback):
             raise Diverged(f"diverged: train/loss is {loss} in epoch {trainer.current_epoch}")
 
     def totals(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the summary says of the run so far; `wall_time_s` is training time, without validation."""
+        """What the summary says of the run so far.
+
+        `wall_time_s` is the training time of what is in the weights, without validation, in all parts of the run. Work
+        that was lost with a killed process and trained again counts once; `elapsed_s` has both.
+        """
         checkpoints = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
         return {
             "epochs": trainer.current_epoch + 1,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
-from crucible.configuration import Config, find_target, select
+from crucible.configuration import Config, find_target, flatten, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
@@ -144,6 +148,69 @@ ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "ckpt_path",
     "user_dir", "data_dir", "exp_dir", "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques",
 )  # fmt: skip
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return flatten({k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS)})
+
+
+def completed(recorded: Config) -> Config:
+    """A recorded configuration with today's defaults of the options that its version did not have yet.
+
+    They change nothing: the default of a new option is what was before there was one.
+    """
+    whole = copy.deepcopy(recorded)
+    later: dict[str, str] = {}
+    for name, default in _defaults().items():
+        room = name.partition(".")[0]
+        if room in ("callbacks", "logger", "techniques"):
+            whole.setdefault(room, {})
+        elif isinstance(default, str) and default.startswith("${"):
+            later[name] = default[2:-1]
+        else:
+            _set_default(whole, name, copy.deepcopy(default))
+    for name, source in later.items():
+        _set_default(whole, name, select(whole, source))
+    return whole
+
+
+def _set_default(node: dict[str, Any], name: str, value: Any) -> None:
+    *groups, leaf = name.split(".")
+    for group in groups:
+        node = node.setdefault(group, {})
+        if not isinstance(node, dict):
+            return
+    node.setdefault(leaf, value)
+
+
+def check_known(config: Config) -> None:
+    """Refuse a recorded configuration with an option that its target does not have any more.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    nodes = {n: config[n] for n in ("trainer", "checkpoint", "model")} | {
+        "data.module": config["data"]["module"]
+    }
+    for group in ("callbacks", "logger"):
+        nodes |= {f"{group}.{n}": node for n, node in config[group].items() if isinstance(node, Mapping)}
+    for prefix, node in nodes.items():
+        known: Collection[str]
+        if prefix in ("trainer", "checkpoint"):
+            known = signature_options(Trainer if prefix == "trainer" else Checkpoints)
+        else:
+            target = find_target(node.get("_target_", ""), f"{prefix}._target_")
+            of_a_model = prefix == "model"
+            known = model_options(target, node.get("stages")) if of_a_model else signature_options(target)
+        for name, value in node.items():
+            if name not in known and not (name.startswith("_") and name.endswith("_")):
+                raise ConfigError(
+                    f"{prefix}.{name}={value!r}: recorded by another version, this one has no such option"
+                    f"{suggest(name, known, ())}"
+                )
 
 
 def check(config: Config, overrides: Sequence[str], typed: Collection[str] | None = None) -> None:

@@ -58,7 +58,7 @@ def outcome_of(run: RunDirectory, status: int) -> tuple[str, str]:
     """State and reason of a run whose process has ended."""
     if status == HELD:
         return "held", f"in progress {run.holder()}"
-    summary = run.summary()
+    summary = run.known()
     return str(summary.get("status", "failed")), str(summary.get("reason", ""))
 
 

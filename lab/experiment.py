@@ -27,7 +27,7 @@ from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank, world_size
 from crucible.options import ConfigError, signature_options
-from crucible.run import Held, RunDirectory
+from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_data, build_model, build_trainer, file_fingerprint
@@ -66,8 +66,11 @@ class Job:
     def record(self) -> RunDirectory:
         """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside.
 
+        What an earlier one's record lacks, because its process was killed or a file is damaged, is made anew.
+
         Raises:
             Held: where a live process holds it.
+            Damaged: where what is left is not enough to go on from.
         """
         if is_child_rank():
             return self.run
@@ -75,17 +78,96 @@ class Job:
             state = self.run.state()
             if state == "running":
                 raise Held(f"{self.run.path}: this run is in progress ({self.run.holder()})")
+            config, overrides = (
+                {**self.config, "fresh": False},
+                list(self.overrides),
+            )  # a command, no fact of the run
             if state == "absent" or self.config["fresh"]:
                 if state != "absent":
                     _archive(self.run)
-                # `fresh` is a command, not a fact of the run
-                self.run.record({**self.config, "fresh": False}, list(self.overrides))
                 now = {"status": "created", "reason": "", "final": {}, "best": {}, "started": time.time()}
-                self.run.update_summary(**now, **self.facts)
-            elif "data_fingerprint" not in self.run.summary():
-                known = {n: self.facts[n] for n in ("data_fingerprint", "classes")}
-                self.run.update_summary(**known, recognised=RECOGNISED)
+                self.run.record(config, overrides, **now, **self.facts)
+            else:
+                complete(self.run, config, overrides, self.facts)
         return self.run
+
+
+def complete(
+    run: RunDirectory, config: Config, overrides: Sequence[str] | None, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Make the record of a run that was begun whole again, and say what had to be made anew.
+
+    Args:
+        run: held by `locked`.
+        config: the run's.
+        overrides: what was typed for it; None: that is known from its record only.
+        facts: what its summary says from the start; None: found out, where it is needed.
+
+    Raises:
+        Damaged: where what is left is not enough to go on from.
+    """
+
+    def known(rows: list[dict[str, str]]) -> dict[str, Any]:
+        return {**(facts or _recorded_facts(run, checking.completed(config))), "best": _best(rows, config)}
+
+    said = run.complete(config, None if overrides is None else list(overrides), known)
+    for line in said:
+        print(f"note: {run.path}: {line}", flush=True)
+    summary = run.summary()
+    missing = {n: v for n, v in (facts or {}).items() if n in _CONTENT and n not in summary}
+    if missing:
+        remark = {"recognised": RECOGNISED} if "data_fingerprint" in missing else {}
+        run.update_summary(**missing, **remark)
+
+
+_CONTENT = ("data_fingerprint", "classes", "identity_hash")  # what runs of earlier versions did not record
+
+
+def _recorded_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
+    """What the summary of a run says from the start, from its configuration and data."""
+    data = build_data(config)
+    data.check()
+    contents: dict[str, str | None] = {"data": data.fingerprint()}
+    for option, path in (
+        ("model.init_from", config["model"].get("init_from")),
+        ("ckpt_path", config["ckpt_path"]),
+    ):
+        if path is not None:
+            contents[option] = file_fingerprint(option, path)
+    for option in network_options(config["model"]):
+        contents[f"model.{option}"] = settle_teacher(config)[1]
+    overrides: list[str] = []
+    with contextlib.suppress(Damaged):
+        overrides = run.overrides()
+    name, full = run.path.name, identity_hash(config, contents)
+    facts = _facts(name, config, data, arm_name(config, overrides))
+    if not name.startswith(
+        full[:8]
+    ):  # of other data, or begun by other code: what it was is not known any more
+        return {n: v for n, v in facts.items() if n not in ("corrected", *_CONTENT)}
+    return {**facts, "data_fingerprint": contents["data"], "identity_hash": full}
+
+
+def _facts(name: str, config: Config, data: BaseDataModule, arm: str) -> dict[str, Any]:
+    """What tells a run from others, and what it costs a step by."""
+    return {
+        "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
+        "data": config["data"]["module"]["name"], "arm": arm, "techniques": sorted(config.get("techniques") or {}),
+        "kind": kind(config), "corrected": corrected(config), "classes": data.class_names, "passes": passes(config),
+    }  # fmt: skip
+
+
+def _best(rows: Sequence[Mapping[str, str]], config: Config) -> dict[str, Any]:
+    """The best epoch among rows of metrics.csv."""
+    checkpoint = config.get("checkpoint") or {}
+    monitor = checkpoint.get("monitor") or ""
+    seen = [(float(row[monitor]), int(row["epoch"])) for row in rows if row.get(monitor)]
+    finite = [(value, epoch) for value, epoch in seen if math.isfinite(value)]
+    if not finite:
+        return {}
+    sign = 1.0 if metrics.higher_is_better(monitor, checkpoint.get("mode")) else -1.0
+    value, epoch = max(finite, key=lambda pair: (sign * pair[0], -pair[1]))
+    return {monitor: value, "epoch": epoch}
 
 
 def arm_name(config: Config, overrides: Sequence[str], swept: Collection[str] | None = None) -> str:
@@ -147,7 +229,14 @@ def check_goes_on(run: RunDirectory, config: Config) -> None:
 def identity(
     config: Config, contents: Mapping[str, str | None], versions: Mapping[str, int] | None = None
 ) -> str:
-    """Eight hex digits that tell runs with different results apart.
+    """Eight hex digits that tell runs with different results apart: the first of `identity_hash`."""
+    return identity_hash(config, contents, versions)[:8]
+
+
+def identity_hash(
+    config: Config, contents: Mapping[str, str | None], versions: Mapping[str, int] | None = None
+) -> str:
+    """All 64 hex digits of what tells runs with different results apart.
 
     Hashed are the values that change the result and differ from their defaults, and what the data and the
     initial weights contain, and the versions of corrected numbers. Paths, workers, logging, and new options at
@@ -168,7 +257,50 @@ def identity(
     versions = corrected(config) if versions is None else versions
     semantic.update({f"version of {option}": version for option, version in versions.items()})
     text = json.dumps(semantic, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_same(run: RunDirectory, config: Config, full: str) -> None:
+    """A folder of this name is this run's: its recorded hash says so, or of an older one its options.
+
+    Raises:
+        ConfigError: naming the folder, where it is another run's.
+    """
+    if not run.path.is_dir() or config["fresh"]:
+        return
+    recorded = run.known().get("identity_hash")
+    if recorded is None:
+        with contextlib.suppress(Damaged):
+            differ = _differing(run.config(), config) if (run.path / "config.yaml").exists() else ""
+            if differ:
+                raise ConfigError(
+                    f"run={run.path}: of the same name, but another run: {differ}; another exp_dir keeps both",
+                    see="docs/robustness.md",
+                )
+    elif recorded != full:
+        raise ConfigError(
+            f"run={run.path}: of the same name, but another run: its identity is {str(recorded)[:16]}..., this one's "
+            f"{full[:16]}...; another exp_dir keeps both",
+            see="docs/robustness.md",
+        )
+
+
+def _differing(recorded: Config, config: Config) -> str:
+    """The first option that changes the result and is another in a recorded configuration; empty: there is none."""
+    there, here = flatten(recorded), flatten(config)
+    teachers = {
+        f"model.{option}" for option in network_options(config["model"])
+    }  # their content stands for them
+    for name, value in here.items():
+        if not is_semantic(name) or name in teachers or name == "trainer.devices":
+            continue
+        if name in there:
+            same = there[name] == value
+        else:  # the version that recorded it did not have this option
+            same = _is_default(config, name, value) or any(other.startswith(f"{name}.") for other in there)
+        if not same:
+            return f"{name} is {there.get(name, 'its default')} there and {value} here"
+    return ""
 
 
 def kind(config: Config) -> str:
@@ -262,23 +394,23 @@ class Examiner:
             config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
         self._construct(config, data)
         folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"]
-        name = f"{identity(config, contents)}-s{config['seed']}"
+        full = identity_hash(config, contents)
+        name = f"{full[:8]}-s{config['seed']}"
         if not (folder / name).exists() and (older := data.fingerprint(1)) != fingerprint:
-            before = f"{identity(config, {**contents, 'data': older})}-s{config['seed']}"
-            known = RunDirectory(folder / before).summary().get("data_fingerprint", fingerprint)
+            hash_before = identity_hash(config, {**contents, "data": older})
+            before = f"{hash_before[:8]}-s{config['seed']}"
+            known = RunDirectory(folder / before).known().get("data_fingerprint", fingerprint)
             if (folder / before).exists() and known == fingerprint:
-                name = before
+                name, full = before, hash_before
+        check_same(RunDirectory(folder / name), config, full)
         if config["user_dir"]:
             config["user_dir"] = absolute(config["user_dir"])
         for key in ("data_root_dir", "predict_dir"):
             if (path := config["data"]["module"].get(key)) is not None:
                 config["data"]["module"][key] = absolute(path)
         facts = {
-            "run_id": name, "identity": name.rpartition("-")[0], "seed": config["seed"],
-            "data": config["data"]["module"]["name"], "arm": arm_name(config, overrides, swept),
-            "techniques": sorted(config.get("techniques") or {}), "kind": kind(config), "resolved": settled,
-            "corrected": corrected(config), "data_fingerprint": fingerprint, "classes": data.class_names,
-            "passes": passes(config),
+            **_facts(name, config, data, arm_name(config, overrides, swept)),
+            "resolved": settled, "data_fingerprint": fingerprint, "identity_hash": full,
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep

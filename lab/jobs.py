@@ -40,7 +40,7 @@ from crucible.run import Held, RunDirectory
 from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
-from lab.experiment import Examiner, Job, check_goes_on, quiet_lightning
+from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.summary import print_summary
 
@@ -151,7 +151,7 @@ def execute(run: RunDirectory, config: Config) -> int:
                 raise
             _say(str(error))
             return HELD
-        began = (received().started or time.time()) - run.summary().get("elapsed_s", 0.0)
+        run.count_from(received().started or time.time())
         pass_on(resume=str(resume or ""))
         run.update_summary(status="running", reason="")
     else:
@@ -192,8 +192,7 @@ def execute(run: RunDirectory, config: Config) -> int:
         main_log.close()
         close_loggers(status)
         if first:
-            now = time.time()
-            run.update_summary(status=outcome, reason=reason, ended=now, elapsed_s=round(now - began, 2))
+            run.update_summary(status=outcome, reason=reason, ended=time.time())
             run.release()
             if status == 128 + signal.SIGUSR1:
                 _requeue()
@@ -323,6 +322,9 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 raise Held(error)
             _say(error)
             return HELD
+        if not is_child_rank() and os.access(runs[0].path, os.W_OK):
+            with runs[0].locked():
+                complete(runs[0], runs[0].config(), overrides=None)
         return start(runs[0], configs[0])
     with quiet_lightning():
         return _evaluate(task, runs, configs, given)
@@ -344,7 +346,7 @@ def _expand(text: str) -> list[str]:
 
 def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Config:
     """The recorded configuration with what was typed; training takes only what leaves the result as it is."""
-    config = run.config()
+    config = checking.completed(run.config())
     user_dir = given.get("user_dir") or config.get("user_dir")
     if user_dir and user_dir not in sys.path:
         sys.path.insert(1, user_dir)
@@ -372,13 +374,27 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
             OmegaConf.update(node, "model.metrics", yaml.safe_load(value))
     plain = OmegaConf.to_container(node, resolve=True)
     assert isinstance(plain, dict)
+    if not is_child_rank():
+        _check_recorded(run, plain)  # type: ignore[arg-type]
     if len(given) > 1 and not is_child_rank():
         checking.check(plain, [], typed=given)  # type: ignore[arg-type]
         checking.resolve_monitor(plain)  # type: ignore[arg-type]
     return plain  # type: ignore[return-value]
 
 
+def _check_recorded(run: RunDirectory, config: Config) -> None:
+    """Options of an earlier version that are no more are said before anything is built."""
+    try:
+        checking.check_known(config)
+    except ConfigError as error:
+        commit = (run.known().get("git") or {}).get("commit")
+        way_on = f"; git checkout {commit[:9]} goes on with it" if commit else ""
+        raise ConfigError(f"run={run.path}: {error}{way_on}", see=error.see) from error
+
+
 def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: dict[str, str]) -> int:
+    for run in runs:
+        run.summary()  # one that is damaged is said before anything is loaded
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from crucible.command_line import describe
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
-from lab.config import SWEEP_OPTIONS
+from lab.config import SWEEP_OPTIONS, completed
 from lab.experiment import Examiner, Job, passes
 
 SEE = "docs/sweeps.md"
@@ -149,7 +149,7 @@ class Planned:
         """Set the state by the run's directory, now."""
         assert self.job is not None
         run, fresh = self.job.run, self.job.config["fresh"]
-        state, summary = run.state(), run.summary()
+        state, summary = run.state(), run.known()
         failed = state == "unfinished" and summary.get("status") == "failed"
         self.reason = ""
         if state == "running":
@@ -241,7 +241,7 @@ class Measured:
         folder = job.run.path.parent
         if folder not in self._folders:
             runs = [RunDirectory(file.parent) for file in folder.glob("*/summary.json")]
-            found = [{**run.summary(), "path": run.path} for run in runs]
+            found = [{**run.known(), "path": run.path} for run in runs]
             self._folders[folder] = [
                 s for s in found if s.get("status") == "finished" and s.get("steps") and s.get("elapsed_s")
             ]
@@ -258,7 +258,7 @@ class Measured:
         finished = self._finished(planned.job)
         if not finished or not math.isfinite(planned.job.steps):
             return None
-        done = planned.job.run.summary().get("steps", 0) if planned.state in ("resume", "retry") else 0
+        done = planned.job.run.known().get("steps", 0) if planned.state in ("resume", "retry") else 0
         own = planned.job.facts["identity"]
         mine = planned.job.facts.get("passes", 1.0)
         a_step = statistics.fmean(
@@ -280,7 +280,7 @@ def _passes(summary: dict[str, Any]) -> float:
     if "passes" in summary:
         return float(summary["passes"])
     config = RunDirectory(summary["path"]).config()
-    return passes(config) if "model" in config else 1.0
+    return passes(completed(config)) if "model" in config else 1.0
 
 
 def _size(folder: Path) -> int:

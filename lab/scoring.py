@@ -16,6 +16,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import SCHEME
+from lab import config as checking
 from lab.build import build_data
 from lab.experiment import identity
 
@@ -52,7 +53,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     Raises:
         ConfigError: for data that cannot be read, and classes that the network does not know.
     """
-    recorded = run.config()
+    recorded = checking.completed(run.config())
     before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in ("data_root_dir", "csv_file", "class_map", "_target_"))

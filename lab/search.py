@@ -254,7 +254,7 @@ class Search:
                 if not starting:
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             elif run.state() != "running" and not (
-                starting and run.summary().get("status", "created") == "created"
+                starting and run.known().get("status", "created") == "created"
             ):
                 found.append(trial)
         return found
@@ -265,7 +265,7 @@ class Search:
     def _tell(self, planned: Planned, trial: Any) -> None:
         from optuna.trial import TrialState
 
-        summary = planned.job.run.summary() if planned.job else {}
+        summary = planned.job.run.known() if planned.job else {}
         value = (summary.get("final") or {}).get(self.metric)
         number = trial.number
         if planned.state == "finished" and value is not None:

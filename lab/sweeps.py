@@ -321,7 +321,7 @@ class Sweep:
         self.record.write()
         self.measured.forget()
         run = planned.job.run
-        values = headline(run.summary().get("final", {})) if planned.state == "finished" else planned.reason
+        values = headline(run.known().get("final", {})) if planned.state == "finished" else planned.reason
         words = {"held": "left alone", "finished": "finished"}.get(planned.state, planned.state)
         times = [self.measured.seconds(one) for one in self._todo if one.state in TO_RUN]
         left = [t for t in times if t is not None]  # the run that has just ended is one of their kind
@@ -425,7 +425,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
     """
     logs = []
     for pair in pairs:
-        base, arm = (run.summary() for run in pair)
+        base, arm = (run.known() for run in pair)
         if len({bool(select(run.config(), "model.compile")) for run in pair}) > 1:
             continue
         if base.get("device") == arm.get("device") and base.get("wall_time_s") and arm.get("wall_time_s"):
@@ -442,7 +442,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
 def _earlier_ratio(sample: Job, arm: str) -> float | None:
     identities = set()
     for file in sorted(sample.run.path.parent.glob("*/summary.json")):
-        summary = RunDirectory(file.parent).summary()
+        summary = RunDirectory(file.parent).known()
         if summary.get("rival_of") == arm and summary.get("rival_base") == sample.facts["identity"]:
             identities.add(summary["ratio"])
     return identities.pop() if len(identities) == 1 else None

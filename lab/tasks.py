@@ -36,6 +36,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab.build import build_data, build_model, build_trainer, with_weights
+from lab.config import check_known, completed
 from lab.scoring import DataToScore, data_to_score
 from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
@@ -278,15 +279,18 @@ def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
     Args:
         path: the run directory.
         checkpoint: `best`, `last` or a file; where there is no best.ckpt, last.ckpt is taken.
+
+    Raises:
+        ConfigError: where its record is damaged, or of another version: one line says the file and the way on.
     """
     import pandas
 
     run = RunDirectory(path)
-    config = run.config()
+    config, summary, rows = completed(run.config()), run.summary(), run.metrics()
+    check_known(config)
     model = with_weights(config, run.pick_checkpoint(checkpoint))
-    file = run.path / "metrics.csv"
-    table = pandas.read_csv(file) if file.is_file() else pandas.DataFrame()
-    return LoadedRun(model, config, table, run.summary())
+    table = pandas.read_csv(run.path / "metrics.csv") if rows else pandas.DataFrame()
+    return LoadedRun(model, config, table, summary)
 
 
 # what the summary, the loggers and the banner say

@@ -16,6 +16,7 @@ from crucible.keyed import keyed_rng
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.build import file_fingerprint, with_weights
+from lab.config import completed
 from lab.summary import check_input
 from losses.distillation import Distil
 from models.base_model import BaseModel
@@ -140,7 +141,7 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
 
 def _run_config(teacher: Teacher) -> dict[str, Any]:
     assert teacher.file is not None
-    return RunDirectory(teacher.file.parent.parent).config()
+    return completed(RunDirectory(teacher.file.parent.parent).config())
 
 
 def _of_timm(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:

@@ -135,6 +135,8 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
 
 def _to_test(runs: Sequence[Run]) -> str:
     """How a reader gets there; without best weights a test would be one of the last."""
+    if remark := next((r.remark for r in runs if r.remark), ""):
+        return f": {remark}"
     kept = next((r.path for r in runs if (r.path / "checkpoints" / "best.ckpt").is_file()), None)
     if kept is None:
         return (
@@ -146,7 +148,8 @@ def _to_test(runs: Sequence[Run]) -> str:
 
 def _find(folder: Path) -> Iterable[Path]:
     for place, folders, files in os.walk(folder):
-        if "summary.json" in files or {"config.yaml", "overrides.yaml"} <= set(files):
+        names = {*files, *folders}  # a folder may stand where a file belongs
+        if "summary.json" in names or {"config.yaml", "overrides.yaml"} <= names:
             folders.clear()
             yield Path(place)
         else:  # `.old-1`: a run that was run again afresh
@@ -155,12 +158,9 @@ def _find(folder: Path) -> Iterable[Path]:
 
 def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | LeftOut:
     try:
-        summary = RunDirectory(path).summary()
-        config = parse_config((path / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(summary, dict):
-            raise ValueError("config.yaml or summary.json is not a mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return LeftOut(path, "unreadable", " ".join(str(error).split()))
+        summary, config = _read_record(path)
+    except ConfigError as error:
+        return LeftOut(path, "unreadable", str(error).removeprefix(f"run={path}: "))
     status, reason = str(summary.get("status", "unfinished")), str(summary.get("reason") or "")
     diverged = ""
     if status == "failed" and reason.startswith("diverged"):
@@ -178,6 +178,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     correctness = None
     if value is not None and not diverged and request.metric.name == "test/acc":
         correctness, remark = _read_correctness(path, value, request.best)
+    remark = "; ".join(text for text in (remark, _curve_remark(path)) if text)
     git = summary.get("git") or {}
     return Run(
         path=path,
@@ -206,6 +207,36 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         correctness=correctness,
         remark=remark,
     )
+
+
+def _read_record(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Summary and configuration of a run.
+
+    Raises:
+        ConfigError: in one line, what is damaged or missing.
+    """
+    run = RunDirectory(path)
+    summary = run.summary()
+    try:
+        config = parse_config((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    whole = isinstance(config, dict) and len(flatten(config)) >= summary.get("options", 0)
+    return summary, config if whole else run.config()
+
+
+def _curve_remark(path: Path) -> str:
+    """Why a run has no curve, where its metrics.csv is damaged."""
+    file = path / "metrics.csv"
+    try:
+        content = file.read_bytes()
+        whole = content.endswith(b"\n") and b"epoch" in content.partition(b"\n")[0].split(b",")
+    except FileNotFoundError:
+        return ""
+    except OSError:
+        whole = False
+    way_on = f"{shlex.join(['python', 'main.py', f'run={path}'])} keeps the rows that can be read"
+    return "" if whole else f"metrics.csv is damaged, so that its curve is not drawn; {way_on}"
 
 
 @lru_cache(maxsize=1)
@@ -246,15 +277,19 @@ def _scored(
         return final.get(name), ""
     if name.startswith("val/"):
         return _numbers(summary.get("best")).get(name), ""
+    again = f"python main.py run={path} task=test"
     try:
         tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None, ""
+    except (OSError, ValueError):
+        tested = None
+    if not isinstance(tested, dict):
+        return None, f"test.json is damaged; {again} makes it anew"
     if tested.get("checkpoint") != "best.ckpt":
         return None, ""
     own = summary.get("data_fingerprint")
     if (own and tested.get("data", own) != own) or _images_differ(path):
-        again = f"python main.py run={path} task=test"
         return None, f"test.json is of other data than the run's; {again} tests its own"
     return _numbers(tested.get("metrics")).get(name), ""
 
@@ -290,9 +325,10 @@ def _owned(arm: str, config: Mapping[str, Any]) -> frozenset[str]:
 
 def _read_overrides(path: Path) -> tuple[str, ...]:
     try:
-        return tuple(map(str, _parse((path / "overrides.yaml").read_text(encoding="utf-8")) or ()))
+        overrides = _parse((path / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return ()
+    return tuple(map(str, overrides)) if isinstance(overrides, list) else ()
 
 
 def _read_correctness(path: Path, accuracy: float, best: bool) -> tuple[Correctness | None, str]:

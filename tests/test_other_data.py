@@ -171,6 +171,7 @@ def as_before_names(run: Path, folder: Path) -> Path:
     data = build_data(config)
     summary = {k: v for k, v in summary_of(run).items() if k not in ("classes", "data_fingerprint")}
     summary["identity"] = identity(config, {"data": data.fingerprint(1)})
+    del summary["identity_hash"]
     summary["run_id"] = f"{summary['identity']}-s0"
     (run / "summary.json").write_text(json.dumps(summary))
     for file in (run / "checkpoints").glob("*.ckpt"):
