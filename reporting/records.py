@@ -18,6 +18,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from crucible.command_line import command
+from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
@@ -254,7 +256,7 @@ def _scored(
         return None, ""
     own = summary.get("data_fingerprint")
     if (own and tested.get("data", own) != own) or _images_differ(path):
-        again = f"python main.py run={path} task=test"
+        again = command(as_typed("run", path), "task=test")
         return None, f"test.json is of other data than the run's; {again} tests its own"
     return _numbers(tested.get("metrics")).get(name), ""
 
