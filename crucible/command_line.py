@@ -19,6 +19,7 @@ from crucible.handover import VARIABLE, pass_on, received
 from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
+_CONFIGS = Path(__file__).resolve().parent.parent / "cli_configs"
 
 
 def wants_tracebacks() -> bool:
@@ -310,6 +311,13 @@ def describe(error: Exception) -> tuple[str | None, str]:
             f"the environment variable {match.group(1)} is not set; env=cluster needs it",
             "cli_configs/env",
         )
+    if "Config group override must be a string or a list" in text:
+        groups = {folder.name for folder in _CONFIGS.iterdir() if folder.is_dir()}
+        typed = [a for a in sys.argv[1:] if a.lstrip("+").partition("=")[0] in groups]
+        wrong = next((a for a in typed if not isinstance(parse(a).value, (str, list))), " ".join(typed))
+        group = wrong.partition("=")[0]
+        names = ", ".join(sorted(f.stem for f in (_CONFIGS / group).glob("*.yaml")))
+        return f"{wrong}: must be the name of a file in cli_configs/{group}: {names}", f"cli_configs/{group}"
     if match := _MISSING.search(text):
         key = match.group(1)
         return f"{_as_typed(key)}: no such option{suggest(key.rsplit('.', 1)[-1], _siblings(key))}", see
@@ -395,9 +403,8 @@ def _composed(key: str) -> Any:
     groups = r"^(env|model|data|recipe|technique|sweep|debug|hydra\.searchpath)=(\[.*\]|[^,]+)$"
     arguments = [a for a in sys.argv[1:] if re.match(groups, a) and not a.startswith(f"{key}=")]
     GlobalHydra.instance().clear()
-    folder = Path(__file__).resolve().parent.parent / "cli_configs"
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
+        with initialize_config_dir(str(_CONFIGS), version_base="1.3"):
             return compose("train", arguments)
     except Exception:  # whatever is wrong there, the one line is about `key`
         return None
