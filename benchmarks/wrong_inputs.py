@@ -45,7 +45,7 @@ WRONG = (
     _of("model.lrr=1", "model.lrr", "lr"),
     _of("trainer.max_epoch=3", "trainer.max_epoch=3", "max_epochs"),
     _of("modle=resnet", "modle=resnet", "model"),
-    _of("+model.shake=true", "model.shake", "known"),
+    _of("+model.shake=true", "model.shake", "shakedrop"),
     _of("data.module.btch_size=3", "data.module.btch_size=3", "batch_size"),
     _of("data=digits data.module.train_transforms.paddng=2", "train_transforms.paddng=2", "padding"),
     _of("technique=online_norm model.norm_kwargs.emc=ac", "emc", "ecm"),

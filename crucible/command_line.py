@@ -311,6 +311,13 @@ def describe(error: Exception) -> tuple[str | None, str]:
             f"the environment variable {match.group(1)} is not set; env=cluster needs it",
             "cli_configs/env",
         )
+    if match := re.search(r"Ambiguous value for argument '([^']*(?:'[^=]*')?[^']*)'", text):
+        name, _, value = match[1].partition("=")
+        return (
+            f"{match[1]}: several values are a sweep, python main.py -m ...; a list is {name}=[{value}], and a text "
+            f"with commas {shlex.quote(option(name, value))}",
+            "docs/sweeps.md",
+        )
     if "Config group override must be a string or a list" in text:
         groups = {folder.name for folder in _CONFIGS.iterdir() if folder.is_dir()}
         typed = [a for a in sys.argv[1:] if a.lstrip("+").partition("=")[0] in groups]
