@@ -99,7 +99,7 @@ WRONG = (
     _of("data=image_folder data.module.data_root_dir=nowhere", "data_root_dir=nowhere", "no such folder"),
     _of("data=image_folder data.module.data_root_dir=dangling", "data_root_dir=dangling", "gone", "link"),
     _of("data=cifar10 data.module.data_root_dir=/nowhere/at/all", "/nowhere/at/all", "make that folder"),
-    _of("user_dir=mine model=broken", "broken.yaml", "line 2"),
+    _of("user_dir=mine model=broken", "broken.yaml, line 3", "mend"),
     _of("+callbacks.stop._target_=callbacks.nothing.Stop", "callbacks.stop._target_", "callbacks.nothing"),
     _of("+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,mode:mix}", "mix"),
     # recorded runs
