@@ -173,7 +173,8 @@ def _margin(given: Mapping[str, str], metric: Metric) -> float | None:
 def _folders(text: str) -> tuple[Path, ...]:
     found: list[Path] = []
     whole = Path(text).expanduser()
-    for part in [text] if whole.is_dir() else filter(None, text.strip("[]").split(",")):
+    listed = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    for part in [text] if whole.is_dir() else filter(None, listed.split(",")):
         pattern = Path(unquoted(part.strip())).expanduser()
         # what of it is there as it stands is no pattern: a folder may be called [old]
         base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
