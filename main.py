@@ -28,7 +28,15 @@ def compose_and_run() -> int:
         except Exception as error:  # Hydra would print a line of its own above ours
             raised.append(error)
 
-    compose()
+    for _ in range(len(sys.argv)):  # each option may need its + only once
+        try:
+            compose()
+            break
+        except Exception as error:
+            changed = command_line.with_plus(sys.argv[1:], error)
+            if changed is None:
+                raise
+            sys.argv[1:] = changed
     if raised:
         raise raised[0]
     return max(statuses, default=0)

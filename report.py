@@ -49,14 +49,17 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP, end="")
         return 0
-    from crucible.command_line import explain
-    from crucible.options import ConfigError
+    from crucible.command_line import explain, wants_tracebacks
 
     collecting = gc.isenabled()
     gc.disable()  # nothing that was read is garbage; looking for some costs a fifth of the time
     try:
         _report(arguments)
-    except ConfigError as error:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if wants_tracebacks():
+            raise
         return explain(error)
     finally:
         if collecting:

@@ -34,6 +34,27 @@ def to_plain(config: DictConfig) -> Config:
     return plain  # type: ignore[return-value]
 
 
+LONGEST_NAME = 100  # bytes; a folder's name has at most 255, and we add to it
+
+
+def check_name(option: str, name: Any) -> None:
+    """Refuse what cannot be the name of a folder of its own within another one.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if not isinstance(name, str) or not name.strip() or name in (".", "..") or name.startswith("~"):
+        reason = "a name is a text, such as flowers"
+    elif any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        reason = "it is the name of one folder: without / and \\ and control characters; exp_dir says where it lies"
+    elif (length := len(name.encode())) > LONGEST_NAME:
+        reason = f"it has {length} bytes; a name has at most {LONGEST_NAME}"
+    else:
+        return
+    shown = repr(name) if len(repr(name)) < 80 else f"{repr(name)[:60]}..."
+    raise ConfigError(f"{option}={shown}: {reason}")
+
+
 def select(config: Mapping[str, Any], name: str) -> Any:
     """The value of the dotted option `name`, or None where it is not there."""
     node: Any = config

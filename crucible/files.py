@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,25 @@ _TEMPORARY = re.compile(r"\.(?P<pid>\d+)(?:-(?P<start>\d+)-(?P<space>\d+))?\.tmp
 def absolute(text: str) -> str:
     """A path made absolute; what has a scheme, such as `s3://bucket/data`, stays as typed."""
     return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
+def missing(path: Path, what: str = "folder") -> str:
+    """What is to be said of a path at which there is no such thing."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which is not there; mend the link or name another {what}"
+    if path.exists():
+        return f"not a {what}; name one"
+    return f"no such {what}"
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be written into `folder`, which may not be there yet; empty where one can. Leaves nothing."""
+    there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return f"{there}: {error.strerror}"
 
 
 def temporary_name(path: Path) -> Path:

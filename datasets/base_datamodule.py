@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
 from crucible.batch import Batch
+from crucible.files import missing
 from crucible.keyed import stream_key
 from crucible.machine import core_count
 from crucible.options import ConfigError
@@ -250,7 +251,7 @@ class BaseDataModule(LightningDataModule):
         path = Path(self.data_root_dir).expanduser()
         if not path.is_dir():
             raise ConfigError(
-                f"data.module.data_root_dir={self.data_root_dir}: no such folder; "
+                f"data.module.data_root_dir={self.data_root_dir}: {missing(path)}; "
                 "give the folder of the data, or set data_dir"
             )
         return path
@@ -464,6 +465,7 @@ class BaseDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         samples, (rank, world) = self.samples(split), self._place()
+        samples.skips = split == "predict" and not samples.keeps  # one bad image loses its own row only
         if len(samples) < world:
             raise ConfigError(
                 f"trainer.devices: {self.name} has {len(samples)} {split} samples, fewer than {world} devices"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import socket
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
+from crucible.files import missing
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.image_folder import class_folders, images_to_score
@@ -21,6 +24,8 @@ from datasets.images import Arrays, ImageFiles, with_channels
 from datasets.layout import split_folder
 
 _SIDE = 32
+_LOCK = ".download.lock"
+_DEFAULT = Path("data")  # where data lie unless data_dir says otherwise; it need not be there yet
 
 
 class _CifarDataModule(BaseDataModule):
@@ -43,11 +48,20 @@ class _CifarDataModule(BaseDataModule):
         root = Path(self.data_root_dir).expanduser()
         if self._present(root) or (self.elsewhere and root.is_dir()):
             return
+        if root.is_symlink() and not root.exists():
+            raise ConfigError(f"data.module.data_root_dir={self.data_root_dir}: {missing(root)}")
+        if not root.parent.is_dir() and root.parent != _DEFAULT:
+            known = next(p for p in root.parents if p.is_dir())
+            raise ConfigError(
+                f"data.module.data_root_dir={self.data_root_dir}: {root.parent} is not there (only {known} is), and "
+                f"{self.source.__name__} is not downloaded there; make that folder, or mend the path"
+            )
+        made = [path for path in (root, root.parent) if not path.exists()]
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # seconds; by default a dead connection is waited for without end
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with (root / ".download.lock").open("w") as lock:
+            with (root / _LOCK).open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together download once
                 if not self._present(root):
                     self.source(str(root), download=True)
@@ -58,6 +72,7 @@ class _CifarDataModule(BaseDataModule):
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
+            _remove_if_empty(made)  # a download that failed leaves nothing
 
     def _present(self, root: Path) -> bool:
         return (root / self.source.base_folder).is_dir() or split_folder(root, "train").is_dir()
@@ -84,6 +99,15 @@ class _CifarDataModule(BaseDataModule):
             ) from error
         images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
         return Arrays(with_channels(images, self.input_channels), raw.targets, raw.classes)
+
+
+def _remove_if_empty(folders: Iterable[Path]) -> None:
+    """Remove folders with nothing but our lock in them, the inner ones first."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            if all(path.name == _LOCK for path in folder.iterdir()):
+                (folder / _LOCK).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 class CIFAR10DataModule(_CifarDataModule):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +17,8 @@ from crucible.batch import Batch
 from crucible.keyed import keyed_rng, stream_key
 from datasets.images import Arrays, SampleError
 from datasets.sampling import KeyedBatch
+
+_BLANK = 64  # pixels a side
 
 
 class Samples(Dataset):
@@ -35,6 +38,9 @@ class Samples(Dataset):
         self.policy = policy
         self.stream = stream
         self.seed = seed
+        self.skips = (
+            False  # whether what cannot be read is a blank, its number -1 - index, instead of an error
+        )
 
     def __len__(self) -> int:
         return len(self.raw) if self.indices is None else len(self.indices)
@@ -52,8 +58,32 @@ class Samples(Dataset):
         index = torch.from_numpy(indices)
         if self.keeps:
             return Batch(self.raw.inputs[index], _targets(self.raw.targets[indices]), index)
+        if self.skips:
+            return self._readable(epoch, indices)
         inputs, targets = zip(*(self._sample(epoch, i) for i in indices.tolist()), strict=True)
         return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
+
+    def _readable(self, epoch: int, indices: np.ndarray) -> Batch:
+        read: dict[int, tuple[Tensor, Any]] = {}
+        for index in indices.tolist():
+            with suppress(SampleError):
+                read[index] = self._sample(epoch, index)
+        blank = torch.zeros_like(next(iter(read.values()))[0]) if read else self.policy.sample(self._blank())
+        inputs = [read[i][0] if i in read else blank for i in indices.tolist()]
+        targets = [read[i][1] if i in read else self.raw.targets[i] for i in indices.tolist()]
+        index = [i if i in read else -1 - i for i in indices.tolist()]
+        return Batch(torch.stack(inputs), _targets(np.asarray(targets)), torch.tensor(index))
+
+    def _blank(self) -> Image.Image:
+        return Image.new("L" if getattr(self.raw, "channels", 3) == 1 else "RGB", (_BLANK, _BLANK))
+
+    def why_unreadable(self, index: int) -> str:
+        """What is wrong with the sample `index` of the raw data; empty where it can be read."""
+        try:
+            self._sample(0, index)
+        except SampleError as error:
+            return str(error)
+        return ""
 
     def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
         with naming(self.raw, index):

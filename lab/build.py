@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from callbacks.checkpoints import AtomicCheckpointIO
 from crucible.configuration import Config
+from crucible.files import missing
 from crucible.keyed import keyed_rng, stream_key
 from crucible.machine import world_size
 from crucible.options import ConfigError
@@ -81,7 +84,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         options["pretrained"] = False
     record = _RecordFills()
     with keyed_rng(stream_key(config["seed"], "construction")), record:
-        model: BaseModel = instantiate(options, _convert_="all")
+        model: BaseModel = _made(options, f"model._target_={options['_target_']}")
     if not hasattr(model, "model"):
         raise ConfigError(
             f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md"
@@ -115,7 +118,35 @@ def with_weights(config: Config, checkpoint: Path) -> BaseModel:
 
 def build_data(config: Config) -> BaseDataModule:
     """The data module of the configuration."""
-    return instantiate(config["data"]["module"], _convert_="all")
+    node = config["data"]["module"]
+    return _made(node, f"data.module._target_={node['_target_']}")
+
+
+def build_callback(name: str, node: Mapping[str, Any]) -> Callback:
+    """The callback of the configuration's `callbacks` group.
+
+    Raises:
+        ConfigError: where its class refuses its options.
+    """
+    return _made(node, f"callbacks.{name}._target_={node['_target_']}")
+
+
+def _made(node: Mapping[str, Any], named: str) -> Any:
+    """What a node names, made of its options.
+
+    Raises:
+        ConfigError: where its class refuses them.
+    """
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException = error.__cause__ or error
+        if isinstance(cause, ConfigError):
+            raise
+        reason = " ".join(str(cause).split())[:300]
+        raise ConfigError(
+            f"{named} refuses its options: {type(cause).__name__}: {reason}; change them"
+        ) from error
 
 
 def build_trainer(config: Config, folder: Path, callbacks: list[Callback], loggers: list[Any]) -> Trainer:
@@ -179,6 +210,6 @@ def file_fingerprint(option: str, path: str) -> str:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"{option}={path}: no such file")
+        raise ConfigError(f"{option}={path}: {missing(file, 'file')}")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 from omegaconf import DictConfig, open_dict
 
+from crucible.command_line import option
 from crucible.handover import received
 from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
@@ -201,6 +202,6 @@ class ClusterExecutor:
         record = folder / "jobs" / f"{self._submitted}.json"
         record.parent.mkdir(exist_ok=True)
         told = replace(received(), sweep=dict(facts), record=str(record), trial=planned.trial)
-        named = [o for o in planned.overrides if not o.startswith("arm=")] + [f"arm='{planned.arm}'"]
+        named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
         job = self._executor.submit(ClusterJob([sys.executable, str(MAIN), *named], told.environment()))
         return ClusterHandle(job, record, planned)

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
-from crucible.configuration import Config, find_target, flatten, select
+from crucible.configuration import Config, check_name, find_target, flatten, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics
@@ -355,6 +355,7 @@ def _check_data(data: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"data.{name}={data[name]!r}: no such option; options of the data set are data.module.*"
             )
+    check_name("data.module.name", data["module"].get("name", ""))
     _check_node(data["module"], "data.module")
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from crucible import configuration, metrics
 from crucible.configuration import Config, find_target, flatten, is_semantic
 from crucible.corrections import Correction, versions_of
-from crucible.files import absolute
+from crucible.files import absolute, why_not_writable
 from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank, world_size
@@ -30,13 +30,14 @@ from crucible.options import ConfigError, signature_options
 from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
-from lab.build import build_data, build_model, build_trainer, file_fingerprint
+from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
 from lab.config import SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.states import check_state
 from lab.summary import check_input
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
+from models.weights import load_weights
 
 RECOGNISED = (
     "its data were recognised by names and sizes of files: the fingerprint of that time read no pixels"
@@ -394,6 +395,10 @@ class Examiner:
             config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
         self._construct(config, data)
         folder = Path(config["exp_dir"]).expanduser().resolve() / config["data"]["module"]["name"]
+        if reason := why_not_writable(folder):
+            raise ConfigError(
+                f"exp_dir={config['exp_dir']}: cannot be written ({reason}); exp_dir=PATH is elsewhere"
+            )
         full = identity_hash(config, contents)
         name = f"{full[:8]}-s{config['seed']}"
         if not (folder / name).exists() and (older := data.fingerprint(1)) != fingerprint:
@@ -432,7 +437,13 @@ class Examiner:
         of_the_data = {k: v for k, v in config["data"].items() if k != "module"}
         start = {"ckpt_path": config["ckpt_path"], "of seed": config["ckpt_path"] and config["seed"]}
         key = _but_for_the_seed(
-            config["model"], of_the_data, config["data"]["module"], config["trainer"], config["logger"], start
+            config["model"],
+            of_the_data,
+            config["data"]["module"],
+            config["trainer"],
+            config["logger"],
+            config["callbacks"],
+            start,
         )
         if key in self._constructed:
             return
@@ -440,7 +451,12 @@ class Examiner:
         check_input(model, config)
         if config["ckpt_path"]:
             check_state(config, model, data)
+        if config["model"]["init_from"] and not config["ckpt_path"]:
+            load_weights(model.model, config["model"]["init_from"])
         check_loggers(config["logger"])
+        for name, node in config["callbacks"].items():
+            if node and name not in ("progress", "plots"):
+                build_callback(name, node)
         with quiet_lightning():
             build_trainer(config, Path(config["exp_dir"]), [], [])
         self._constructed.add(key)

@@ -6,7 +6,6 @@ W&B run and its failure stay its own. Ranks and jobs never compose again; they r
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -17,20 +16,19 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.pruning import Pruned
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
-from crucible.command_line import describe
+from crucible.command_line import command, describe, option, parse, unquoted
 from crucible.configuration import Config
-from crucible.files import write_atomically
+from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, world_size
@@ -64,9 +62,11 @@ def run_composed(composed: DictConfig) -> int:
         checking.check(config, overrides)
         print_summary(config)
         return 0
-    for option in SWEEP_OPTIONS:
-        if any(o.split("=", 1)[0].split(".")[0].lstrip("+") == option for o in overrides):
-            raise ConfigError(f"{option} is an option of sweeps: python main.py -m ...", see="docs/sweeps.md")
+    for override in overrides:
+        if (name := override.split("=", 1)[0].split(".")[0].lstrip("+~")) in SWEEP_OPTIONS:
+            raise ConfigError(
+                f"{override}: {name} is an option of sweeps: python main.py -m ...", see="docs/sweeps.md"
+            )
     job: Job | None = None
     try:
         job = Examiner().examine(composed, overrides)
@@ -156,7 +156,7 @@ def execute(run: RunDirectory, config: Config) -> int:
         run.update_summary(status="running", reason="")
     else:
         resume = _resume_of_rank_0(run)
-    sys.argv = [str(MAIN), f"run={run.path}"]  # what Lightning starts for the other ranks
+    sys.argv = [str(MAIN), option("run", run.path)]  # what Lightning starts for the other ranks
     main_log = _log_to(run, first)
     status, outcome, reason = 1, "failed", ""
     try:
@@ -168,7 +168,7 @@ def execute(run: RunDirectory, config: Config) -> int:
         # the ranks stop together: a child that reports failure would have rank 0 killed while it writes
         status, outcome, reason = (error.exit_status if first else 0), "interrupted", str(error)
         if first:
-            _say(f"interrupted; the same command, or python main.py run={run.path}, goes on from here")
+            _say(f"interrupted; the same command, or {command(option('run', run.path))}, goes on from here")
     except Pruned as error:
         status, outcome, reason = 0, "pruned", str(error)
     except Diverged as error:
@@ -295,12 +295,13 @@ _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 def run_recorded(arguments: Sequence[str]) -> int:
     """`run=RUN [task=...] [ckpt_path=...] [option=value ...]`; the exit status."""
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for argument in arguments:
-        name, equals, value = argument.lstrip("+").partition("=")
-        if not equals:
-            raise ConfigError(f"{argument}: with run=RUN the arguments are option=value", see="README.md")
-        given[name] = value
+        name, _, value = argument.lstrip("+").partition("=")
+        if name in _OWN:  # texts: a path may have any characters
+            given[name] = value if name == "run" else unquoted(value)
+        else:
+            given.update([parse(argument)])
     task = given.get("task", "train")
     known = ["train", *tasks.OF_TRAINED]
     if task not in known:
@@ -327,30 +328,57 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 complete(runs[0], runs[0].config(), overrides=None)
         return start(runs[0], configs[0])
     with quiet_lightning():
-        return _evaluate(task, runs, configs, given)
+        return _evaluate(task, runs, configs, given, arguments)
 
 
 def _expand(text: str) -> list[str]:
+    """The runs that `run=` names: a folder of whatever name, or several by commas, as a list, or by globs."""
+    if _is_run(unquoted(text)):
+        return [str(Path(unquoted(text)).expanduser())]
+    listed = text.startswith("[") and text.endswith("]")
+    try:
+        value = parse(option("run", text) if not listed and "," not in text else f"run={text}").value
+    except ConfigError:  # no text of Hydra's grammar, but a path may be
+        value = text.split(",")
+    parts = [unquoted(str(part).strip()) for part in (value if isinstance(value, list) else [value])]
     found: list[str] = []
-    for part in text.strip("[]'\"").split(","):
-        matches = (
-            sorted(p for p in glob.glob(part) if (Path(p) / "config.yaml").is_file())
-            if glob.has_magic(part)
-            else [part]
-        )
-        found.extend(matches)
+    for part in parts:
+        path = Path(part).expanduser()
+        matches = [str(path)] if _is_run(part) else _matches(path)
+        if not matches and path.is_symlink() and not path.exists():
+            raise ConfigError(f"run={part}: {missing(path)}", see="README.md")
+        found += matches or ([] if _has_magic(part) else [str(path)])
     if not found:
-        raise ConfigError(f"run={text}: no run there", see="README.md")
-    return found
+        raise ConfigError(f"run={text}: no run there; give a folder with a config.yaml", see="README.md")
+    return list(dict.fromkeys(found))
 
 
-def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Config:
+def _is_run(text: str) -> bool:
+    try:
+        return (Path(text).expanduser() / "config.yaml").is_file()
+    except (OSError, ValueError):  # too long a name, or NUL in it
+        return False
+
+
+def _has_magic(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def _matches(pattern: Path) -> list[str]:
+    """The runs that a pattern names, sorted; what of it is there as it stands is no pattern."""
+    base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
+    rest = pattern.relative_to(base)
+    if rest == Path():
+        return []
+    return sorted(str(p) for p in base.glob(str(rest)) if (p / "config.yaml").is_file())
+
+
+def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> Config:
     """The recorded configuration with what was typed; training takes only what leaves the result as it is."""
     config = checking.completed(run.config())
     user_dir = given.get("user_dir") or config.get("user_dir")
     if user_dir and user_dir not in sys.path:
         sys.path.insert(1, user_dir)
-    node = OmegaConf.create(config)
     for name, value in given.items():
         if name in _OWN:
             continue
@@ -369,17 +397,17 @@ def _with_overrides(run: RunDirectory, given: dict[str, str], task: str) -> Conf
                     f"(with ckpt_path={run.checkpoints / 'last.ckpt'} to start from this one's state)"
                 )
             raise ConfigError(f"{name}={value}: {changeable}", see="README.md")
-        OmegaConf.update(node, name, yaml.safe_load(value))
+        value = _resolved(config, value)
+        both = isinstance(value, Mapping) and isinstance(known[leaf], Mapping)
+        known[leaf] = {**known[leaf], **value} if both else value
         if name == "metrics":
-            OmegaConf.update(node, "model.metrics", yaml.safe_load(value))
-    plain = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(plain, dict)
+            config["model"]["metrics"] = value
     if not is_child_rank():
-        _check_recorded(run, plain)  # type: ignore[arg-type]
+        _check_recorded(run, config)
     if len(given) > 1 and not is_child_rank():
-        checking.check(plain, [], typed=given)  # type: ignore[arg-type]
-        checking.resolve_monitor(plain)  # type: ignore[arg-type]
-    return plain  # type: ignore[return-value]
+        checking.check(config, [], typed=given)
+        checking.resolve_monitor(config)
+    return config
 
 
 def _check_recorded(run: RunDirectory, config: Config) -> None:
@@ -392,14 +420,26 @@ def _check_recorded(run: RunDirectory, config: Config) -> None:
         raise ConfigError(f"run={run.path}: {error}{way_on}", see=error.see) from error
 
 
-def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: dict[str, str]) -> int:
+def _resolved(config: Config, value: Any) -> Any:
+    """A typed value; what it takes from other options by ${...} is the recorded configuration's."""
+    if "${" not in str(value):
+        return value
+    found = OmegaConf.create({**config, "typed": value})["typed"]
+    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
+
+def _evaluate(
+    task: str,
+    runs: list[RunDirectory],
+    configs: list[Config],
+    given: Mapping[str, Any],
+    arguments: Sequence[str],
+) -> int:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
-    sys.argv = [str(MAIN), *(f"{k}={v}" for k, v in given.items())]  # for Lightning's launcher of ranks
-    tasks.OF_TRAINED[task](
-        list(zip(runs, configs, chosen, strict=True)), Path(given["out"]) if "out" in given else None
-    )
-    return 0
+    sys.argv = [str(MAIN), *arguments]  # for Lightning's launcher of ranks
+    out = Path(given["out"]).expanduser() if "out" in given else None
+    return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)

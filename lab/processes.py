@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from crucible.command_line import option
 from crucible.handover import received
 from crucible.run import RunDirectory
 from lab.warm import Cold, Started, WarmParent
@@ -50,7 +51,7 @@ class Process:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(output.open("ab")) if output else None
             everything = {**os.environ, **(environment or {}), **told.environment()}
-            self._process = _started([str(MAIN), f"run={run.path}"], everything, stream, warm)
+            self._process = _started([str(MAIN), option("run", run.path)], everything, stream, warm)
 
     def signal(self, number: int) -> None:
         """Hand a signal on to the run and its ranks."""

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from callbacks.pruning import open_study
 from crucible import private
+from crucible.configuration import check_name
 from crucible.files import write_atomically
 from crucible.metrics import higher_is_better
 from crucible.options import ConfigError, read_options
@@ -173,6 +174,7 @@ class Search:
             options.study
             or f"{config['data']['module']['name']}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         )
+        check_name("search.study", name)
         self.folder = probe.job.run.path.parent.parent / "searches" / name
         self.spec = {
             "study": name, "storage": options.storage or f"sqlite:///{self.folder / 'study.db'}", "seed": options.seed,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from crucible.command_line import quoted
+from crucible.command_line import command, option
 from crucible.configuration import select
 from crucible.files import write_atomically
 from crucible.metrics import headline
@@ -230,7 +229,7 @@ class Record:
                 runs[-1] |= {"run": str(one.job.run.path), "seed": seed, "fold": fold}
         content = {
             **self.facts,
-            "command": shlex.join(["python", "main.py", *sys.argv[1:]]),
+            "command": command(*sys.argv[1:]),
             "arms": list(dict.fromkeys(one.arm for one in self._planned if one.job)),
             "rivals": self.rivals,
             "runs": runs,
@@ -377,7 +376,7 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
         for job, overrides in base.values():
             name = f"{options.baseline}_x{ratio:.2f}"
             alike = f"model.compile={str(bool(job.config['model']['compile'])).lower()}"
-            stretched = [*overrides, *stretch(job.config, ratio), alike, f"arm={quoted(name)}"]
+            stretched = [*overrides, *stretch(job.config, ratio), alike, option("arm", name)]
             rival = examine(examiner, compose, stretched, (), options)
             if rival.job is not None:
                 of = {"rival_of": arm, "rival_base": sample.facts["identity"], "ratio": ratio}

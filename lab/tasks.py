@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
@@ -27,7 +30,7 @@ from callbacks.correctness import CorrectnessRecord
 from callbacks.pruning import Pruning
 from callbacks.recorder import GracefulStop, Recorder
 from crucible.configuration import Config, flatten
-from crucible.files import replacing, write_atomically
+from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
 from crucible.loggers import build_loggers
 from crucible.machine import device_kind, is_child_rank, world_size
@@ -35,7 +38,8 @@ from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
-from lab.build import build_data, build_model, build_trainer, with_weights
+from datasets.samples import sample_name
+from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
 from lab.scoring import DataToScore, data_to_score
 from lab.teachers import hand_in_teacher
@@ -59,7 +63,7 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     model = build_model(config, load=resume is None)
     hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
-    extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
+    extra = [build_callback(name, node) for name, node in config["callbacks"].items() if node]
     fingerprint = run.summary().get("data_fingerprint", "")
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
     trial = received().trial
@@ -70,7 +74,9 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     loggers = (
         build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
     )
-    trainer = build_trainer(config, run.path, callbacks, loggers)
+    # without ours (callbacks.progress=null) Lightning would show a bar of its own
+    shown = {**config["trainer"], "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks)}
+    trainer = build_trainer({**config, "trainer": shown}, run.path, callbacks, loggers)
     if trainer.is_global_zero and not is_child_rank():
         facts = static_facts(config, model)
         run.update_summary(**facts)
@@ -93,30 +99,44 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     return final
 
 
-def test(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[dict[str, float], Path, list[str]]:
+def test(
+    run: RunDirectory, config: Config, checkpoint: Path, out: Path | None = None
+) -> tuple[dict[str, float], Path | None, list[str]]:
     """Score the test split with the weights of `checkpoint`.
 
+    Args:
+        run: the recorded run.
+        config: its configuration, with what was typed.
+        checkpoint: the weights.
+        out: the file to write to; None: `RUN/test.json` for the run's own data, for others the one in
+            `RUN/tests/<fingerprint of the data>`.
+
     Returns:
-        the metrics; the record they are written to, which is `RUN/test.json` for the run's own data and lies in
-        `RUN/tests/<fingerprint of the data>` for others; and what was scored, in a few lines.
+        the metrics; the record they are written to, None where its folder cannot be written; and what was scored, in
+        a few lines.
     """
     found = data_to_score(run, config, checkpoint)
-    data, out = found.data, found.folder / "test.json"
+    data, folder = found.data, out.parent if out else found.folder
+    why_not = why_not_writable(folder.absolute())
+    if out and why_not:
+        raise _not_writable(out, why_not)
+    out = None if why_not else out or folder / "test.json"
     model = with_weights(config, checkpoint)
     plots = [
         instantiate(node, _convert_="all")
         for n, node in config["callbacks"].items()
-        if node and n != "progress"
+        if node and n != "progress" and out
     ]
-    found.folder.mkdir(parents=True, exist_ok=True)
-    plots.append(CorrectnessRecord(found.folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
+    if out:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
     trainer = build_trainer(
-        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, found.folder, plots, []
+        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, folder, plots, []
     )
     trainer.test(model, datamodule=data, verbose=False)
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     scored = data.scored()
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and out:
         record = {
             "checkpoint": checkpoint.name, "data": found.fingerprint, "own_data": found.own,
             "folder": config["data"]["module"].get("data_root_dir"), "samples": data.seen("test"),
@@ -125,7 +145,12 @@ def test(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[dict[str,
         write_atomically(out, json.dumps(record, indent=2) + "\n")
     if (seen := data.seen("test")) < (whole := len(data.samples("test"))):
         scored = [*scored, f"test on {seen} drawn of {whole} samples"]
-    return final, out, [*([] if found.own else [_whose(found)]), *scored, *found.remarks]
+    remarks = [] if out else [f"not recorded: {why_not}; out=FILE writes elsewhere"]
+    return final, out, [*([] if found.own else [_whose(found)]), *scored, *found.remarks, *remarks]
+
+
+def _not_writable(out: Path, reason: str) -> ConfigError:
+    return ConfigError(f"out={out}: cannot be written ({reason}); out=FILE writes elsewhere", see="README.md")
 
 
 def _whose(found: DataToScore) -> str:
@@ -133,11 +158,59 @@ def _whose(found: DataToScore) -> str:
 
 
 class Scores(NamedTuple):
-    """Predictions of a data set in its order: scores (N, K) or (N,), target (N,), number of the sample (N,)."""
+    """Predictions of a data set in its order: scores (N, K) or (N,), target (N,), number of the sample (N,).
+
+    Scores lie in a file of the temporary folder (`TMPDIR`), so that memory does not bound N; `unread` are the numbers
+    of the samples that could not be read, whose rows mean nothing.
+    """
 
     scores: torch.Tensor
     target: torch.Tensor
     sample: torch.Tensor
+    unread: tuple[int, ...] = ()
+
+
+class _Collector(Callback):
+    """Puts each batch's scores where they belong, as they come.
+
+    Args:
+        numbers: (N,) int64 numbers of the samples, ascending.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = numbers
+        self._unread: list[int] = []
+        self._scores = self._target = torch.empty(0)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        scores, target, index = (outputs[name].cpu() for name in ("scores", "target", "index"))
+        if not len(self._scores):
+            self._scores = _on_disk((len(self._numbers), *scores.shape[1:]), scores.dtype)
+            self._target = target.new_empty(len(self._numbers))
+        self._unread += (-1 - index[index < 0]).tolist()
+        rows = torch.searchsorted(self._numbers, torch.where(index < 0, -1 - index, index))
+        self._scores[rows], self._target[rows] = scores, target
+
+    def scores(self) -> Scores:
+        """What has come."""
+        return Scores(self._scores, self._target, self._numbers, tuple(sorted(self._unread)))
+
+
+def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in a file that goes with the tensor."""
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    file = tempfile.TemporaryFile()  # noqa: SIM115  # the mapping outlives it
+    file.truncate(max(1, size))
+    data = np.memmap(file, dtype=np.uint8, mode="r+", shape=(max(1, size),))
+    return torch.from_numpy(data)[:size].view(dtype).view(shape)
 
 
 def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, DataToScore]:
@@ -150,43 +223,63 @@ def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, 
         "strategy": "auto",
     }
     found = data_to_score(run, config, checkpoint)
-    trainer = build_trainer({**config, "trainer": options}, run.path, [], [])
-    batches = trainer.predict(with_weights(config, checkpoint), datamodule=found.data) or []
-    columns = [torch.cat([batch[name].cpu() for batch in batches]) for name in ("scores", "target", "index")]  # type: ignore[call-overload]
-    order = columns[2].argsort()
-    return Scores(*(column[order] for column in columns)), found
+    samples = found.data.samples("predict")
+    known = torch.arange(len(samples)) if samples.indices is None else torch.from_numpy(samples.indices)
+    collector = _Collector(known.sort().values)
+    trainer = build_trainer({**config, "trainer": options}, run.path, [collector], [])
+    trainer.predict(with_weights(config, checkpoint), datamodule=found.data, return_predictions=False)
+    return collector.scores(), found
 
 
-def predict(runs: Runs, out: Path | None) -> None:
+def predict(runs: Runs, out: Path | None) -> int:
     """Write a CSV of predictions: sample, target where known, prediction, probabilities; and say where.
 
-    Several runs (the folds of a cross-validation, say) give the mean of their probabilities.
+    Several runs (the folds of a cross-validation, say) give the mean of their probabilities. What cannot be read has
+    no row; it is named at the end, and the exit status is 1.
     """
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
+    if out and (reason := why_not_writable(out.parent.absolute())):
+        raise _not_writable(out, reason)
     scores, found = average(runs)
     data, out = found.data, out or found.folder / name
+    if reason := why_not_writable(out.parent.absolute()):
+        raise _not_writable(out, reason)
     out.parent.mkdir(parents=True, exist_ok=True)
+    samples = data.samples("predict")
     classification = scores.scores.ndim == 2
     names = (
         list(data.class_names) or [str(k) for k in range(scores.scores.shape[-1])] if classification else []
     )
-    with replacing(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    unread = set(scores.unread)
+    # a name that is no text in UTF-8 is written with escapes
+    with (
+        replacing(out) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.writer(stream)
         writer.writerow(["sample", "target", "prediction", *(f"p({name})" for name in names)])
-        for row, target, index in zip(
-            scores.scores, scores.target.tolist(), scores.sample.tolist(), strict=True
-        ):
-            known = target == target and not (classification and target < 0)
+        for row, target, index in zip(scores.scores, scores.target, scores.sample, strict=True):
+            if (number := int(index)) in unread:
+                continue
+            known = bool(target == target) and not (classification and target < 0)
             if classification:
                 label = names[int(target)] if known else ""
                 values = [names[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())]
             else:
-                label, values = (f"{target:.6g}" if known else ""), [f"{float(row):.6g}"]
-            writer.writerow([data.sample_name(index), label, *values])
+                label, values = (f"{float(target):.6g}" if known else ""), [f"{float(row):.6g}"]
+            writer.writerow([sample_name(samples.raw, number), label, *values])
     if not found.own:
         for line in [_whose(found), *data.scored(), *found.remarks]:
             _say(f"  {line}")
     _say(f"predictions of {_named(runs)}  ->  {out}")
+    if unread:
+        _say(f"{len(unread)} of {len(scores.sample)} samples could not be read and have no row:")
+        for number in sorted(unread):
+            _say(f"  {samples.why_unreadable(number) or sample_name(samples.raw, number)}")
+    return 1 if unread else 0
+
+
+_CHUNK = 1 << 16  # rows of scores that are averaged at once
 
 
 def average(runs: Runs) -> tuple[Scores, DataToScore]:
@@ -195,29 +288,39 @@ def average(runs: Runs) -> tuple[Scores, DataToScore]:
     Raises:
         ConfigError: where the runs' samples or classes differ.
     """
-    parts = [score(run, config, checkpoint) for run, config, checkpoint in runs]
-    first, found = parts[0]
-    names, total = found.data.class_names, first.scores.double()
-    for (part, other), (run, _, _) in zip(parts[1:], runs[1:], strict=True):
-        scores, target = part.scores, part.target
+    first, found = score(*runs[0])
+    if len(runs) == 1:
+        return first, found
+    names, unread = found.data.class_names, set(first.unread)
+    total = _on_disk(tuple(first.scores.shape), torch.float64)
+    total += first.scores
+    for run, config, checkpoint in runs[1:]:
+        part, other = score(run, config, checkpoint)
+        places, target = None, part.target
         if (theirs := other.data.class_names) != names:
             if sorted(theirs) != sorted(names):
                 raise ConfigError(f"run={run.path}: its classes differ from those of {runs[0][0].path}")
             places = torch.tensor([theirs.index(name) for name in names])
-            scores = scores[:, places]
             target = torch.where(target < 0, target, places.argsort()[target.clamp(min=0)])
         same = torch.equal(part.sample, first.sample) and torch.equal(
             target.nan_to_num(), first.target.nan_to_num()
         )
-        if not same or scores.shape != first.scores.shape:
+        if not same or part.scores.shape != first.scores.shape:
             raise ConfigError(f"run={run.path}: its samples differ from those of {runs[0][0].path}")
-        total += scores.double()
-    return first._replace(scores=(total / len(parts)).float()), found
+        unread |= set(part.unread)
+        for begin in range(0, len(total), _CHUNK):
+            rows = part.scores[begin : begin + _CHUNK]
+            total[begin : begin + _CHUNK] += rows if places is None else rows[:, places]
+    for begin in range(0, len(total), _CHUNK):
+        first.scores[begin : begin + _CHUNK] = total[begin : begin + _CHUNK] / len(runs)
+    return first._replace(unread=tuple(sorted(unread))), found
 
 
 def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     """Test metrics of the averaged probabilities (or values) of several runs."""
     scores, found = average(runs)
+    if scores.unread:
+        raise ConfigError(found.data.samples("predict").why_unreadable(scores.unread[0]), see="")
     config = runs[0][1]
     metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
     metrics.update(scores.scores, scores.target)
@@ -225,23 +328,33 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     return {f"test/{k}": float(v) for k, v in values.items()}, found
 
 
-def test_all(runs: Runs, out: Path | None) -> None:
-    """Score the test split, of several runs with the mean of their probabilities; write and say what came out."""
+def test_all(runs: Runs, out: Path | None) -> int:
+    """Score the test split, of several runs with the mean of their probabilities; write and say what came out.
+
+    Where the folder cannot be written, the values are said only.
+    """
     (run, config, checkpoint), *others = runs
     if not others:
-        final, out, said = test(run, config, checkpoint)
+        final, out, said = test(run, config, checkpoint, out)
     else:
         final, found = test_ensemble(runs)
         said = [*([] if found.own else [_whose(found)]), *found.data.scored(), *found.remarks]
         on = "" if found.own else f"-on-{found.folder.name}"
-        out = out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
+        typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
         record = {
             "runs": [str(run.path) for run, _, _ in runs],
             "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
             "data": found.fingerprint,
             "metrics": final,
         }
-        write_atomically(out, json.dumps(record, indent=2) + "\n")
+        if why_not := why_not_writable(out.parent.absolute()):
+            if typed:
+                raise _not_writable(out, why_not)
+            said.append(f"not recorded: {why_not}; out=FILE writes elsewhere")
+            out = None
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, json.dumps(record, indent=2) + "\n")
     if not is_child_rank():
         _say(f"test of {_named(runs)}")
         for line in said:
@@ -249,7 +362,9 @@ def test_all(runs: Runs, out: Path | None) -> None:
         for name, value in final.items():
             if name.startswith("test/"):
                 _say(f"  {name:<24} {value:.4f}")
-        _say(f"  ->  {out}")
+        if out:
+            _say(f"  ->  {out}")
+    return 0
 
 
 def _named(runs: Runs) -> str:
@@ -260,8 +375,8 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-# what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run
-OF_TRAINED: dict[str, Callable[[Runs, Path | None], None]] = {"test": test_all, "predict": predict}
+# what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
+OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {"test": test_all, "predict": predict}
 
 
 class LoadedRun(NamedTuple):

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from crucible.command_line import quoted
+from crucible.command_line import command, option
 from reporting import remarks
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table
@@ -349,7 +349,7 @@ def _commands(table: Table) -> Iterable[Block]:
             folds = sorted({r.unit[1] for r in runs})
             options = [*overrides, f"seed={','.join(map(str, seeds))}"]
             options += [f"data.module.fold={','.join(map(str, folds))}"] if folds != [0] else []
-            lines.append(shlex.join(["python", "main.py", "-m", *options]))
+            lines.append(command("-m", *options))
     yield Code(lines)
     commits = sorted({r.commit + ("+changes" if r.dirty else "") for r in ended if r.commit})
     versions = sorted({f"{name} {v}" for r in ended for name, v in r.versions.items()})
@@ -390,4 +390,4 @@ def _arm_option(run: Run, typed: Mapping[str, str]) -> Iterable[str]:
     """A name that comes of what the sweep swept, or of what other runs differ in, is typed."""
     techniques = set(re.findall(r"\w+", typed.get("technique", "").partition("=")[2])) - {"baseline"}
     if "arm" not in typed and set(run.arm.split("+")) != (techniques or run.techniques or {"baseline"}):
-        yield f"arm={quoted(run.arm)}"
+        yield option("arm", run.arm)

@@ -18,6 +18,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from crucible.command_line import command
+from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
@@ -277,7 +279,7 @@ def _scored(
         return final.get(name), ""
     if name.startswith("val/"):
         return _numbers(summary.get("best")).get(name), ""
-    again = f"python main.py run={path} task=test"
+    again = command(as_typed("run", path), "task=test")
     try:
         tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

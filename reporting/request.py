@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from crucible.command_line import unquoted
+from crucible.files import missing, why_not_writable
 from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
@@ -119,7 +121,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
             raise ConfigError(f"{key}= has no value", see=SEE)
         if value not in CHOICES.get(key, (value,)):
             raise ConfigError(f"{key} must be one of {', '.join(CHOICES[key])}, got {value!r}", see=SEE)
-        given[key] = value
+        given[key] = unquoted(value)
     if "runs" not in given:
         raise ConfigError("runs is missing: python report.py runs=experiments/digits", see=SEE)
     metric = Metric(given.get("metric", DEFAULT_METRIC))
@@ -130,6 +132,8 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     out = Path(given["out"]).expanduser() if "out" in given else _common(folders) / "report"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: there is a file of this name; the report is a folder", see=SEE)
+    if reason := why_not_writable(out.absolute()):
+        raise ConfigError(f"out={out}: cannot be written ({reason}); out=PATH writes it elsewhere", see=SEE)
     return Request(
         folders=folders,
         baseline=given.get("baseline", "baseline"),
@@ -140,7 +144,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         shared_variance=given.get("variance") == "shared",
         out=out,
         arguments=tuple(arguments),
-        wandb=given.get("wandb"),
+        wandb=None if given.get("wandb") == "null" else given.get("wandb"),
     )
 
 
@@ -168,12 +172,17 @@ def _margin(given: Mapping[str, str], metric: Metric) -> float | None:
 
 def _folders(text: str) -> tuple[Path, ...]:
     found: list[Path] = []
-    for part in filter(None, text.split(",")):
-        pattern = Path(part).expanduser()
-        root = Path(pattern.anchor)
-        matches = [p for p in sorted(root.glob(str(pattern.relative_to(root)))) if p.is_dir()]
+    whole = Path(text).expanduser()
+    listed = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    for part in [text] if whole.is_dir() else filter(None, listed.split(",")):
+        pattern = Path(unquoted(part.strip())).expanduser()
+        # what of it is there as it stands is no pattern: a folder may be called [old]
+        base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
+        rest = pattern.relative_to(base)
+        matches = [base] if rest == Path() else sorted(base.glob(str(rest)))
+        matches = [p for p in matches if p.is_dir()]
         if not matches:
-            raise ConfigError(f"runs={part}: no such folder", see=SEE)
+            raise ConfigError(f"runs={part}: {missing(pattern)}; give a folder with runs in it", see=SEE)
         found += matches
     return tuple(dict.fromkeys(found))
 

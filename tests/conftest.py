@@ -87,15 +87,16 @@ def cli(
     from hydra.core.global_hydra import GlobalHydra
 
     import main
+    import report
 
-    def run(*arguments: str) -> Outcome:
+    def run(*arguments: str, script: str = "main.py") -> Outcome:
         environment = dict(os.environ)
-        monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
         monkeypatch.chdir(tmp_path)
         os.environ["HYDRA_FULL_ERROR"] = "0"
         GlobalHydra.instance().clear()
         try:
-            status = main.main()
+            status = main.main() if script == "main.py" else report.main(arguments)
         except SystemExit as stop:
             status = int(stop.code or 0)
         finally:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import TINY, runs_in
+from conftest import ROOT, TINY, nightly, runs_in, write_images
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from crucible.command_line import command, option, parse, quoted, readable, unquoted
+
+sys.path.append(str(ROOT / "benchmarks"))
+from wrong_inputs import WRONG, Wrong, arguments_of, faults, prepare
 
 BAD = {
     "model.lrr=1": ["model.lrr", "did you mean lr"],
@@ -176,3 +187,170 @@ def test_the_tracebacks_are_there_for_who_wants_them(shell) -> None:
     outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"}, real=True)
     assert outcome.status != 0
     assert "Traceback" in outcome.err and "ConfigError" in outcome.err
+
+
+# the table of wrong inputs (benchmarks/results/wrong_inputs.md): a dozen of different kinds, all of them nightly
+_DOZEN = (1, 4, 8, 10, 15, 20, 24, 43, 48, 51, 53, 57)
+_CHOSEN = [*(WRONG[i] for i in _DOZEN), *nightly(*(w for i, w in enumerate(WRONG) if i not in _DOZEN))]
+
+
+@pytest.mark.parametrize("wrong", _CHOSEN, ids=lambda wrong: wrong.command)
+def test_a_wrong_input_of_the_table_is_one_line_with_the_way_on(cli, tmp_path: Path, wrong: Wrong) -> None:
+    prepare(tmp_path)
+    script, arguments = arguments_of(wrong.command)
+    outcome = cli(*arguments, script=script)
+    assert not list(faults(wrong, outcome.status, outcome.err, tmp_path)), outcome.err
+
+
+ODD = (
+    "a,b", "a]b", "[a", "a=b", "it's", 'say "x"', "two words", " a ", "Größe", "$HOME", "#1", "{}", "${x}", "\\", "a\\",
+    "a\\'b", "-a", "~a", "~/x", "true", "Null", "1e-3", "nan", "inf", "", "*?", "a:b", "(a)", "a;b&c|d<e>", "1_000",
+    "a\nb", "a\tb", "\\${x}", ".5", "0x1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_is_passed_on_as_it_is(text: str) -> None:
+    typed = option("key", text)
+    value = OverridesParser.create().parse_override(typed).value()
+    assert OmegaConf.to_container(OmegaConf.create({"key": value}), resolve=True) == {"key": text}
+    if "${" not in text:
+        assert unquoted(quoted(text)) == text == parse(typed).value
+    assert shlex.split(command(typed)) == ["python", "main.py", typed]
+
+
+def test_plain_words_and_paths_are_passed_on_without_quotes() -> None:
+    for text in ("baseline", "mixup+sam", "/data/runs/1a2b3c4d-s0", "experiments/x.y", "SGD"):
+        assert quoted(text) == text
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("exp_dir=~/x", "exp_dir", "~/x"), ("exp_dir=/data/Größe #2", "exp_dir", "/data/Größe #2"),
+        ("arm=a=b", "arm", "a=b"), ("arm=ü,b", "arm", ["ü", "b"]), ("model.lr=1e-3", "model.lr", 1e-3),
+        ("x=[1,{a: null}]", "x", [1, {"a": None}]), ("x='a,b'", "x", "a,b"),
+        ("~callbacks.plots", "callbacks.plots", None),
+        ("x=TRUE", "x", True), ("x=0012", "x", "0012"),
+    ],
+)  # fmt: skip
+def test_arguments_are_read_as_hydra_does_and_what_it_has_no_place_for_as_text(
+    argument: str, name: str, value: Any
+) -> None:
+    assert parse(argument) == (name, value)
+    assert OverridesParser.create().parse_override(readable(argument)).key_or_group == name
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "user_dir=mine data=synthetic --cfg job model.lr=0.3",
+        "--cfg job user_dir=mine data=synthetic model.lr=0.3",
+    ],
+)
+def test_flags_stand_anywhere(cli, tmp_path: Path, typed: str) -> None:
+    (tmp_path / "mine").mkdir()
+    outcome = cli(*typed.split())
+    assert outcome.status == 0 and "lr: 0.3" in outcome.out, outcome.err
+
+
+def test_an_option_that_the_class_takes_needs_no_plus(cli) -> None:
+    outcome = cli(
+        "data=digits", "data.module.train_transforms.padding=2", "model.norm_kwargs.alpha=1", "--cfg", "job"
+    )
+    assert outcome.status == 0 and "padding: 2" in outcome.out and "alpha: 1" in outcome.out, outcome.err
+
+
+def test_groups_that_are_null_by_default_may_be_typed_so(cli) -> None:
+    outcome = cli("data=synthetic", "debug=null", "recipe=null", "technique=null", "--cfg", "job")
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_run_in_a_folder_of_any_name_trains_resumes_and_is_tested(cli, tmp_path: Path) -> None:
+    odd = "a,b [1] it's=$#{} Größe"
+    typed = [
+        *TINY,
+        option("exp_dir", tmp_path / odd),
+        option("data.module.name", "x,y [ü]"),
+        option("arm", "a=b,'c'"),
+    ]
+    outcome = cli(*typed, "trainer.limit_train_batches=1")
+    assert outcome.status == 0, outcome.err
+    (run,) = runs_in(tmp_path)
+    assert run.parent.name == "x,y [ü]" and run.parent.parent.name == odd
+    assert "finished before" in cli(option("run", run)).out
+    assert "finished before" in cli(f"run={run}").out, "as it is, too"
+    assert (
+        cli(
+            f"run={run}", "task=test", "metrics=[acc]", "~callbacks.plots", "trainer.limit_test_batches=1"
+        ).status
+        == 0
+    )
+    assert cli(option("run", f"{run.parent}/*-s[0-3]"), "task=test", "out='x, y.json'").status == 0
+    assert (tmp_path / "x, y.json").is_file()
+
+
+def test_names_stay_within_exp_dir(cli, tmp_path: Path) -> None:
+    for name in ("../../x", "/x", ".", "..", " ", "a/b", "x" * 300):
+        outcome = cli("data=synthetic", "exp_dir=within/it", option("data.module.name", name))
+        assert outcome.status == 2 and "data.module.name" in outcome.err, outcome.err
+        assert len(outcome.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_predict_loses_one_row_for_one_image_that_cannot_be_read(cli, tmp_path: Path, monkeypatch) -> None:
+    images = tmp_path / "images"
+    write_images(images, ["a", "b"], 10)
+    data = [
+        "data=image_folder",
+        f"data.module.data_root_dir={images}",
+        "data.input_size=32",
+        "data.module.num_workers=0",
+    ]
+    rest = [a for a in TINY if not a.startswith(("data", "trainer.max"))]
+    made = cli(*data, *rest, "trainer.max_steps=1", "trainer.max_epochs=-1", "model.scheduler=null", "seed=0")
+    assert made.status == 0, made.err
+    (run,) = runs_in(tmp_path)
+    new = tmp_path / "new"
+    write_images(new, ["."], 5)
+    (new / "2.jpg").write_bytes(b"no image")
+    (new / "gone.jpg").symlink_to(new / "nowhere")
+    (new / "odd\udcff.jpg").symlink_to(new / "0.jpg")
+    (new / "=a,\n'.jpg").symlink_to(new / "0.jpg")
+    for runs, out in ((f"{run}", "one.csv"), (f"[{run},{run}]", "two.csv")):
+        outcome = cli(f"run={runs}", "task=predict", f"data.module.predict_dir={new}", f"out={out}")
+        assert outcome.status == 1, outcome.err
+        assert "2 of 8 samples could not be read" in outcome.out
+        assert "2.jpg" in outcome.out and "gone.jpg" in outcome.out
+        with (tmp_path / out).open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        assert len(rows) == 6 and not any(row["sample"] in ("2.jpg", "gone.jpg") for row in rows)
+        assert all(float(row["p(a)"]) + float(row["p(b)"]) == pytest.approx(1, abs=1e-4) for row in rows)
+    # where nothing can be recorded, the values are said
+    monkeypatch.setattr("lab.tasks.why_not_writable", lambda folder: "Read-only file system")
+    before = sorted(run.rglob("*"))
+    outcome = cli(f"run={run}", "task=test")
+    assert outcome.status == 0 and "test/acc" in outcome.out and "not recorded: Read-only" in outcome.out
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_download_that_cannot_be_leaves_no_folder(cli, tmp_path: Path, monkeypatch) -> None:
+    def no_network(*arguments: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("datasets.cifar.CIFAR10DataModule.source.__init__", no_network)
+    (tmp_path / "here").mkdir()
+    for root in ("here/typo", "nowhere/cifar10", "data/cifar10"):
+        outcome = cli("data=cifar10", f"data.module.data_root_dir={root}")
+        assert outcome.status == 2 and f"data_root_dir={root}" in outcome.err, outcome.err
+        assert not (tmp_path / root).exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here"]
+
+
+def test_without_our_bar_there_is_no_other(cli) -> None:
+    outcome = cli(
+        *[a for a in TINY if "progress" not in a], "callbacks.progress=null", "trainer.limit_train_batches=1"
+    )
+    assert outcome.status == 0, outcome.err
+    assert "Epoch 0" not in outcome.out + outcome.err and "it/s" not in outcome.out + outcome.err

@@ -16,6 +16,7 @@ from scipy import stats
 
 import report
 from reporting import statistics
+from reporting.request import read_arguments
 
 ROOT = Path(report.__file__).parent
 BASE = [0.9310, 0.9284, 0.9335, 0.9302, 0.9291]
@@ -940,3 +941,24 @@ def test_the_commands_begin_with_the_sweeps_own_and_give_each_option_once(tmp_pa
     record_sweep(tmp_path, ["baseline"], command=command)
     text = run_report(tmp_path)[1].split("### To reproduce")[1]
     assert text.index(command) < text.index("python main.py -m trainer.max_epochs=14 seed=0,1,2,3,4")
+
+
+def test_the_arguments_take_what_is_meant(tmp_path: Path) -> None:
+    for name in ("a,b", "[old]", "x-s1", "x-s2", "x-s3"):
+        (tmp_path / name).mkdir()
+    for typed, found in (
+        ("a,b", ["a,b"]), ("[old]", ["[old]"]), ("x-s[12]", ["x-s1", "x-s2"]), ("'a,b'", ["a,b"]),
+    ):  # fmt: skip
+        typed = f"'{tmp_path}/a,b'" if typed.startswith("'") else f"{tmp_path}/{typed}"
+        request = read_arguments([f"runs={typed}", "wandb=null", f"out={tmp_path}/out"])
+        assert [f.name for f in request.folders] == found and request.wandb is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert report.main([f"runs={tmp_path}", f"out={tmp_path}/file/report"]) == 2
+    error = capsys.readouterr().err
+    assert "out=" in error and "out=PATH" in error and len(error.splitlines()) == 1

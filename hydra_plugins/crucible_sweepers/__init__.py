@@ -10,9 +10,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from crucible.command_line import with_plus
 
 
 class CrucibleSweeper(Sweeper):
@@ -24,7 +27,15 @@ class CrucibleSweeper(Sweeper):
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
         """One job's configuration."""
-        return self._loader.load_sweep_config(self._master, list(overrides))
+        overrides = list(overrides)
+        while True:
+            try:
+                return self._loader.load_sweep_config(self._master, overrides)
+            except ConfigCompositionException as error:
+                changed = with_plus(overrides, error)
+                if changed is None:
+                    raise
+                overrides = changed
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the jobs that the command line's overrides ask for."""
