@@ -12,9 +12,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from crucible.handover import VARIABLE, pass_on, received
+from crucible.masking import masked
 from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
+_imported_from: list[str] = []
 
 
 def wants_tracebacks() -> bool:
@@ -55,16 +57,33 @@ def prepare(arguments: Sequence[str], root: Path) -> list[str]:
         folder = Path(str(user_dir)).expanduser().resolve()
         if not folder.is_dir():
             raise ConfigError(f"user_dir={user_dir}: no such folder", see="docs/extending.md")
-        sys.path.insert(1, str(folder))
-        paths.append(str(folder))
+        pass_on(user_dir=str(folder))
         configs = folder / "cli_configs" if (folder / "cli_configs").is_dir() else folder
         if not names_a_run(arguments):
             arguments.append(f"hydra.searchpath=[file://{configs}]")
+    if (told := received().user_dir) is not None:
+        import_from(told)
     inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in paths]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths + inherited)  # for the processes of jobs and ranks
     if {"-m", "--multirun"} & set(arguments) and names_a_run(arguments):
         raise ConfigError("run=RUN works on one recorded run; it cannot be combined with -m")
     return arguments
+
+
+def import_from(user_dir: str) -> None:
+    """Put the user's folder at the end of the import path, where it shadows nothing; one at a time.
+
+    The processes that this one starts are told of it and do the same: PYTHONPATH would put it before the
+    installed packages.
+    """
+    for earlier in set(_imported_from) - {user_dir}:
+        sys.path[:] = [path for path in sys.path if path != earlier]
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(f"{earlier}{os.sep}"):
+                del sys.modules[name]
+    _imported_from[:] = [user_dir]
+    if user_dir not in sys.path:
+        sys.path.append(user_dir)
 
 
 def explain(error: Exception) -> int:
@@ -75,11 +94,13 @@ def explain(error: Exception) -> int:
     message, see = describe(error)
     if message is None:
         text = str(error).strip().splitlines()
+        line = masked(text[0]) if text else ""
         print(
-            f"error: {type(error).__name__}: {text[0] if text else ''} (HYDRA_FULL_ERROR=1 shows where)",
+            f"error: {type(error).__name__}: {line} (HYDRA_FULL_ERROR=1 shows where)",
             file=sys.stderr,
         )
         return 1
+    message = masked(message)
     print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
     return BAD_INPUT
 

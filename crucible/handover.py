@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 VARIABLE = "CRUCIBLE"
@@ -22,6 +22,8 @@ class HandOver:
         sweep: what the summary of a sweep's job says of the sweep.
         record: where a job on another machine says which run it was and how it ended.
         trial: the trial of a search that the run is.
+        user_dir: the folder of the user's own code that was typed; its modules may be followed.
+        typed: `option=module.Class` that were typed and lie elsewhere; they may be followed too.
     """
 
     tracebacks: bool = False
@@ -31,6 +33,8 @@ class HandOver:
     sweep: dict[str, Any] | None = None
     record: str | None = None
     trial: dict[str, Any] | None = None
+    user_dir: str | None = None
+    typed: list[str] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         """The variable, for the environment of a process."""

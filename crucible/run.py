@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from crucible.cells import cell, text_of
 from crucible.files import replacing, temporary_name, write_atomically
 from crucible.options import ConfigError
 
@@ -107,7 +108,8 @@ class RunDirectory:
         if not file.is_file():
             return []
         with file.open(newline="", encoding="utf-8") as stream:
-            return list(csv.DictReader(stream))
+            rows = list(csv.DictReader(stream))
+        return [{text_of(name): text_of(value or "") for name, value in row.items()} for row in rows]
 
     # writing
 
@@ -130,9 +132,9 @@ class RunDirectory:
             replacing(self.path / "metrics.csv") as file,
             file.open("w", newline="", encoding="utf-8") as stream,
         ):
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            writer = csv.writer(stream)
+            writer.writerow(map(cell, columns))
+            writer.writerows([cell(row.get(name, "")) for name in columns] for row in rows)
 
     # who may write: the claim
 

@@ -19,13 +19,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
-from crucible import configuration, metrics
+from crucible import configuration, metrics, trust
 from crucible.configuration import Config, find_target, flatten, is_semantic
 from crucible.corrections import Correction, versions_of
 from crucible.files import absolute
 from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank, world_size
+from crucible.masking import check_no_secret, masked
 from crucible.options import ConfigError, signature_options
 from crucible.run import Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
@@ -79,7 +80,7 @@ class Job:
                 if state != "absent":
                     _archive(self.run)
                 # `fresh` is a command, not a fact of the run
-                self.run.record({**self.config, "fresh": False}, list(self.overrides))
+                self.run.record({**self.config, "fresh": False}, [masked(o) for o in self.overrides])
                 now = {"status": "created", "reason": "", "final": {}, "best": {}, "started": time.time()}
                 self.run.update_summary(**now, **self.facts)
             elif "data_fingerprint" not in self.run.summary():
@@ -241,6 +242,8 @@ class Examiner:
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
+        trust.vouch(config)
+        check_no_secret(config)
         if config["task"] != "train":
             raise ConfigError(
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from crucible.configuration import Config
 from crucible.keyed import keyed_rng
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.trust import judge
 from lab.build import file_fingerprint, with_weights
 from lab.summary import check_input
 from losses.distillation import Distil
@@ -130,8 +130,8 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
         "input dimensions": model["input_dim"],
     }
     _check_fit(teacher, its, here)
-    if (user_dir := config.get("user_dir")) and user_dir not in sys.path:
-        sys.path.append(user_dir)
+    judged = {"model": model, "user_dir": config.get("user_dir")}
+    judge(judged, f"model.{OPTION}={teacher}: its run")
     try:
         return with_weights(config, teacher.file)
     except ConfigError as error:

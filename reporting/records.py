@@ -18,7 +18,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from crucible.cells import text_of
 from crucible.configuration import flatten
+from crucible.masking import masked, masked_in
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
@@ -97,7 +99,7 @@ class Run:
             with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as stream:
                 head, *rows = csv.reader(stream)
             values = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float64)
-            return dict(zip(head, values.reshape(-1, len(head)).T, strict=True))
+            return dict(zip(map(text_of, head), values.reshape(-1, len(head)).T, strict=True))
         except (OSError, ValueError):
             return {}
 
@@ -167,7 +169,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
     if status != "finished" and not diverged:
         return _left_out(path, status, reason)
-    settings = {**_defaults(), **flatten(config)}
+    settings = {**_defaults(), **masked_in(flatten(config))}
     module = (config.get("data") or {}).get("module") or {}
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
@@ -290,7 +292,9 @@ def _owned(arm: str, config: Mapping[str, Any]) -> frozenset[str]:
 
 def _read_overrides(path: Path) -> tuple[str, ...]:
     try:
-        return tuple(map(str, _parse((path / "overrides.yaml").read_text(encoding="utf-8")) or ()))
+        return tuple(
+            masked(str(o)) for o in _parse((path / "overrides.yaml").read_text(encoding="utf-8")) or ()
+        )
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return ()
 
@@ -351,7 +355,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         runs=frozenset(Path(r).name for r in runs),
         baseline=baseline,
         rivals=rivals,
-        command=str(record.get("command") or ""),
+        command=masked(str(record.get("command") or "")),
         rule=int(record.get("rule") or 1),
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
     )
