@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from crucible.handover import VARIABLE, pass_on, received
+from crucible.handover import pass_on, received
 from crucible.masking import masked
 from crucible.options import ConfigError, suggest
 
@@ -21,9 +21,9 @@ _imported_from: list[str] = []
 
 def wants_tracebacks() -> bool:
     """Whether the user set HYDRA_FULL_ERROR=1; remembered for the processes that this one starts."""
-    if os.environ.get(VARIABLE) is None:
+    if received().tracebacks is None:
         pass_on(tracebacks=os.environ.get("HYDRA_FULL_ERROR", "0") == "1")
-    return received().tracebacks
+    return bool(received().tracebacks)
 
 
 def value_of(arguments: Sequence[str], key: str) -> str | None:

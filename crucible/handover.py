@@ -15,7 +15,7 @@ class HandOver:
     """From parent to child process.
 
     Attributes:
-        tracebacks: the user wants them (HYDRA_FULL_ERROR=1).
+        tracebacks: the user wants them (HYDRA_FULL_ERROR=1); None: nobody has looked yet.
         does_the_work: this process is the run's own, which starts no other for it.
         started: seconds since the epoch at which the process was asked for; its imports take seconds.
         resume: the training state that all ranks of the run start from; empty: none; None: rank 0 decides.
@@ -26,7 +26,7 @@ class HandOver:
         typed: `option=module.Class` that were typed and lie elsewhere; they may be followed too.
     """
 
-    tracebacks: bool = False
+    tracebacks: bool | None = None
     does_the_work: bool = False
     started: float | None = None
     resume: str | None = None

@@ -130,8 +130,6 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
         "input dimensions": model["input_dim"],
     }
     _check_fit(teacher, its, here)
-    judged = {"model": model, "user_dir": config.get("user_dir")}
-    judge(judged, f"model.{OPTION}={teacher}: its run")
     try:
         return with_weights(config, teacher.file)
     except ConfigError as error:
@@ -139,8 +137,11 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
 
 
 def _run_config(teacher: Teacher) -> dict[str, Any]:
+    """What the teacher's run records; of it only the model is built."""
     assert teacher.file is not None
-    return RunDirectory(teacher.file.parent.parent).config()
+    config = RunDirectory(teacher.file.parent.parent).config()
+    judge({n: config.get(n) for n in ("model", "user_dir")}, f"model.{OPTION}={teacher}: its run")
+    return config
 
 
 def _of_timm(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
