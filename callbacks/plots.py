@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from crucible.cells import cell
 from crucible.files import replacing
 
 MAX_CLASSES = 2000
@@ -208,8 +209,8 @@ class ResultPlots(Callback):
 def _write_counts(path: Path, counts: list[list[int]], names: Sequence[str]) -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["true \\ predicted", *names])
-        writer.writerows([name, *row] for name, row in zip(names, counts, strict=True))
+        writer.writerow(["true \\ predicted", *map(cell, names)])
+        writer.writerows([cell(name), *row] for name, row in zip(names, counts, strict=True))
 
 
 def draw_confusion(counts: Any, names: Sequence[str], title: str) -> Figure:

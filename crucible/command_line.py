@@ -15,18 +15,20 @@ import yaml
 from omegaconf import OmegaConf
 
 from crucible.files import missing
-from crucible.handover import VARIABLE, pass_on, received
+from crucible.handover import pass_on, received
+from crucible.masking import masked
 from crucible.options import ConfigError, suggest
 
 BAD_INPUT = 2
 _CONFIGS = Path(__file__).resolve().parent.parent / "cli_configs"
+_imported_from: list[str] = []
 
 
 def wants_tracebacks() -> bool:
     """Whether the user set HYDRA_FULL_ERROR=1; remembered for the processes that this one starts."""
-    if os.environ.get(VARIABLE) is None:
+    if received().tracebacks is None:
         pass_on(tracebacks=os.environ.get("HYDRA_FULL_ERROR", "0") == "1")
-    return received().tracebacks
+    return bool(received().tracebacks)
 
 
 # Quoting: one rule for Hydra's grammar, which every option passes, and one for shells
@@ -216,11 +218,12 @@ def prepare(arguments: Sequence[str], root: Path) -> list[str]:
             raise ConfigError(
                 f"user_dir={user_dir}: {missing(Path(str(user_dir)).expanduser())}", see="docs/extending.md"
             )
-        sys.path.insert(1, str(folder))
-        paths.append(str(folder))
+        pass_on(user_dir=str(folder))
         configs = folder / "cli_configs" if (folder / "cli_configs").is_dir() else folder
         if not names_a_run(options):
             options.append(f"hydra.searchpath=[{quoted(f'file://{configs}')}]")
+    if (told := received().user_dir) is not None:
+        import_from(told)
     inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in paths]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths + inherited)  # for the processes of jobs and ranks
     if names_a_run(options) and flags:
@@ -282,6 +285,22 @@ def _takes_more(parent: str) -> bool:
     return node is None or (OmegaConf.is_dict(node) and ("_target_" in node or leaf.endswith("_kwargs")))
 
 
+def import_from(user_dir: str) -> None:
+    """Put the user's folder at the end of the import path, where it shadows nothing; one at a time.
+
+    The processes that this one starts are told of it and do the same: PYTHONPATH would put it before the
+    installed packages.
+    """
+    for earlier in set(_imported_from) - {user_dir}:
+        sys.path[:] = [path for path in sys.path if path != earlier]
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(f"{earlier}{os.sep}"):
+                del sys.modules[name]
+    _imported_from[:] = [user_dir]
+    if user_dir not in sys.path:
+        sys.path.append(user_dir)
+
+
 def explain(error: Exception) -> int:
     """Print the one line that says what is wrong; the exit status.
 
@@ -290,11 +309,13 @@ def explain(error: Exception) -> int:
     message, see = describe(error)
     if message is None:
         text = str(error).strip().splitlines()
+        line = masked(text[0]) if text else ""
         print(
-            f"error: {type(error).__name__}: {text[0] if text else ''} (HYDRA_FULL_ERROR=1 shows where)",
+            f"error: {type(error).__name__}: {line} (HYDRA_FULL_ERROR=1 shows where)",
             file=sys.stderr,
         )
         return 1
+    message = masked(message)
     print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
     return BAD_INPUT
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from crucible.options import ConfigError, suggest
+from crucible.trust import shadowed
 
 Config = dict[str, Any]
 
@@ -86,6 +87,8 @@ def find_target(path: str, option: str) -> Any:
         ConfigError: naming the option, where there is no such module or object.
     """
     module_name, _, attribute = str(path).rpartition(".")
+    if hidden := shadowed(str(path)):
+        raise ConfigError(f"{option}={path}: {hidden}", see="docs/extending.md")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 VARIABLE = "CRUCIBLE"
@@ -15,22 +15,26 @@ class HandOver:
     """From parent to child process.
 
     Attributes:
-        tracebacks: the user wants them (HYDRA_FULL_ERROR=1).
+        tracebacks: the user wants them (HYDRA_FULL_ERROR=1); None: nobody has looked yet.
         does_the_work: this process is the run's own, which starts no other for it.
         started: seconds since the epoch at which the process was asked for; its imports take seconds.
         resume: the training state that all ranks of the run start from; empty: none; None: rank 0 decides.
         sweep: what the summary of a sweep's job says of the sweep.
         record: where a job on another machine says which run it was and how it ended.
         trial: the trial of a search that the run is.
+        user_dir: the folder of the user's own code that was typed; its modules may be followed.
+        typed: `option=module.Class` that were typed and lie elsewhere; they may be followed too.
     """
 
-    tracebacks: bool = False
+    tracebacks: bool | None = None
     does_the_work: bool = False
     started: float | None = None
     resume: str | None = None
     sweep: dict[str, Any] | None = None
     record: str | None = None
     trial: dict[str, Any] | None = None
+    user_dir: str | None = None
+    typed: list[str] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
         """The variable, for the environment of a process."""

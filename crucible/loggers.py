@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from crucible import private
+from crucible.masking import masked_in
 from crucible.options import ConfigError
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -167,7 +168,7 @@ def log_report(folder: Path, project: str, arguments: list[str]) -> str:
         job_type="report",
         dir=folder.parent,
         mode=mode,
-        config={"arguments": arguments},
+        config={"arguments": masked_in(arguments)},
         reinit="create_new",  # a run that is open in this process is not the report's
     )
     artifact = wandb.Artifact(name, type="report")

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from crucible.cells import cell, text_of
 from crucible.configuration import flatten
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
@@ -215,8 +216,8 @@ class RunDirectory:
             return [], "has no head"
         rows: list[dict[str, str]] = []
         for row in cells:
-            if len(row) == len(head) and all(_is_number(cell) for cell in row if cell):
-                rows.append(dict(zip(head, row, strict=True)))
+            if len(row) == len(head) and all(_is_number(value) for value in row if value):
+                rows.append(dict(zip(map(text_of, head), row, strict=True)))
         rows = [row for row in rows if row["epoch"].isdigit()]
         lost = len(cells) - len(rows) + bool(lines[-1])
         return rows, f"has {lost} of {len(rows) + lost} rows that are not whole" if lost else ""
@@ -368,9 +369,9 @@ class RunDirectory:
             replacing(self.path / "metrics.csv") as file,
             file.open("w", newline="", encoding="utf-8") as stream,
         ):
-            writer = csv.DictWriter(stream, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+            writer = csv.writer(stream)
+            writer.writerow(map(cell, columns))
+            writer.writerows([cell(row.get(name, "")) for name in columns] for row in rows)
 
     # who may write: the claim
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import socket
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
-from crucible.files import missing
+from crucible.files import missing, replacing
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.image_folder import class_folders, images_to_score
@@ -149,9 +147,7 @@ def decoded(files: ImageFiles, root: Path) -> Arrays:
 def _keep(path: Path, images: np.ndarray) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
+        with replacing(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, images)
-        Path(name).replace(path)
     except OSError:
         return  # a read-only or full disk only costs the time to decode again

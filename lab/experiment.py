@@ -19,13 +19,14 @@ from typing import Any
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
-from crucible import configuration, metrics
+from crucible import configuration, metrics, trust
 from crucible.configuration import Config, find_target, flatten, is_semantic
 from crucible.corrections import Correction, versions_of
 from crucible.files import absolute, why_not_writable
 from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank, world_size
+from crucible.masking import check_no_secret, masked
 from crucible.options import ConfigError, signature_options
 from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
@@ -79,10 +80,8 @@ class Job:
             state = self.run.state()
             if state == "running":
                 raise Held(f"{self.run.path}: this run is in progress ({self.run.holder()})")
-            config, overrides = (
-                {**self.config, "fresh": False},
-                list(self.overrides),
-            )  # a command, no fact of the run
+            config = {**self.config, "fresh": False}  # a command, no fact of the run
+            overrides = [masked(override) for override in self.overrides]
             if state == "absent" or self.config["fresh"]:
                 if state != "absent":
                     _archive(self.run)
@@ -374,6 +373,8 @@ class Examiner:
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
+        trust.vouch(config)
+        check_no_secret(config)
         if config["task"] != "train":
             raise ConfigError(
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",

@@ -32,9 +32,11 @@ from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, world_size
+from crucible.masking import masked
 from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
+from crucible.trust import judge
 from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
@@ -176,12 +178,12 @@ def execute(run: RunDirectory, config: Config) -> int:
         if first:
             _report(error, str(error))
     except ConfigError as error:
-        status, reason = 2, str(error)
+        status, reason = 2, masked(str(error))
         _report(error, reason)
     except (KeyboardInterrupt, SystemExit) as error:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
-        text = " ".join(str(error).split())[:400]
+        text = masked(" ".join(str(error).split()))[:400]
         reason = f"{type(error).__name__}: {text}"
         _report(error, f"{reason} (traceback in {run.path / 'main.log'})")
         if received().tracebacks:
@@ -260,13 +262,20 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
 _LOGGED = ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings")
 
 
+class _Masking(logging.Formatter):
+    """Without passwords and keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
 def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.captureWarnings(True)
     handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Masking("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO if first else logging.ERROR)
     handler.addFilter(lambda record: "💡 Tip" not in record.getMessage())  # Lightning's advertisements
     for name in ("lightning", *_LOGGED):
@@ -307,6 +316,8 @@ def run_recorded(arguments: Sequence[str]) -> int:
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     runs = [RunDirectory(path) for path in _expand(given["run"])]
+    if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
+        pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
     configs = [_with_overrides(run, given, task) for run in runs]
     if task == "train":
         if len(runs) > 1:
@@ -375,12 +386,11 @@ def _matches(pattern: Path) -> list[str]:
 
 def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> Config:
     """The recorded configuration with what was typed; training takes only what leaves the result as it is."""
-    config = checking.completed(run.config())
-    user_dir = given.get("user_dir") or config.get("user_dir")
-    if user_dir and user_dir not in sys.path:
-        sys.path.insert(1, user_dir)
+    recorded = run.config()
+    judge(_but_for(recorded, given), f"run={run.path}")
+    config = checking.completed(recorded)
     for name, value in given.items():
-        if name in _OWN:
+        if name in _OWN or (_names_a_class(name) and configuration.select(config, name) == value):
             continue
         known = configuration.select(config, name.rpartition(".")[0]) if "." in name else config
         leaf = name.rpartition(".")[2]
@@ -418,6 +428,21 @@ def _check_recorded(run: RunDirectory, config: Config) -> None:
         commit = (run.known().get("git") or {}).get("commit")
         way_on = f"; git checkout {commit[:9]} goes on with it" if commit else ""
         raise ConfigError(f"run={run.path}: {error}{way_on}", see=error.see) from error
+
+
+def _names_a_class(option: str) -> bool:
+    return option.endswith("._target_") or option.startswith("model.stages.")
+
+
+def _but_for(config: Config, given: Mapping[str, Any]) -> Config:
+    """What is followed of a recorded configuration: all but the callbacks and loggers that were typed to be null."""
+    dropped = {name for name, value in given.items() if value is None or value is False}
+    groups = {
+        group: {n: v for n, v in nodes.items() if f"{group}.{n}" not in dropped}
+        for group in ("callbacks", "logger")
+        if isinstance(nodes := config.get(group), dict)
+    }
+    return {**config, **groups}
 
 
 def _resolved(config: Config, value: Any) -> Any:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from crucible.command_line import describe
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.trust import judge
 from lab.config import SWEEP_OPTIONS, completed
 from lab.experiment import Examiner, Job, passes
 
@@ -280,7 +281,13 @@ def _passes(summary: dict[str, Any]) -> float:
     if "passes" in summary:
         return float(summary["passes"])
     config = RunDirectory(summary["path"]).config()
-    return passes(completed(config)) if "model" in config else 1.0
+    if "model" not in config:
+        return 1.0
+    try:
+        judge({"model": config["model"]}, f"run={summary['path']}")  # it may be of other people's code
+    except ConfigError:
+        return 1.0
+    return passes(completed(config))
 
 
 def _size(folder: Path) -> int:

@@ -14,6 +14,7 @@ import torch
 from crucible.configuration import Config, flatten, is_semantic
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import SCHEME
 from lab import config as checking
@@ -53,7 +54,9 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     Raises:
         ConfigError: for data that cannot be read, and classes that the network does not know.
     """
-    recorded = checking.completed(run.config())
+    as_recorded = run.config()
+    judge({n: as_recorded.get(n) for n in ("model", "data", "user_dir")}, f"run={run.path}")
+    recorded = checking.completed(as_recorded)
     before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in ("data_root_dir", "csv_file", "class_map", "_target_"))

@@ -21,6 +21,7 @@ from callbacks.pruning import open_study
 from crucible import private
 from crucible.configuration import check_name
 from crucible.files import write_atomically
+from crucible.masking import masked, masked_in
 from crucible.metrics import higher_is_better
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
@@ -104,7 +105,9 @@ def create_study(spec: Mapping[str, Any]) -> optuna.study.Study:
         except Exception as error:
             if attempt == 9:
                 text = " ".join(str(error).split())
-                raise ConfigError(f"search.storage={spec['storage']}: {text[:200]}", see=SEE) from error
+                raise ConfigError(
+                    masked(f"search.storage={spec['storage']}: {text[:200]}"), see=SEE
+                ) from error
             time.sleep(0.5)
     raise AssertionError
 
@@ -294,7 +297,7 @@ class Search:
             for t in self.study.get_trials(deepcopy=False)
         ]  # fmt: skip
         content = {**self.spec, "n_trials": self.options.n_trials, "trials": trials}
-        write_atomically(self.folder / "search.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(self.folder / "search.json", json.dumps(masked_in(content), indent=2) + "\n")
 
     def _report(self) -> int:
         from optuna.trial import TrialState

@@ -27,6 +27,7 @@ from rich.table import Table
 from crucible.command_line import command, option
 from crucible.configuration import select
 from crucible.files import write_atomically
+from crucible.masking import masked_in
 from crucible.metrics import headline
 from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
@@ -234,7 +235,7 @@ class Record:
             "rivals": self.rivals,
             "runs": runs,
         }
-        write_atomically(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(self.folder / "sweep.json", json.dumps(masked_in(content), indent=2) + "\n")
 
 
 @dataclass

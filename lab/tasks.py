@@ -29,14 +29,18 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.pruning import Pruning
 from callbacks.recorder import GracefulStop, Recorder
+from crucible.cells import cell, text_of
+from crucible.command_line import import_from
 from crucible.configuration import Config, flatten
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
 from crucible.loggers import build_loggers
 from crucible.machine import device_kind, is_child_rank, world_size
+from crucible.masking import masked_in
 from crucible.metrics import build_metrics, scalars
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.samples import sample_name
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
@@ -81,7 +85,7 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         facts = static_facts(config, model)
         run.update_summary(**facts)
         banner(run, config, model, data, resume)
-    trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
     if any(weights.active and weights.updates is None for weights in model.step.weights):
         log.warning("the training ended before any weights were averaged: those that ship are the plain ones")
     # a run that was stopped after its last step trains no more: its values are the recorded ones
@@ -257,7 +261,7 @@ def predict(runs: Runs, out: Path | None) -> int:
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
     ):
         writer = csv.writer(stream)
-        writer.writerow(["sample", "target", "prediction", *(f"p({name})" for name in names)])
+        writer.writerow(["sample", "target", "prediction", *(cell(f"p({name})") for name in names)])
         for row, target, index in zip(scores.scores, scores.target, scores.sample, strict=True):
             if (number := int(index)) in unread:
                 continue
@@ -267,7 +271,7 @@ def predict(runs: Runs, out: Path | None) -> int:
                 values = [names[int(row.argmax())], *(f"{p:.6g}" for p in row.tolist())]
             else:
                 label, values = (f"{float(target):.6g}" if known else ""), [f"{float(row):.6g}"]
-            writer.writerow([sample_name(samples.raw, number), label, *values])
+            writer.writerow(map(cell, [sample_name(samples.raw, number), label, *values]))
     if not found.own:
         for line in [_whose(found), *data.scored(), *found.remarks]:
             _say(f"  {line}")
@@ -388,23 +392,31 @@ class LoadedRun(NamedTuple):
     summary: dict[str, Any]
 
 
-def load_run(path: str | Path, checkpoint: str = "best") -> LoadedRun:
+def load_run(path: str | Path, checkpoint: str = "best", user_dir: str | Path | None = None) -> LoadedRun:
     """A recorded run: its network in eval mode, its configuration, metrics.csv as a pandas table, its summary.
 
     Args:
         path: the run directory.
         checkpoint: `best`, `last` or a file; where there is no best.ckpt, last.ckpt is taken.
+        user_dir: the folder of one's own code that the run was made with. What the run records is not asked: its
+            folder may be somebody else's.
 
     Raises:
-        ConfigError: where its record is damaged, or of another version: one line says the file and the way on.
+        ConfigError: where its record is damaged, of another version, or names code that is neither Crucible's nor
+            in `user_dir`: one line says the file and the way on.
     """
     import pandas
 
     run = RunDirectory(path)
-    config, summary, rows = completed(run.config()), run.summary(), run.metrics()
+    recorded, summary, rows = run.config(), run.summary(), run.metrics()
+    if user_dir is not None:
+        user_dir = str(Path(user_dir).expanduser().resolve())
+        import_from(user_dir)
+    judge(recorded, f"run={run.path}", user_dir)
+    config = completed(recorded)
     check_known(config)
     model = with_weights(config, run.pick_checkpoint(checkpoint))
-    table = pandas.read_csv(run.path / "metrics.csv") if rows else pandas.DataFrame()
+    table = pandas.read_csv(run.path / "metrics.csv").rename(columns=text_of) if rows else pandas.DataFrame()
     return LoadedRun(model, config, table, summary)
 
 
@@ -464,7 +476,7 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
         "group": f"{config['data']['module']['name']}/{arm}",
         "job_type": sweep.get("design") or "run",
         "tags": [arm, *(config.get("techniques") or {}), *([sweep["design"]] if sweep else [])],
-        "config": {**flat, "arm": arm},
+        "config": masked_in({**flat, "arm": arm}),
     }
 
 

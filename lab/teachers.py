@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from crucible.configuration import Config
 from crucible.keyed import keyed_rng
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.trust import judge
 from lab.build import file_fingerprint, with_weights
 from lab.config import completed
 from lab.summary import check_input
@@ -131,8 +131,6 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
         "input dimensions": model["input_dim"],
     }
     _check_fit(teacher, its, here)
-    if (user_dir := config.get("user_dir")) and user_dir not in sys.path:
-        sys.path.append(user_dir)
     try:
         return with_weights(config, teacher.file)
     except ConfigError as error:
@@ -140,8 +138,11 @@ def _of_run(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:
 
 
 def _run_config(teacher: Teacher) -> dict[str, Any]:
+    """What the teacher's run records; of it only the model is built."""
     assert teacher.file is not None
-    return completed(RunDirectory(teacher.file.parent.parent).config())
+    config = RunDirectory(teacher.file.parent.parent).config()
+    judge({n: config.get(n) for n in ("model", "user_dir")}, f"model.{OPTION}={teacher}: its run")
+    return completed(config)
 
 
 def _of_timm(teacher: Teacher, here: Mapping[str, int]) -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from crucible.cells import cell
 from crucible.files import write_atomically
 from reporting.comparison import Table
 from reporting.page import Page, plot_file
@@ -35,7 +36,7 @@ def _results_csv(tables: Sequence[Table]) -> str:
     """results.csv; empty cells for what there is not."""
     import pandas
 
-    rows = [row for table in tables for row in _rows(table)]
+    rows = [{name: cell(value) for name, value in row.items()} for table in tables for row in _rows(table)]
     table = pandas.DataFrame(rows, columns=list(CSV_COLUMNS)).astype({"pairs": "Int64"})
     return str(table.to_csv(index=False, lineterminator="\n"))
 

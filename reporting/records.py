@@ -18,9 +18,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from crucible.cells import text_of
 from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
+from crucible.masking import masked, masked_in
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
@@ -99,7 +101,7 @@ class Run:
             with (self.path / "metrics.csv").open(newline="", encoding="utf-8") as stream:
                 head, *rows = csv.reader(stream)
             values = np.array([[float(cell or "nan") for cell in row] for row in rows], dtype=np.float64)
-            return dict(zip(head, values.reshape(-1, len(head)).T, strict=True))
+            return dict(zip(map(text_of, head), values.reshape(-1, len(head)).T, strict=True))
         except (OSError, ValueError):
             return {}
 
@@ -169,7 +171,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
     if status != "finished" and not diverged:
         return _left_out(path, status, reason)
-    settings = {**_defaults(), **flatten(config)}
+    settings = {**_defaults(), **masked_in(flatten(config))}
     module = (config.get("data") or {}).get("module") or {}
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
@@ -330,7 +332,7 @@ def _read_overrides(path: Path) -> tuple[str, ...]:
         overrides = _parse((path / "overrides.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return ()
-    return tuple(map(str, overrides)) if isinstance(overrides, list) else ()
+    return tuple(masked(str(o)) for o in overrides) if isinstance(overrides, list) else ()
 
 
 def _read_correctness(path: Path, accuracy: float, best: bool) -> tuple[Correctness | None, str]:
@@ -389,7 +391,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         runs=frozenset(Path(r).name for r in runs),
         baseline=baseline,
         rivals=rivals,
-        command=str(record.get("command") or ""),
+        command=masked(str(record.get("command") or "")),
         rule=int(record.get("rule") or 1),
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
     )

@@ -24,25 +24,60 @@ def to_markdown(page: Page) -> str:
 def _markdown(block: Block) -> list[str]:
     match block:
         case Heading(text, level):
-            return [f"{'#' * level} {text}"]
+            return [f"{'#' * level} {_plain(text)}"]
         case Text(text, notice):
-            return [f"> **Note:** {text}" if notice else text]
+            return [f"> **Note:** {_marked(text)}" if notice else _line(text)]
         case Items(lines):
-            return [f"- {line}" for line in lines]
+            return [f"- {_line(line)}" for line in lines]
         case Code(lines):
-            return ["```sh", *lines, "```"]
+            fence = "`" * max(
+                3, 1 + max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
+            )
+            return [f"{fence}sh", *lines, fence]
         case Grid(head, rows, words):
             rule = ["---" if name in words else "---:" for name in head]
             cells = [list(head), rule, *([shown for shown, _ in row] for row in rows)]
             return [
-                "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in line) + " |"
+                "| " + " | ".join(c if line is rule else _plain(c).replace("|", "\\|") for c in line) + " |"
                 for line in cells
             ]
         case Picture(plot, file):
-            return [f"![{plot.title}]({file})", "", f"*{plot.title}.* {plot.caption}"]
+            title = _plain(plot.title)
+            return [f"![{title}]({file})", "", f"*{title}.* {_marked(plot.caption)}"]
         case Fold(title, blocks):
             inner = [line for b in blocks for line in [*_markdown(b), ""]]
-            return [f"<details><summary>{title}</summary>", "", *inner, "</details>"]
+            return [f"<details><summary>{_escape(title)}</summary>", "", *inner, "</details>"]
+
+
+_MARKS = re.compile(r"`[^`]+`|(?<![\w*])\*[a-z][^*<]*\*(?![\w*])")  # `code` and *emphasis*, as in `_inline`
+# what GitHub would take for a mark: of code, emphasis, HTML, an entity, a link
+_MARK = re.compile(
+    r"[`\\]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)|~(?=~)|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\[(?=[^]]*\]\s*[(:\[])|\]\s*(?=[(:\[])"
+)
+_LINK = re.compile(r"(?i)\b(https?|ftp|mailto|xmpp)(?=:)|\bwww(?=\.)|(?<=\w)@(?=\w)")
+
+
+def _plain(text: str) -> str:
+    """A text that shows as it is: on one line, none of it a mark or a link."""
+    text = _MARK.sub(
+        lambda m: {"<": "&lt;", "&": "&amp;"}.get(m[0], f"\\{m[0]}"), " ".join(text.splitlines())
+    )
+    return _LINK.sub(lambda m: "&#64;" if m[0] == "@" else f"{m[0][:-1]}&#{ord(m[0][-1])};", text)
+
+
+def _marked(text: str) -> str:
+    """Plain but for `code` and *emphasis*."""
+    text, parts, end = " ".join(text.splitlines()), [], 0
+    for match in _MARKS.finditer(text):
+        inner = match[0] if match[0][0] == "`" else f"*{_plain(match[0][1:-1])}*"
+        parts += [_plain(text[end : match.start()]), inner]
+        end = match.end()
+    return "".join([*parts, _plain(text[end:])])
+
+
+def _line(text: str) -> str:
+    """A paragraph or an item: its beginning is no mark of a heading, a list or a quotation."""
+    return re.sub(r"^(\s*)(?=[#>+=|-])|^(\s*\d+)(?=[.)]\s)", lambda m: f"{m[0]}\\", _marked(text))
 
 
 # HTML
