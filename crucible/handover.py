@@ -22,6 +22,11 @@ class HandOver:
         sweep: what the summary of a sweep's job says of the sweep.
         record: where a job on another machine says which run it was and how it ended.
         trial: the trial of a search that the run is.
+        parent: the process that this one does not outlive, as `crucible.liveness` describes it.
+        ranks: the name under which the ranks of this start of a run know one another.
+        place: rank in the run, on the machine, the machine's number, and how many processes the run has; of the
+            ranks that Crucible starts.
+        alone: this process is none of several, whatever a launcher's variables say.
     """
 
     tracebacks: bool = False
@@ -31,6 +36,10 @@ class HandOver:
     sweep: dict[str, Any] | None = None
     record: str | None = None
     trial: dict[str, Any] | None = None
+    parent: dict[str, Any] | None = None
+    ranks: str = ""
+    place: list[int] | None = None
+    alone: bool = False
 
     def environment(self) -> dict[str, str]:
         """The variable, for the environment of a process."""

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from crucible.corrections import Correction, versions_of
 from crucible.files import absolute
 from crucible.handover import received
 from crucible.loggers import check_loggers
-from crucible.machine import device_count, is_child_rank, world_size
+from crucible.machine import device_count, is_child_rank
 from crucible.options import ConfigError, signature_options
 from crucible.run import Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
@@ -41,6 +40,17 @@ from models.techniques import technique_kinds
 RECOGNISED = (
     "its data were recognised by names and sizes of files: the fingerprint of that time read no pixels"
 )
+
+
+class Changed(Exception):
+    """Another process has made an attempt at the run since its state was looked at."""
+
+
+def attempt_of(run: RunDirectory) -> tuple[Any, ...]:
+    """The last attempt at a run: when it was recorded, and when the attempt ended, if it has; all None without one."""
+    summary = run.summary()
+    ended = None if summary.get("status") in ("created", "running") else summary.get("ended")
+    return summary.get("started"), ended
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,15 @@ class Job:
     steps: float
     epochs: float = math.inf
 
-    def record(self) -> RunDirectory:
+    def record(self, seen: tuple[Any, ...] | None = None) -> RunDirectory:
         """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside.
+
+        Args:
+            seen: the attempt (`attempt_of`) that is to be gone on from, or put aside; None: whichever is there.
 
         Raises:
             Held: where a live process holds it.
+            Changed: where another process has made an attempt since.
         """
         if is_child_rank():
             return self.run
@@ -75,6 +89,8 @@ class Job:
             state = self.run.state()
             if state == "running":
                 raise Held(f"{self.run.path}: this run is in progress ({self.run.holder()})")
+            if seen is not None and attempt_of(self.run) != seen:
+                raise Changed(f"{self.run.path}: another process has run it meanwhile")
             if state == "absent" or self.config["fresh"]:
                 if state != "absent":
                     _archive(self.run)
@@ -246,7 +262,6 @@ class Examiner:
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",
                 "README.md",
             )
-        _check_torchrun(config)
         data, fingerprint = self._read_data(config)
         settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
@@ -331,19 +346,6 @@ def quiet_lightning() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def _check_torchrun(config: Config) -> None:
-    """A launcher that starts the ranks itself must start as many as the configuration asks for."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = world_size(config["trainer"])
-    if world != wanted:
-        raise ConfigError(
-            f"trainer.devices={config['trainer']['devices']}, trainer.num_nodes={config['trainer']['num_nodes']}: "
-            f"torchrun started {world} processes, these options ask for {wanted}"
-        )
 
 
 def _archive(run: RunDirectory) -> None:

@@ -10,19 +10,22 @@ import glob
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.pruning import Pruned
@@ -32,8 +35,10 @@ from crucible.command_line import describe
 from crucible.configuration import Config
 from crucible.files import write_atomically
 from crucible.handover import pass_on, received
+from crucible.launch import launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, world_size
+from crucible.memory import worker_died
 from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
@@ -42,9 +47,21 @@ from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
+from lab.ranks import (
+    SAVE_S,
+    SAY_AFTER_S,
+    WAIT_S,
+    Cause,
+    Ranks,
+    clear_away,
+    end_others,
+    end_with_parent,
+    go_to_meeting,
+    open_meeting,
+    start_others,
+)
 from lab.summary import print_summary
 
-WAIT_FOR_RANK_0_S = 600.0
 log = logging.getLogger("crucible")
 
 
@@ -58,7 +75,7 @@ def run_composed(composed: DictConfig) -> int:
         ConfigError: for whatever cannot run.
     """
     overrides = list(HydraConfig.get().overrides.task)
-    HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`, for Lightning's launcher too
+    HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`
     if composed["task"] == "summary":
         config = configuration.to_plain(composed)
         checking.check(config, overrides)
@@ -67,6 +84,7 @@ def run_composed(composed: DictConfig) -> int:
     for option in SWEEP_OPTIONS:
         if any(o.split("=", 1)[0].split(".")[0].lstrip("+") == option for o in overrides):
             raise ConfigError(f"{option} is an option of sweeps: python main.py -m ...", see="docs/sweeps.md")
+    _take_part(OmegaConf.to_container(composed["trainer"], resolve=True))  # type: ignore[arg-type]
     job: Job | None = None
     try:
         job = Examiner().examine(composed, overrides)
@@ -93,11 +111,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def externally_launched() -> bool:
-    """Whether torchrun or SLURM starts the ranks, so that this process is one of them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:
+    """Find this process's place among those of its run; say what of the environment counts for nothing.
+
+    Raises:
+        ConfigError: where a launcher started others than the run asks for.
+    """
+    settle(trainer, world_size(trainer) if processes is None else processes)
+    if names := left_over():
+        _say(
+            f"note: {', '.join(names)} in the environment: of no launcher that is known here, and left alone"
+        )
+    rank_zero_only.rank = launch().rank  # type: ignore[attr-defined]  # Lightning has read the variables by itself
 
 
 def start(run: RunDirectory, config: Config) -> int:
@@ -113,9 +138,8 @@ def start(run: RunDirectory, config: Config) -> int:
         return 0
     if not is_child_rank():
         check_goes_on(run, config)
-    if externally_launched():
-        return execute(run, config)
-    if world_size(config["trainer"]) > 1 and not received().does_the_work:
+    several = world_size(config["trainer"]) > 1
+    if several and not received().does_the_work and not launch().starts_the_ranks:
         return _run_in_own_process(run)
     return execute(run, config)
 
@@ -134,6 +158,8 @@ def _run_in_own_process(run: RunDirectory) -> int:
         while not process.ended(60):
             pass
     status = process.outcome()
+    if process.unsaid:
+        print(f"error: {process.unsaid}", file=sys.stderr, flush=True)
     if run.summary().get("status") == "interrupted" and status > 128:
         raise SystemExit(status)
     return status
@@ -141,26 +167,48 @@ def _run_in_own_process(run: RunDirectory) -> int:
 
 def execute(run: RunDirectory, config: Config) -> int:
     """Train this run in this process (one of its ranks); its exit status. Whatever happens is recorded."""
-    first = not is_child_rank()
+    with _Stops() as stops:
+        return _execute(run, config, stops)
+
+
+def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
+    first, others = not is_child_rank(), []
     if first:
-        resume = _find_resume(run, config)
+        resume, name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
-            run.claim(token=_launch_token(), resume=str(resume or ""))
+            run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
         except Held as error:
             if not received().does_the_work:
                 raise
             _say(str(error))
             return HELD
         began = (received().started or time.time()) - run.summary().get("elapsed_s", 0.0)
-        pass_on(resume=str(resume or ""))
+        pass_on(resume=str(resume or ""), ranks=name)
+        clear_away(run)
         run.update_summary(status="running", reason="")
     else:
         resume = _resume_of_rank_0(run)
-    sys.argv = [str(MAIN), f"run={run.path}"]  # what Lightning starts for the other ranks
+    command = [str(MAIN), f"run={run.path}"]
+    if world_size(config["trainer"]) > 1 and launch().by in ("nobody", "nodes"):
+        others = start_others(command, config["trainer"])
+    ranks = Ranks(run, received().ranks, others)
     main_log = _log_to(run, first)
     status, outcome, reason = 1, "failed", ""
+
+    def conclude(cause: Cause) -> None:
+        _report(cause, "")
+        if first:
+            ended = "interrupted" if cause.killed else "failed"
+            run.update_summary(status=ended, reason=cause.reason, ended=time.time())
+            run.release()
+
+    ranks.watch(conclude)
     try:
-        final = tasks.train(run, config, resume)
+        stops.working = True
+        try:
+            final = tasks.train(run, config, resume)
+        finally:
+            stops.working = False
         status, outcome = 0, "finished"
         if first:
             _say(f"{headline(final)}  ->  {run.path}")
@@ -171,22 +219,26 @@ def execute(run: RunDirectory, config: Config) -> int:
             _say(f"interrupted; the same command, or python main.py run={run.path}, goes on from here")
     except Pruned as error:
         status, outcome, reason = 0, "pruned", str(error)
-    except Diverged as error:
-        status, reason = (1 if first else 0), str(error)
-        if first:
-            _report(error, str(error))
-    except ConfigError as error:
-        status, reason = 2, str(error)
-        _report(error, reason)
     except (KeyboardInterrupt, SystemExit) as error:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
-        text = " ".join(str(error).split())[:400]
-        reason = f"{type(error).__name__}: {text}"
-        _report(error, f"{reason} (traceback in {run.path / 'main.log'})")
+        cause = ranks.cause(error, _in_a_line(error))
+        where = (
+            "" if isinstance(error, ConfigError | Diverged) else f" (traceback in {run.path / 'main.log'})"
+        )
+        _report(cause, where, error)
+        status, reason = (2 if isinstance(error, ConfigError) else 1), cause.reason
+        if isinstance(error, Diverged) and not first:
+            status = 0
+        if cause.killed:
+            status, outcome = 128 + signal.SIGKILL, "interrupted"
         if received().tracebacks:
             traceback.print_exc()
     finally:
+        if outcome == "failed" or status == 128 + signal.SIGKILL:
+            ranks.failed()
+        else:
+            ranks.leave()
         for name in _LOGGED:  # what comes after this run in this process is not of this run
             logging.getLogger(name).removeHandler(main_log)
         main_log.close()
@@ -207,10 +259,50 @@ def _requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], check=False)
 
 
-def _report(error: Exception, text: str) -> None:
-    log.error("%s", text)
-    log.info("%s", "".join(traceback.format_exception(error)))
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def _report(cause: Cause, where: str, error: BaseException | None = None) -> None:
+    """Say why the run does not go on, unless another rank has."""
+    details = "".join(traceback.format_exception(error)) if error else ""
+    if cause.said:
+        log.info("%s", details)  # it only follows from the other's
+        return
+    log.error("%s\n%s", cause.reason, details)
+    print(f"error: {cause.reason}{where}", file=sys.stderr, flush=True)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an error says, with the way on where the machine was short of something."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ConfigError | Diverged):
+        return text
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        port = os.environ.get("MASTER_PORT")
+        return f"MASTER_PORT={port}: another process listens there; give the launcher another port"
+    if lacking := worker_died(text):
+        return lacking
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+class _Stops:
+    """SIGTERM and SIGUSR1 stop a run in good order before and after its steps too; those in between save first.
+
+    Attributes:
+        working: a signal ends the work; else it finds the run about to end, and changes nothing.
+    """
+
+    working = False
+
+    def __enter__(self) -> _Stops:
+        self._previous = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.working:
+            self.working = False
+            raise Interrupted(number)
 
 
 def _find_resume(run: RunDirectory, config: Config) -> Path | None:
@@ -220,31 +312,46 @@ def _find_resume(run: RunDirectory, config: Config) -> Path | None:
     return Path(config["ckpt_path"]) if config["ckpt_path"] else None
 
 
-def _launch_token() -> str:
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
-             "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # fmt: skip
-    return "/".join(os.environ.get(n, "") for n in names)
+def _meeting() -> dict[str, Any]:
+    """Where the ranks meet that srun has started: at a port that nothing else has; the others read it in the claim."""
+    if launch().by != "srun" or "MASTER_PORT" in os.environ:
+        return {}
+    address, _ = meeting_point()
+    open_meeting(address, launch().world)
+    return {"meeting": [os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])]}
 
 
 def _resume_of_rank_0(run: RunDirectory) -> Path | None:
     """The state that rank 0 decided to start from."""
     path = received().resume
     if path is None:
-        path = _wait_for_claim(run).get("resume", "")
+        claim = _wait_for_claim(run)
+        path = claim.get("resume", "")
+        pass_on(resume=path, ranks=claim["ranks"])
+        if "meeting" in claim:
+            go_to_meeting(*claim["meeting"])
     return Path(path) if path else None
 
 
 def _wait_for_claim(run: RunDirectory) -> dict[str, Any]:
-    deadline = time.monotonic() + WAIT_FOR_RANK_0_S
-    while time.monotonic() < deadline:
+    began, said, rank = time.monotonic(), False, launch().rank
+    while (waited := time.monotonic() - began) < WAIT_S:
         try:
             claim = json.loads(run.claim_file.read_text(encoding="utf-8"))
-            if claim.get("token") == _launch_token():
+            if claim.get("token") == token():
                 return claim
         except (OSError, ValueError):
             pass
+        if waited > SAY_AFTER_S and not said:
+            said = True
+            if run.state() == "running":  # rank 0 has found it so, too
+                raise Held(f"{run.path}: this run is in progress ({run.holder()})")
+            _say(f"rank {rank}: waiting for rank 0 to start {run.path} (at most {WAIT_S:.0f} s)")
         time.sleep(0.2)
-    raise ConfigError(f"{run.path}: rank 0 did not start this run within {WAIT_FOR_RANK_0_S:.0f} s")
+    raise ConfigError(
+        f"{run.path}: rank 0 did not start this run within {WAIT_S:.0f} s; this is rank {rank}, "
+        f"as {launch().by} says", see="docs/robustness.md",
+    )  # fmt: skip
 
 
 _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
@@ -308,6 +415,9 @@ def run_recorded(arguments: Sequence[str]) -> int:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     runs = [RunDirectory(path) for path in _expand(given["run"])]
     configs = [_with_overrides(run, given, task) for run in runs]
+    trainer = configs[0]["trainer"]
+    alone = task == "predict" or len(runs) > 1
+    _take_part(trainer, 1 if alone else None)
     if task == "train":
         if len(runs) > 1:
             raise ConfigError(
@@ -325,7 +435,17 @@ def run_recorded(arguments: Sequence[str]) -> int:
             return HELD
         return start(runs[0], configs[0])
     with quiet_lightning():
-        return _evaluate(task, runs, configs, given)
+        several = not alone and world_size(trainer) > 1 and launch().by in ("nobody", "nodes")
+        others = start_others([str(MAIN), *arguments], trainer) if several else []
+        ended = threading.Event()
+        end_with_parent(ended, stop=False)
+        try:
+            status = _evaluate(task, runs, configs, given)
+            end_others(others, SAVE_S)
+        finally:
+            ended.set()
+            end_others(others, 0)
+        return status
 
 
 def _expand(text: str) -> list[str]:
@@ -382,7 +502,6 @@ def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given:
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
-    sys.argv = [str(MAIN), *(f"{k}={v}" for k, v in given.items())]  # for Lightning's launcher of ranks
     tasks.OF_TRAINED[task](
         list(zip(runs, configs, chosen, strict=True)), Path(given["out"]) if "out" in given else None
     )
