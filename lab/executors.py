@@ -16,7 +16,7 @@ from crucible.machine import core_count, device_count, device_kind
 from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
 from lab.experiment import Changed
-from lab.planning import SEE, TO_RUN, Planned
+from lab.planning import SEE, TO_RUN, Planned, SweepOptions
 from lab.processes import HELD, Process, on_signals
 from lab.warm import THREADS, Cold, WarmParent
 
@@ -157,7 +157,7 @@ class Work:
     executor: Executor
     facts: Mapping[str, Any]
     ended: Callable[[Planned], None]
-    refresh: Callable[[Planned], None] = lambda planned: None
+    refresh: Callable[[Planned], None] = lambda planned: planned.refresh(SweepOptions())
     received: list[int] = field(default_factory=list)
     _running: dict[int, tuple[Planned, Handle]] = field(default_factory=dict)
 

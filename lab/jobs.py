@@ -192,7 +192,7 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
     if world_size(config["trainer"]) > 1 and launch().by in ("nobody", "nodes"):
         others = start_others(command, config["trainer"])
     ranks = Ranks(run, received().ranks, others)
-    main_log = _log_to(run, first)
+    handlers = _log_to(run, first)
     status, outcome, reason = 1, "failed", ""
 
     def conclude(cause: Cause) -> None:
@@ -239,9 +239,10 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
             ranks.failed()
         else:
             ranks.leave()
-        for name in _LOGGED:  # what comes after this run in this process is not of this run
-            logging.getLogger(name).removeHandler(main_log)
-        main_log.close()
+        for handler in handlers:  # what comes after this run in this process is not of this run
+            for name in _LOGGED:
+                logging.getLogger(name).removeHandler(handler)
+            handler.close()
         close_loggers(status)
         if first:
             now = time.time()
@@ -360,6 +361,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*LeafSpec.*",
+    ".*The `srun` command is available on your system but is not used.*",
     ".*You have overridden `on_after_batch_transfer`.*",
     ".*Couldn't infer the batch indices.*",
 )
@@ -368,7 +370,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
 _LOGGED = ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings")
 
 
-def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
+def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -385,7 +387,11 @@ def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
             logger.disabled = False  # Hydra's "disabled" logging switches off the loggers it finds
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
-    return handler
+    said = logging.StreamHandler(sys.stdout)
+    said.setFormatter(logging.Formatter("note: %(message)s"))
+    said.addFilter(lambda record: first and record.levelno == logging.WARNING)  # errors are said by `_report`
+    log.addHandler(said)
+    return [handler, said]
 
 
 # on a recorded run

@@ -168,7 +168,9 @@ class Planned:
             self.state = "retry" if options.retry_failed and ours else "failed"
             self.reason = str(summary.get("reason"))
         else:
-            self.state, self.seen = "resume", attempt
+            self.state = "resume"
+        if self.state in TO_RUN:
+            self.seen = attempt
 
     def record(self, facts: Mapping[str, Any]) -> RunDirectory:
         """Record the run, as it was when its state was set.
