@@ -350,30 +350,35 @@ def test_loader_workers_keep_within_the_memory_that_they_share(
 SMALL = """
 import ctypes, os, runpy, subprocess, sys
 if ctypes.CDLL(None, use_errno=True).unshare(0x00020000) or subprocess.run(
-    "mount --make-rprivate / && mount -t tmpfs -o size=SIZE tmpfs /dev/shm", shell=True
+    "mount --make-rprivate / && mount -t tmpfs -o size=1m tmpfs /dev/shm", shell=True
 ).returncode:
     sys.exit(42)
 sys.argv[0] = MAIN
+sys.path.insert(0, os.path.dirname(MAIN))
+if FULL:
+    from datasets import base_datamodule
+    base_datamodule.shared_memory_free = lambda: 1e12
 runpy.run_path(MAIN, run_name="__main__")
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["64m", "1m"])
-def test_a_small_shared_memory_is_seen_before_the_workers_start(
-    launch: Callable[..., Command], tmp_path: Path, size: str
+@pytest.mark.parametrize("filled_later", [False, True])
+def test_a_small_shared_memory_is_seen_or_told_and_never_waited_for(
+    launch: Callable[..., Command], tmp_path: Path, filled_later: bool
 ) -> None:
-    (tmp_path / "small.py").write_text(
-        SMALL.replace("SIZE", size).replace("MAIN", repr(str(ROOT / "main.py")))
-    )
+    main = repr(str(ROOT / "main.py"))
+    (tmp_path / "small.py").write_text(SMALL.replace("MAIN", main).replace("FULL", str(filled_later)))
     outcome = launch(
         *SHORT, "data.input_size=64", "data.module.batch_size=32", "data.module.num_workers=8",
         script=str(tmp_path / "small.py"),
     ).outcome(60)  # fmt: skip
     if outcome.status == 42:
         pytest.skip("a /dev/shm of one's own needs root")
-    assert outcome.status == 0, outcome.err
-    assert ("/dev/shm has" in outcome.out) == (size == "1m")
+    if filled_later:
+        assert outcome.status == 1 and "--shm-size" in outcome.err and len(outcome.err.splitlines()) == 1
+    else:
+        assert outcome.status == 0 and "note: data.module.num_workers=8" in outcome.out, outcome.err
 
 
 # two sweeps
