@@ -235,10 +235,6 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
         if received().tracebacks:
             traceback.print_exc()
     finally:
-        if outcome == "failed" or status == 128 + signal.SIGKILL:
-            ranks.failed()
-        else:
-            ranks.leave()
         for handler in handlers:  # what comes after this run in this process is not of this run
             for name in _LOGGED:
                 logging.getLogger(name).removeHandler(handler)
@@ -248,8 +244,12 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
             now = time.time()
             run.update_summary(status=outcome, reason=reason, ended=now, elapsed_s=round(now - began, 2))
             run.release()
-            if status == 128 + signal.SIGUSR1:
-                _requeue()
+        if outcome == "failed" or status == 128 + signal.SIGKILL:
+            ranks.failed()
+        else:
+            ranks.leave()
+        if first and status == 128 + signal.SIGUSR1:
+            _requeue()
     return status
 
 
@@ -349,9 +349,12 @@ def _wait_for_claim(run: RunDirectory) -> dict[str, Any]:
                 raise Held(f"{run.path}: this run is in progress ({run.holder()})")
             _say(f"rank {rank}: waiting for rank 0 to start {run.path} (at most {WAIT_S:.0f} s)")
         time.sleep(0.2)
+    named = {"torchrun": "RANK", "another launcher": "RANK", "srun": "SLURM_PROCID"}.get(
+        launch().by, "NODE_RANK"
+    )
     raise ConfigError(
-        f"{run.path}: rank 0 did not start this run within {WAIT_S:.0f} s; this is rank {rank}, "
-        f"as {launch().by} says", see="docs/robustness.md",
+        f"{run.path}: rank 0 did not start this run within {WAIT_S:.0f} s; this is rank {rank} by "
+        f"{launch().by} ({named}={os.environ.get(named)})", see="docs/robustness.md",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from crucible.memory import ended_by, worker_died
 from crucible.run import Held, RunDirectory
 from datasets import base_datamodule
 from datasets.synthetic import SyntheticDataModule
-from lab import executors
+from lab import executors, jobs
 from lab.executors import LocalExecutor, Work
 from lab.planning import Planned, SweepOptions
 
@@ -151,6 +151,20 @@ def test_an_allocation_of_several_tasks_without_srun_is_one_process(
     monkeypatch.setenv("SLURM_PROCID", "0")
     outcome = cli(*SHORT)
     assert outcome.status == 0 and "srun" not in outcome.err, outcome.err
+
+
+def test_a_rank_says_what_it_waits_for_and_waits_for_a_stated_time(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As left over by a launcher in full, and of as many processes as are asked for."""
+    monkeypatch.setattr(jobs, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(jobs, "WAIT_S", 0.5)
+    for name, value in {"RANK": "1", **SET}.items():
+        monkeypatch.setenv(name, value)
+    outcome = cli(*TINY, "trainer.devices=2", "trainer.accelerator=cpu")
+    assert "rank 1: waiting for rank 0 to start" in outcome.out and "at most" in outcome.out
+    assert outcome.status == 2 and len(outcome.err.splitlines()) == 1, outcome.err
+    assert "rank 0 did not start" in outcome.err and "another launcher (RANK=1" in outcome.err
 
 
 # a rank that dies
