@@ -55,6 +55,7 @@ from lab.ranks import (
     Ranks,
     clear_away,
     end_others,
+    end_with_children,
     end_with_parent,
     go_to_meeting,
     open_meeting,
@@ -448,6 +449,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
         others = start_others([str(MAIN), *arguments], trainer) if several else []
         ended = threading.Event()
         end_with_parent(ended, stop=False)
+        end_with_children(others, ended)
         try:
             status = _evaluate(task, runs, configs, given)
             end_others(others, SAVE_S)

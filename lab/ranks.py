@@ -126,6 +126,32 @@ def _follow(parent: Mapping[str, Any], ended: threading.Event, stop: bool) -> No
     os._exit(1)
 
 
+def end_with_children(children: Sequence[subprocess.Popen[bytes]], ended: threading.Event) -> None:
+    """Watch, in a thread, the ranks that this process has started: without one of them the others wait for ever.
+
+    Args:
+        children: from the first rank on.
+        ended: set when this process ends on its own.
+    """
+    if children:
+        threading.Thread(target=_mourn, args=(children, ended), daemon=True).start()
+
+
+def _mourn(children: Sequence[subprocess.Popen[bytes]], ended: threading.Event) -> None:
+    began = kills()
+    while not ended.wait(POLL_S):
+        dead = next(
+            (_Dead(rank, child.poll()) for rank, child in enumerate(children, 1) if child.poll()), None
+        )
+        if dead is None or ended.wait(OWN_END_S):
+            continue
+        status = dead.status or 0
+        how = ended_by(-status, began) if status < 0 else f"ended with status {status}"
+        print(f"error: rank {dead.rank}: {how}", file=sys.stderr, flush=True)
+        end_others(children, 0)
+        os._exit(1)
+
+
 class Cause(NamedTuple):
     """Why a run did not go on.
 

@@ -384,7 +384,7 @@ def test_a_small_shared_memory_is_seen_or_told_and_never_waited_for(
     main = repr(str(ROOT / "main.py"))
     (tmp_path / "small.py").write_text(SMALL.replace("MAIN", main).replace("FULL", str(filled_later)))
     outcome = launch(
-        *SHORT, "data.input_size=64", "data.module.batch_size=32", "data.module.num_workers=8",
+        *SHORT, "data.input_size=96", "data.module.batch_size=32", "data.module.num_workers=8",
         script=str(tmp_path / "small.py"),
     ).outcome(60)  # fmt: skip
     if outcome.status == 42:
