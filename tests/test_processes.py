@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from crucible.memory import ended_by, worker_died
 from crucible.run import Held, RunDirectory
 from datasets import base_datamodule
 from datasets.synthetic import SyntheticDataModule
-from lab import executors, jobs
+from lab import executors, jobs, processes
 from lab.executors import LocalExecutor, Work
 from lab.planning import Planned, SweepOptions
 
@@ -313,6 +314,27 @@ def test_a_killed_process_is_said_to_be_and_the_way_on(
     monkeypatch.setattr("crucible.memory.kills", lambda: 1)
     assert words in ended_by(signal.SIGKILL, before) and "same command" in ended_by(signal.SIGKILL, before)
     assert "SIGSEGV" in ended_by(signal.SIGSEGV, before)
+
+
+def test_a_job_that_is_killed_for_memory_is_told_so_and_goes_on_by_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def asleep(*rest: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "60"], start_new_session=True)
+
+    monkeypatch.setattr(processes, "_started", asleep)
+    monkeypatch.setattr(processes, "kills", lambda: 0)
+    monkeypatch.setattr("crucible.memory.kills", lambda: 1)
+    planned = planned_run(tmp_path / "run")
+    run = planned.job.run  # type: ignore[union-attr]
+    run.record({}, [])
+    run.update_summary(status="running")
+    process = processes.Process(run)
+    os.kill(process._process.pid, signal.SIGKILL)
+    assert process.outcome() == 128 + signal.SIGKILL
+    assert "want of memory" in process.unsaid and run.summary()["reason"] == process.unsaid
+    planned.refresh(SweepOptions())
+    assert planned.state == "resume"
 
 
 @pytest.mark.parametrize(
