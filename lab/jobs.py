@@ -53,7 +53,7 @@ from lab.ranks import (
     WAIT_S,
     Cause,
     Ranks,
-    clear_away,
+    clear_away_earlier,
     end_others,
     end_with_children,
     end_with_parent,
@@ -185,7 +185,7 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
             return HELD
         began = (received().started or time.time()) - run.summary().get("elapsed_s", 0.0)
         pass_on(resume=str(resume or ""), ranks=name)
-        clear_away(run)
+        clear_away_earlier(run, name)
         run.update_summary(status="running", reason="")
     else:
         resume = _resume_of_rank_0(run)

@@ -180,10 +180,16 @@ def last_word(run: RunDirectory, name: str) -> Cause | None:
     return Cause(content["reason"], True, content["killed"])
 
 
-def clear_away(run: RunDirectory, name: str | None = None) -> None:
-    """Remove what the ranks of earlier starts, or of the start `name`, have left; the run is this process's."""
-    for folder in run.path.glob("ranks.*") if name is None else [_folder(run, name)]:
-        shutil.rmtree(folder, ignore_errors=True)
+def clear_away(run: RunDirectory, name: str) -> None:
+    """Remove what the ranks of the start `name` have left."""
+    shutil.rmtree(_folder(run, name), ignore_errors=True)
+
+
+def clear_away_earlier(run: RunDirectory, name: str) -> None:
+    """Remove what the ranks of all other starts have left; the run is this process's, started as `name`."""
+    for folder in run.path.glob("ranks.*"):
+        if folder != _folder(run, name):  # a rank of this start may have come before this one
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder(run: RunDirectory, name: str) -> Path:
