@@ -24,6 +24,11 @@ class HandOver:
         trial: the trial of a search that the run is.
         user_dir: the folder of the user's own code that was typed; its modules may be followed.
         typed: `option=module.Class` that were typed and lie elsewhere; they may be followed too.
+        parent: the process that this one does not outlive, as `crucible.liveness` describes it.
+        ranks: the name under which the ranks of this start of a run know one another.
+        place: rank in the run, on the machine, the machine's number, and how many processes the run has; of the
+            ranks that Crucible starts.
+        alone: this process is none of several, whatever a launcher's variables say.
     """
 
     tracebacks: bool | None = None
@@ -35,6 +40,10 @@ class HandOver:
     trial: dict[str, Any] | None = None
     user_dir: str | None = None
     typed: list[str] = field(default_factory=list)
+    parent: dict[str, Any] | None = None
+    ranks: str = ""
+    place: list[int] | None = None
+    alone: bool = False
 
     def environment(self) -> dict[str, str]:
         """The variable, for the environment of a process."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from crucible.launch import launch
 from crucible.options import ConfigError
 
 
@@ -52,8 +53,7 @@ def core_count() -> int:
 
 def is_child_rank() -> bool:
     """Whether another process of the same run writes its records."""
-    ranks = ("LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID", "GROUP_RANK")
-    return any(os.environ.get(r, "0") not in ("", "0") for r in ranks)
+    return launch().rank > 0
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ def _class(name: str) -> type:
     if name == "object":
         return object
     module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _refusal_of_users(name: str, kind: Kind, user_dir: Path) -> str | None:

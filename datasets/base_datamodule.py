@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
@@ -20,6 +21,7 @@ from crucible.batch import Batch
 from crucible.files import missing
 from crucible.keyed import stream_key
 from crucible.machine import core_count
+from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from datasets.classes import listed, match_classes, read_class_map
 from datasets.images import SCHEME, Arrays, ImageFiles, Relabelled, fingerprint, image_files
@@ -35,10 +37,16 @@ from datasets.sampling import (
 )
 
 Split = Literal["train", "val", "test", "predict"]
+log = logging.getLogger("crucible")
 _MOST_WORKERS = 16
+_IN_USE = 3  # batches that have left the queue: in the step, on their way to the device, and the next
 
 
 def _hand_on(batch: Any) -> Any:
+    """A batch as it is. A worker's is put where it is shared here, as what fails on its way to the queue is lost."""
+    if get_worker_info() is not None:
+        for tensor in batch:
+            tensor.share_memory_()
     return batch
 
 
@@ -489,14 +497,14 @@ class BaseDataModule(LightningDataModule):
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def _loader(self, samples: Samples, sampler: EpochSampler | EvalSampler) -> DataLoader:
-        workers = self._workers(samples, len(sampler))
+        workers, prefetch = self._within_shared_memory(samples, sampler, self._workers(samples, len(sampler)))
         return DataLoader(
             samples,
             batch_size=None,  # the sampler delivers whole batches
             sampler=sampler,
             collate_fn=_hand_on,
             num_workers=workers,
-            prefetch_factor=self.prefetch_factor if workers else None,
+            prefetch_factor=prefetch if workers else None,
             persistent_workers=self.persistent_workers and workers > 0,
             pin_memory=self._on_cuda() if self.pin_memory == "auto" else self.pin_memory,
             generator=torch.Generator(),  # the loader's own draws then leave the global generator alone
@@ -514,6 +522,32 @@ class BaseDataModule(LightningDataModule):
             return 0
         processes = 1 if self.trainer is None else self.trainer.num_devices
         return max(1, min(core_count() // processes, _MOST_WORKERS, batches))
+
+    def _within_shared_memory(
+        self, samples: Samples, sampler: EpochSampler | EvalSampler, workers: int
+    ) -> tuple[int, int]:
+        """As many workers and batches ready as there is memory to hand them on through; a loader takes half of it."""
+        wanted = workers, self.prefetch_factor
+        free = shared_memory_free()
+        if not workers or len(sampler) == 0 or free == float("inf"):
+            return wanted
+        one = samples[(0, [0])]
+        batch = self.batch_size * sum(tensor.nbytes for tensor in one)
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        room = int(free / 2 / processes / batch) - _IN_USE
+        if room >= workers * self.prefetch_factor:
+            return wanted
+        workers = min(workers, max(room, 0))
+        prefetch = min(self.prefetch_factor, room // workers) if workers else 0
+        remark = (
+            f"data.module.num_workers={wanted[0]}, prefetch_factor={wanted[1]}: {SHARED} has {free / 2**20:.0f} MiB "
+            f"free and a batch takes {batch / 2**20:.1f}: {workers or 'no'} workers here, "
+            f"{prefetch} batches ahead each; the numbers stay the same (docker run --shm-size=8g gives more)"
+        )
+        if remark not in self.remarks:
+            self.remarks.append(remark)
+            log.warning("%s", remark)
+        return workers, prefetch
 
     # Resume: the order is a function of the epoch, so that two counters are the whole state
 

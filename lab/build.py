@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ from callbacks.checkpoints import AtomicCheckpointIO
 from crucible.configuration import Config
 from crucible.files import missing
 from crucible.keyed import keyed_rng, stream_key
+from crucible.launch import free_port, launch, meeting_point
 from crucible.machine import world_size
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
@@ -165,7 +167,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
             **options,
             callbacks=callbacks,
             logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), _Launched()],
             default_root_dir=str(folder),
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -174,6 +176,55 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     _skip_empty_hooks(trainer.callbacks)  # type: ignore[attr-defined]
     return trainer
+
+
+class _Launched(ClusterEnvironment):
+    """The processes of a run as `crucible.launch` finds them. Lightning starts none, and reads no variable itself."""
+
+    def __init__(self) -> None:
+        self._launch = launch()
+        self._world = self._launch.world
+        self._meeting: tuple[str, int] | None = None
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._meet()[0]
+
+    @property
+    def main_port(self) -> int:
+        return self._meet()[1]
+
+    def _meet(self) -> tuple[str, int]:
+        if self._meeting is None:  # a process alone is no other's to meet, whatever the environment says
+            alone = self._launch.world == 1
+            self._meeting = ("127.0.0.1", free_port()) if alone else meeting_point()
+        return self._meeting
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return self._world
+
+    def set_world_size(self, size: int) -> None:
+        self._world = size
+
+    def global_rank(self) -> int:
+        return self._launch.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is known."""
+
+    def local_rank(self) -> int:
+        return self._launch.local_rank
+
+    def node_rank(self) -> int:
+        return self._launch.node_rank
 
 
 class _NoProfiler(PassThroughProfiler):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from crucible.machine import core_count, device_count, device_kind
 from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
-from lab.planning import SEE, Planned
+from lab.experiment import Changed
+from lab.planning import SEE, TO_RUN, Planned, SweepOptions
 from lab.processes import HELD, Process, on_signals
 from lab.warm import THREADS, Cold, WarmParent
 
@@ -51,6 +52,7 @@ class Executor(Protocol):
 
         Raises:
             Held: where its run is held by a live process.
+            Changed: where another process has run it since its state was looked at.
         """
 
 
@@ -125,8 +127,7 @@ class LocalExecutor:
         )
 
     def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> LocalHandle:
-        assert planned.job is not None
-        run = replace(planned.job, facts={**planned.job.facts, "sweep": facts}).record()
+        run = planned.record(facts)
         output = run.path / "console.log" if self.slots > 1 else None
         environment = self._environment(slot)
         process = Process(run, environment, output, planned.trial, self._warm_parent(environment))
@@ -150,11 +151,13 @@ class Work:
         executor: where they run.
         facts: what the summaries say of the sweep.
         ended: told of each job that has ended.
+        refresh: sets the state of a job anew, by its run.
     """
 
     executor: Executor
     facts: Mapping[str, Any]
     ended: Callable[[Planned], None]
+    refresh: Callable[[Planned], None] = lambda planned: planned.refresh(SweepOptions())
     received: list[int] = field(default_factory=list)
     _running: dict[int, tuple[Planned, Handle]] = field(default_factory=dict)
 
@@ -182,6 +185,13 @@ class Work:
         except Held as error:
             planned.state, planned.reason = "held", str(error)
             self.ended(planned)
+            return
+        except Changed:
+            self.refresh(planned)
+            if planned.state in TO_RUN:
+                self._begin(planned, slot)
+            else:
+                self.ended(planned)
             return
         self._running[slot] = planned, handle
         for number in self.received[-1:]:  # it came while the process was being started

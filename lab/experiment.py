@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from crucible.corrections import Correction, versions_of
 from crucible.files import absolute, why_not_writable
 from crucible.handover import received
 from crucible.loggers import check_loggers
-from crucible.machine import device_count, is_child_rank, world_size
+from crucible.machine import device_count, is_child_rank
 from crucible.masking import check_no_secret, masked
 from crucible.options import ConfigError, signature_options
 from crucible.run import Damaged, Held, RunDirectory
@@ -43,6 +42,17 @@ from models.weights import load_weights
 RECOGNISED = (
     "its data were recognised by names and sizes of files: the fingerprint of that time read no pixels"
 )
+
+
+class Changed(Exception):
+    """Another process has made an attempt at the run since its state was looked at."""
+
+
+def attempt_of(run: RunDirectory) -> tuple[Any, ...]:
+    """The last attempt at a run: when it was recorded, and when the attempt ended, if it has; all None without one."""
+    summary = run.known()
+    ended = None if summary.get("status") in ("created", "running") else summary.get("ended")
+    return summary.get("started"), ended
 
 
 @dataclass(frozen=True)
@@ -65,13 +75,17 @@ class Job:
     steps: float
     epochs: float = math.inf
 
-    def record(self) -> RunDirectory:
+    def record(self, seen: tuple[Any, ...] | None = None) -> RunDirectory:
         """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside.
 
         What an earlier one's record lacks, because its process was killed or a file is damaged, is made anew.
 
+        Args:
+            seen: the attempt (`attempt_of`) that is to be gone on from, or put aside; None: whichever is there.
+
         Raises:
             Held: where a live process holds it.
+            Changed: where another process has made an attempt since.
             Damaged: where what is left is not enough to go on from.
         """
         if is_child_rank():
@@ -80,6 +94,8 @@ class Job:
             state = self.run.state()
             if state == "running":
                 raise Held(f"{self.run.path}: this run is in progress ({self.run.holder()})")
+            if seen is not None and attempt_of(self.run) != seen:
+                raise Changed(f"{self.run.path}: another process has run it meanwhile")
             config = {**self.config, "fresh": False}  # a command, no fact of the run
             overrides = [masked(override) for override in self.overrides]
             if state == "absent" or self.config["fresh"]:
@@ -380,7 +396,6 @@ class Examiner:
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",
                 "README.md",
             )
-        _check_torchrun(config)
         data, fingerprint = self._read_data(config)
         settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
@@ -480,19 +495,6 @@ def quiet_lightning() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def _check_torchrun(config: Config) -> None:
-    """A launcher that starts the ranks itself must start as many as the configuration asks for."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = world_size(config["trainer"])
-    if world != wanted:
-        raise ConfigError(
-            f"trainer.devices={config['trainer']['devices']}, trainer.num_nodes={config['trainer']['num_nodes']}: "
-            f"torchrun started {world} processes, these options ask for {wanted}"
-        )
 
 
 def _archive(run: RunDirectory) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.pruning import Pruned
@@ -30,9 +33,11 @@ from crucible.command_line import command, describe, option, parse, unquoted
 from crucible.configuration import Config
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
+from crucible.launch import launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, world_size
 from crucible.masking import masked
+from crucible.memory import worker_died
 from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
@@ -42,9 +47,22 @@ from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
+from lab.ranks import (
+    SAVE_S,
+    SAY_AFTER_S,
+    WAIT_S,
+    Cause,
+    Ranks,
+    clear_away_earlier,
+    end_others,
+    end_with_children,
+    end_with_parent,
+    go_to_meeting,
+    open_meeting,
+    start_others,
+)
 from lab.summary import print_summary
 
-WAIT_FOR_RANK_0_S = 600.0
 log = logging.getLogger("crucible")
 
 
@@ -58,7 +76,7 @@ def run_composed(composed: DictConfig) -> int:
         ConfigError: for whatever cannot run.
     """
     overrides = list(HydraConfig.get().overrides.task)
-    HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`, for Lightning's launcher too
+    HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`
     if composed["task"] == "summary":
         config = configuration.to_plain(composed)
         checking.check(config, overrides)
@@ -69,6 +87,7 @@ def run_composed(composed: DictConfig) -> int:
             raise ConfigError(
                 f"{override}: {name} is an option of sweeps: python main.py -m ...", see="docs/sweeps.md"
             )
+    _take_part(OmegaConf.to_container(composed["trainer"], resolve=True))  # type: ignore[arg-type]
     job: Job | None = None
     try:
         job = Examiner().examine(composed, overrides)
@@ -95,11 +114,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def externally_launched() -> bool:
-    """Whether torchrun or SLURM starts the ranks, so that this process is one of them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:
+    """Find this process's place among those of its run; say what of the environment counts for nothing.
+
+    Raises:
+        ConfigError: where a launcher started others than the run asks for.
+    """
+    settle(trainer, world_size(trainer) if processes is None else processes)
+    if names := left_over():
+        _say(
+            f"note: {', '.join(names)} in the environment: of no launcher that is known here, and left alone"
+        )
+    rank_zero_only.rank = launch().rank  # type: ignore[attr-defined]  # Lightning has read the variables by itself
 
 
 def start(run: RunDirectory, config: Config) -> int:
@@ -115,9 +141,8 @@ def start(run: RunDirectory, config: Config) -> int:
         return 0
     if not is_child_rank():
         check_goes_on(run, config)
-    if externally_launched():
-        return execute(run, config)
-    if world_size(config["trainer"]) > 1 and not received().does_the_work:
+    several = world_size(config["trainer"]) > 1
+    if several and not received().does_the_work and not launch().starts_the_ranks:
         return _run_in_own_process(run)
     return execute(run, config)
 
@@ -136,6 +161,8 @@ def _run_in_own_process(run: RunDirectory) -> int:
         while not process.ended(60):
             pass
     status = process.outcome()
+    if process.unsaid:
+        print(f"error: {process.unsaid}", file=sys.stderr, flush=True)
     if run.summary().get("status") == "interrupted" and status > 128:
         raise SystemExit(status)
     return status
@@ -143,26 +170,47 @@ def _run_in_own_process(run: RunDirectory) -> int:
 
 def execute(run: RunDirectory, config: Config) -> int:
     """Train this run in this process (one of its ranks); its exit status. Whatever happens is recorded."""
-    first = not is_child_rank()
+    with _Stops() as stops:
+        return _execute(run, config, stops)
+
+
+def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
+    first, others = not is_child_rank(), []
     if first:
-        resume = _find_resume(run, config)
+        resume, name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
-            run.claim(token=_launch_token(), resume=str(resume or ""))
+            run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
         except Held as error:
             if not received().does_the_work:
                 raise
             _say(str(error))
             return HELD
         run.count_from(received().started or time.time())
-        pass_on(resume=str(resume or ""))
+        pass_on(resume=str(resume or ""), ranks=name)
+        clear_away_earlier(run, name)
         run.update_summary(status="running", reason="")
     else:
         resume = _resume_of_rank_0(run)
-    sys.argv = [str(MAIN), option("run", run.path)]  # what Lightning starts for the other ranks
-    main_log = _log_to(run, first)
+    if world_size(config["trainer"]) > 1 and launch().by in ("nobody", "nodes"):
+        others = start_others([str(MAIN), option("run", run.path)], config["trainer"])
+    ranks = Ranks(run, received().ranks, others)
+    handlers = _log_to(run, first)
     status, outcome, reason = 1, "failed", ""
+
+    def conclude(cause: Cause) -> None:
+        _report(cause, "")
+        if first:
+            ended = "interrupted" if cause.killed else "failed"
+            run.update_summary(status=ended, reason=cause.reason, ended=time.time())
+            run.release()
+
+    ranks.watch(conclude)
     try:
-        final = tasks.train(run, config, resume)
+        stops.working = True
+        try:
+            final = tasks.train(run, config, resume)
+        finally:
+            stops.working = False
         status, outcome = 0, "finished"
         if first:
             _say(f"{headline(final)}  ->  {run.path}")
@@ -173,31 +221,36 @@ def execute(run: RunDirectory, config: Config) -> int:
             _say(f"interrupted; the same command, or {command(option('run', run.path))}, goes on from here")
     except Pruned as error:
         status, outcome, reason = 0, "pruned", str(error)
-    except Diverged as error:
-        status, reason = (1 if first else 0), str(error)
-        if first:
-            _report(error, str(error))
-    except ConfigError as error:
-        status, reason = 2, masked(str(error))
-        _report(error, reason)
     except (KeyboardInterrupt, SystemExit) as error:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
-        text = masked(" ".join(str(error).split()))[:400]
-        reason = f"{type(error).__name__}: {text}"
-        _report(error, f"{reason} (traceback in {run.path / 'main.log'})")
+        cause = ranks.cause(error, _in_a_line(error))
+        where = (
+            "" if isinstance(error, ConfigError | Diverged) else f" (traceback in {run.path / 'main.log'})"
+        )
+        _report(cause, where, error)
+        status, reason = (2 if isinstance(error, ConfigError) else 1), cause.reason
+        if isinstance(error, Diverged) and not first:
+            status = 0
+        if cause.killed:
+            status, outcome = 128 + signal.SIGKILL, "interrupted"
         if received().tracebacks:
             traceback.print_exc()
     finally:
-        for name in _LOGGED:  # what comes after this run in this process is not of this run
-            logging.getLogger(name).removeHandler(main_log)
-        main_log.close()
+        for handler in handlers:  # what comes after this run in this process is not of this run
+            for name in _LOGGED:
+                logging.getLogger(name).removeHandler(handler)
+            handler.close()
         close_loggers(status)
         if first:
             run.update_summary(status=outcome, reason=reason, ended=time.time())
             run.release()
-            if status == 128 + signal.SIGUSR1:
-                _requeue()
+        if outcome == "failed" or status == 128 + signal.SIGKILL:
+            ranks.failed()
+        else:
+            ranks.leave()
+        if first and status == 128 + signal.SIGUSR1:
+            _requeue()
     return status
 
 
@@ -208,10 +261,50 @@ def _requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], check=False)
 
 
-def _report(error: Exception, text: str) -> None:
-    log.error("%s", text)
-    log.info("%s", "".join(traceback.format_exception(error)))
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def _report(cause: Cause, where: str, error: BaseException | None = None) -> None:
+    """Say why the run does not go on, unless another rank has."""
+    details = "".join(traceback.format_exception(error)) if error else ""
+    if cause.said:
+        log.info("%s", details)  # it only follows from the other's
+        return
+    log.error("%s\n%s", cause.reason, details)
+    print(f"error: {cause.reason}{where}", file=sys.stderr, flush=True)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What an error says, with the way on where the machine was short of something."""
+    text = masked(" ".join(str(error).split()))
+    if isinstance(error, ConfigError | Diverged):
+        return text
+    if "EADDRINUSE" in text or "address already in use" in text.lower():
+        port = os.environ.get("MASTER_PORT")
+        return f"MASTER_PORT={port}: another process listens there; give the launcher another port"
+    if lacking := worker_died(text):
+        return lacking
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+class _Stops:
+    """SIGTERM and SIGUSR1 stop a run in good order before and after its steps too; those in between save first.
+
+    Attributes:
+        working: a signal ends the work; else it finds the run about to end, and changes nothing.
+    """
+
+    working = False
+
+    def __enter__(self) -> _Stops:
+        self._previous = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.working:
+            self.working = False
+            raise Interrupted(number)
 
 
 def _find_resume(run: RunDirectory, config: Config) -> Path | None:
@@ -221,31 +314,49 @@ def _find_resume(run: RunDirectory, config: Config) -> Path | None:
     return Path(config["ckpt_path"]) if config["ckpt_path"] else None
 
 
-def _launch_token() -> str:
-    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT",
-             "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # fmt: skip
-    return "/".join(os.environ.get(n, "") for n in names)
+def _meeting() -> dict[str, Any]:
+    """Where the ranks meet that srun has started: at a port that nothing else has; the others read it in the claim."""
+    if launch().by != "srun" or "MASTER_PORT" in os.environ:
+        return {}
+    address, _ = meeting_point()
+    open_meeting(address, launch().world)
+    return {"meeting": [os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])]}
 
 
 def _resume_of_rank_0(run: RunDirectory) -> Path | None:
     """The state that rank 0 decided to start from."""
     path = received().resume
     if path is None:
-        path = _wait_for_claim(run).get("resume", "")
+        claim = _wait_for_claim(run)
+        path = claim.get("resume", "")
+        pass_on(resume=path, ranks=claim["ranks"])
+        if "meeting" in claim:
+            go_to_meeting(*claim["meeting"])
     return Path(path) if path else None
 
 
 def _wait_for_claim(run: RunDirectory) -> dict[str, Any]:
-    deadline = time.monotonic() + WAIT_FOR_RANK_0_S
-    while time.monotonic() < deadline:
+    began, said, rank = time.monotonic(), False, launch().rank
+    while (waited := time.monotonic() - began) < WAIT_S:
         try:
             claim = json.loads(run.claim_file.read_text(encoding="utf-8"))
-            if claim.get("token") == _launch_token():
+            if claim.get("token") == token():
                 return claim
         except (OSError, ValueError):
             pass
+        if waited > SAY_AFTER_S and not said:
+            said = True
+            if run.state() == "running":  # rank 0 has found it so, too
+                raise Held(f"{run.path}: this run is in progress ({run.holder()})")
+            _say(f"rank {rank}: waiting for rank 0 to start {run.path} (at most {WAIT_S:.0f} s)")
         time.sleep(0.2)
-    raise ConfigError(f"{run.path}: rank 0 did not start this run within {WAIT_FOR_RANK_0_S:.0f} s")
+    named = {"torchrun": "RANK", "another launcher": "RANK", "srun": "SLURM_PROCID"}.get(
+        launch().by, "NODE_RANK"
+    )
+    raise ConfigError(
+        f"{run.path}: rank 0 did not start this run within {WAIT_S:.0f} s; this is rank {rank} by "
+        f"{launch().by} ({named}={os.environ.get(named)})", see="docs/robustness.md",
+    )  # fmt: skip
 
 
 _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
@@ -254,6 +365,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*LeafSpec.*",
+    ".*The `srun` command is available on your system but is not used.*",
     ".*You have overridden `on_after_batch_transfer`.*",
     ".*Couldn't infer the batch indices.*",
 )
@@ -269,7 +381,7 @@ class _Masking(logging.Formatter):
         return masked(super().format(record))
 
 
-def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
+def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -286,7 +398,11 @@ def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
             logger.disabled = False  # Hydra's "disabled" logging switches off the loggers it finds
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
-    return handler
+    said = logging.StreamHandler(sys.stdout)
+    said.setFormatter(logging.Formatter("note: %(message)s"))
+    said.addFilter(lambda record: first and record.levelno == logging.WARNING)  # errors are said by `_report`
+    log.addHandler(said)
+    return [handler, said]
 
 
 # on a recorded run
@@ -319,6 +435,9 @@ def run_recorded(arguments: Sequence[str]) -> int:
     if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
         pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
     configs = [_with_overrides(run, given, task) for run in runs]
+    trainer = configs[0]["trainer"]
+    alone = task == "predict" or len(runs) > 1
+    _take_part(trainer, 1 if alone else None)
     if task == "train":
         if len(runs) > 1:
             raise ConfigError(
@@ -339,7 +458,18 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 complete(runs[0], runs[0].config(), overrides=None)
         return start(runs[0], configs[0])
     with quiet_lightning():
-        return _evaluate(task, runs, configs, given, arguments)
+        several = not alone and world_size(trainer) > 1 and launch().by in ("nobody", "nodes")
+        others = start_others([str(MAIN), *arguments], trainer) if several else []
+        ended = threading.Event()
+        end_with_parent(ended, stop=False)
+        end_with_children(others, ended)
+        try:
+            status = _evaluate(task, runs, configs, given)
+            end_others(others, SAVE_S)
+        finally:
+            ended.set()
+            end_others(others, 0)
+        return status
 
 
 def _expand(text: str) -> list[str]:
@@ -453,18 +583,11 @@ def _resolved(config: Config, value: Any) -> Any:
     return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
 
 
-def _evaluate(
-    task: str,
-    runs: list[RunDirectory],
-    configs: list[Config],
-    given: Mapping[str, Any],
-    arguments: Sequence[str],
-) -> int:
+def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: Mapping[str, Any]) -> int:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
-    sys.argv = [str(MAIN), *arguments]  # for Lightning's launcher of ranks
     out = Path(given["out"]).expanduser() if "out" in given else None
     return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
 from lab.config import SWEEP_OPTIONS, completed
-from lab.experiment import Examiner, Job, passes
+from lab.experiment import Examiner, Job, attempt_of, passes
 
 SEE = "docs/sweeps.md"
 UNITS = ("seed", "data.module.fold")  # what arms are paired by
@@ -120,6 +120,8 @@ class Planned:
             `same`.
         reason: why it is not finished.
         trial: the trial of a search that it is.
+        seen: the last attempt at the run when its state was looked at first; what other processes have attempted
+            since is not this sweep's to put aside or to retry.
     """
 
     overrides: list[str]
@@ -128,6 +130,7 @@ class Planned:
     state: str
     reason: str = ""
     trial: dict[str, Any] | None = None
+    seen: tuple[Any, ...] | None = None
 
     @property
     def arm(self) -> str:
@@ -149,21 +152,38 @@ class Planned:
     def refresh(self, options: SweepOptions) -> None:
         """Set the state by the run's directory, now."""
         assert self.job is not None
-        run, fresh = self.job.run, self.job.config["fresh"]
-        state, summary = run.state(), run.known()
-        failed = state == "unfinished" and summary.get("status") == "failed"
+        run = self.job.run
+        state, summary, attempt = run.state(), run.known(), attempt_of(run)
+        first, self.seen = self.seen is None, self.seen or attempt
+        ours = first or attempt == self.seen
+        if self.job.config["fresh"] and not ours:  # it is as fresh as this sweep would make it
+            self.job = replace(self.job, config={**self.job.config, "fresh": False})
         self.reason = ""
         if state == "running":
             self.state, self.reason = "held", f"in progress {run.holder()}"
-        elif state == "absent" or fresh:
+        elif state == "absent" or self.job.config["fresh"]:
             self.state = "new"
         elif state == "finished":
             self.state = "finished"
-        elif failed:
-            self.state = "retry" if options.retry_failed else "failed"
+        elif summary.get("status") == "failed":
+            self.state = "retry" if options.retry_failed and ours else "failed"
             self.reason = str(summary.get("reason"))
         else:
             self.state = "resume"
+        if self.state in TO_RUN:
+            self.seen = attempt
+
+    def record(self, facts: Mapping[str, Any]) -> RunDirectory:
+        """Record the run, as it was when its state was set.
+
+        Args:
+            facts: what the summary says of the sweep.
+
+        Raises:
+            Held, Changed: where another process has come first.
+        """
+        assert self.job is not None
+        return replace(self.job, facts={**self.job.facts, "sweep": facts}).record(self.seen)
 
 
 TO_RUN = ("new", "resume", "retry")

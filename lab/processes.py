@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typing import Any, BinaryIO
 
 from crucible.command_line import option
 from crucible.handover import received
+from crucible.liveness import this_process
+from crucible.memory import ended_by, kills
 from crucible.run import RunDirectory
+from lab.ranks import clear_away, last_word
 from lab.warm import Cold, Started, WarmParent
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
@@ -23,7 +27,10 @@ HELD = 75  # exit status of a job whose run another live process holds
 
 
 class Process:
-    """A recorded run in a process (and a process group) of its own.
+    """A recorded run in a process (and a process group) of its own, which ends when this process does.
+
+    Attributes:
+        unsaid: after `outcome`, why the run did not go on, where no process of it could say so.
 
     Args:
         run: recorded.
@@ -41,13 +48,12 @@ class Process:
         trial: Mapping[str, Any] | None = None,
         warm: WarmParent | None = None,
     ) -> None:
-        self.run = run
-        self._stopped = False
+        self.run, self.unsaid = run, ""
+        self._stopped, self._ranks, self._kills = False, secrets.token_hex(4), kills()
         told = replace(
-            received(), does_the_work=True, started=time.time(), trial=dict(trial) if trial else None
-        )
-        log_file = run.path / "main.log"
-        self._logged = log_file.stat().st_size if log_file.is_file() else 0
+            received(), does_the_work=True, started=time.time(), trial=dict(trial) if trial else None,
+            parent=this_process(), ranks=self._ranks, place=None,
+        )  # fmt: skip
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(output.open("ab")) if output else None
             everything = {**os.environ, **(environment or {}), **told.environment()}
@@ -74,17 +80,31 @@ class Process:
         run, status = self.run, self._process.wait()
         if run.state() == "running":  # another process holds it; a warm parent that has died cannot say so
             return HELD
-        outcome = run.summary().get("status")
+        summary = run.summary()
+        outcome = summary.get("status")
         if outcome not in ("finished", "interrupted", "pruned") and status != HELD:
-            reason = (
-                _first_error(run, self._logged)
-                or (run.summary().get("reason") if outcome == "failed" else "")
-                or f"its process ended with status {status}; {run.path / 'main.log'} may say why"
+            cause = last_word(run, self._ranks)
+            reason = cause.reason if cause else summary.get("reason") if outcome == "failed" else ""
+            killed = status == -signal.SIGKILL or (cause is not None and cause.killed)
+            if not reason:
+                reason = self.unsaid = self._death(status)
+            ended, reason = (
+                ("interrupted", "stopped")
+                if self._stopped
+                else ("interrupted" if killed else "failed", reason)
             )
-            ended, reason = ("interrupted", "stopped") if self._stopped else ("failed", reason)
             run.update_summary(status=ended, reason=reason, ended=time.time())
             run.release(self._process.pid)
+        clear_away(run, self._ranks)
         return status if status >= 0 else 128 - status
+
+    def _death(self, status: int) -> str:
+        """Of a process that could not record it."""
+        several = (self.run.path / f"ranks.{self._ranks}").is_dir()
+        who = "rank 0" if several else "its process"
+        if status < 0:
+            return f"{who}: {ended_by(-status, self._kills)}"
+        return f"{who} ended with status {status}; {self.run.path / 'main.log'} may say why"
 
 
 def _started(
@@ -118,12 +138,3 @@ def _end_group(group: int) -> None:
     """No rank outlives its run."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-
-
-def _first_error(run: RunDirectory, since: int) -> str:
-    """The first error in main.log after the byte `since`: of several ranks, the one that failed first says why."""
-    file = run.path / "main.log"
-    if not file.is_file():
-        return ""
-    lines = file.read_bytes()[since:].decode(errors="replace").splitlines()
-    return next((line.split(" ERROR ", 1)[1] for line in lines if " ERROR " in line), "")

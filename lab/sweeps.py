@@ -7,6 +7,7 @@ again, here or on another machine with the same file system, goes on with what i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -27,6 +28,7 @@ from rich.table import Table
 from crucible.command_line import command, option
 from crucible.configuration import select
 from crucible.files import write_atomically
+from crucible.handover import pass_on
 from crucible.masking import masked_in
 from crucible.metrics import headline
 from crucible.options import ConfigError, read_options
@@ -141,6 +143,7 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         ConfigError: for what cannot be planned.
         SystemExit: with 128 + the signal's number, where one ended it.
     """
+    pass_on(alone=True)  # a sweep is none of several ranks, whatever started it
     fixed = [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
     composed = compose(fixed)
     values = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(SWEEP_OPTIONS)), resolve=True)
@@ -296,7 +299,8 @@ class Sweep:
 
     def _work(self, todo: Sequence[Planned]) -> None:
         self._todo = todo
-        work = Work(self.executor, self.record.facts, self._ended)
+        refresh = functools.partial(Planned.refresh, options=self.options)
+        work = Work(self.executor, self.record.facts, self._ended, refresh)
         work.run(self._still_to_do(todo))
         if work.received:
             finished = sum(one.state == "finished" for one in self._all)
@@ -308,8 +312,7 @@ class Sweep:
     def _still_to_do(self, todo: Sequence[Planned]) -> Iterator[Planned]:
         """Other machines may have come first."""
         for number, planned in enumerate(todo, 1):
-            if not (planned.job and planned.job.config["fresh"]):
-                planned.refresh(self.options)
+            planned.refresh(self.options)
             if planned.state in TO_RUN:
                 print(f"\n[{number}/{len(todo)}] {planned.name()}", flush=True)
                 yield planned

@@ -203,10 +203,10 @@ def shell(launch: Callable[..., Command]) -> Callable[..., Outcome]:
 def ranks(launch: Callable[..., Command]) -> Callable[..., list[Outcome]]:
     """Run `python main.py ARGUMENTS` as two processes of one job, which torchrun would have started."""
 
-    def run(*arguments: str, timeout: float = 240, **options: Any) -> list[Outcome]:
+    def run(*arguments: str, timeout: float = 240, port: int = 0, **options: Any) -> list[Outcome]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free.getsockname()[1])}
         shared |= {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         both = [
             launch(*arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)

@@ -20,7 +20,7 @@ FLOORS = (
     ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.states", "lab.experiment"),
     ("lab.scoring",),
     ("lab.tasks",),
-    ("lab.warm", "lab.processes", "lab.jobs"),
+    ("lab.warm", "lab.ranks", "lab.processes", "lab.jobs"),
     ("lab.planning", "lab.executors", "lab.cluster", "lab.search", "lab.sweeps"),
     ("docs", "hydra_plugins", "main", "report"),
 )

@@ -114,13 +114,12 @@ def test_a_run_bounded_by_steps_is_compiled_when_it_is_long(
     assert config["model"]["compile"] is compiled
 
 
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "NODE_RANK", "SLURM_PROCID", "GROUP_RANK"])
 def test_another_rank_of_a_finished_run_has_nothing_to_wait_for(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.update_summary(status="finished")
-    monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(jobs, "WAIT_FOR_RANK_0_S", 0.0)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jobs, "WAIT_S", 0.0)
     assert is_child_rank()
     assert jobs.start(run, {"fresh": False}) == 0
