@@ -33,7 +33,7 @@ from crucible.configuration import Config
 from crucible.files import write_atomically
 from crucible.handover import pass_on, received
 from crucible.loggers import close_loggers
-from crucible.machine import is_child_rank, world_size
+from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
@@ -182,7 +182,7 @@ def execute(run: RunDirectory, config: Config) -> int:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
         text = " ".join(str(error).split())[:400]
-        reason = f"{type(error).__name__}: {text}"
+        reason = out_of_memory(config) if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
         _report(error, f"{reason} (traceback in {run.path / 'main.log'})")
         if received().tracebacks:
             traceback.print_exc()
@@ -198,6 +198,26 @@ def execute(run: RunDirectory, config: Config) -> int:
             if status == 128 + signal.SIGUSR1:
                 _requeue()
     return status
+
+
+def out_of_memory(config: Config) -> str:
+    """What was too much, and the smaller batches that make the same global one."""
+    trainer, size = config["trainer"], config["data"]["module"]["batch_size"]
+    window, world = trainer["accumulate_grad_batches"], world_size(trainer)
+    text = (
+        f"out of memory: data.module.batch_size={size} trainer.accumulate_grad_batches={window} on "
+        f"{world} {'device' if world == 1 else 'devices'}"
+    )
+    parts = next((n for n in range(2, size + 1) if size % n == 0), None)
+    if parts is None:
+        return f"{text}; one sample is too much: a smaller network or input, or trainer.precision=bf16-mixed"
+    smaller = {"data.module.batch_size": size // parts, "trainer.accumulate_grad_batches": window * parts}
+    try:
+        checking.step_of({**config, "trainer": {**trainer, "accumulate_grad_batches": window * parts}})
+    except ConfigError:  # SAM takes one batch a step
+        return f"{text}; data.module.batch_size={size // parts} is smaller, and another training"
+    typed = " ".join(f"{name}={value}" for name, value in smaller.items())
+    return f"{text}; {typed} makes the same global batch of {size * window * world}"
 
 
 def _requeue() -> None:

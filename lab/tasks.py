@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
 import platform
@@ -24,8 +25,9 @@ from rich.table import Table
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
+from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
-from callbacks.recorder import GracefulStop, Recorder
+from callbacks.recorder import GoBack, GracefulStop, Recorder
 from crucible.configuration import Config, flatten
 from crucible.files import replacing, write_atomically
 from crucible.handover import received
@@ -52,7 +54,30 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         run: where everything is written.
         config: the run's configuration.
         resume: a training state to go on from.
+
+    Raises:
+        Diverged: where numbers are not finite and `on_nonfinite` has no other way on.
     """
+    options = {
+        name: config[name] for name in ("on_nonfinite", "rollback_lr", "rollback_limit") if name in config
+    }
+    guard = Guard(run, **options)
+    loggers = (
+        build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
+    )
+    again = False
+    while True:
+        try:
+            return _train(run, config, resume, guard, loggers, again)
+        except GoBack:
+            again, last = True, run.checkpoints / "last.ckpt"
+            resume = last if last.is_file() else resume
+        gc.collect()  # of the trainer before; its memory on the device too
+
+
+def _train(
+    run: RunDirectory, config: Config, resume: Path | None, guard: Guard, loggers: list[Any], again: bool
+) -> dict[str, float]:
     torch.default_generator.manual_seed(config["seed"])
     data = build_data(config)
     model = build_model(config, load=resume is None)
@@ -63,14 +88,11 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
-    callbacks: list[Callback] = [Recorder(run), *extra, *after]
+    callbacks: list[Callback] = [Recorder(run), guard, *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    loggers = (
-        build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
-    )
     trainer = build_trainer(config, run.path, callbacks, loggers)
-    if trainer.is_global_zero and not is_child_rank():
+    if trainer.is_global_zero and not is_child_rank() and not again:
         facts = static_facts(config, model)
         run.update_summary(**facts)
         banner(run, config, model, data, resume)

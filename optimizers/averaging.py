@@ -91,7 +91,9 @@ class Averaging(Technique):
 
     def attach(self, step: Step) -> None:
         if self.swa_start is None:
-            step.weights.append(AveragedWeights(self.ema_decay, self.ema_warmup))
+            ema = AveragedWeights(self.ema_decay, self.ema_warmup)
+            step.weights.append(ema)
+            step.kept.append(ema.tensors)  # SWA takes an epoch's weights, whatever its last step was
             return
         step.weights.append(AveragedWeights(is_due=self._ends_a_late_epoch))
         if self.swa_lr is not None:
@@ -222,6 +224,10 @@ class WeightAverage:
             if name in sums:
                 self._cast[name] = torch.empty_like(tensor).copy_(state[name])
 
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, which an update changes."""
+        return list(self._sums.values())
+
     def _tensors(self) -> dict[str, Tensor]:
         state = self.network.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -333,6 +339,10 @@ class AveragedWeights:
 
     def sums(self) -> dict[str, Tensor]:
         return {} if self.average is None else self.average.sums()
+
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves; none before there are any."""
+        return [] if self.average is None else self.average.tensors()
 
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
         self._saved = state, updates, sums
