@@ -1,4 +1,4 @@
-"""Numbers that go wrong: seen without a wait in the step, named by running the step again, and stopped, skipped or undone.
+"""Numbers that go wrong: seen without a wait in the step, named by running the step again; stopped, skipped or undone.
 
 A step only leaves numbers on the device: the loss of each batch, and where steps are skipped the largest gradient. They
 are read at an epoch's end and before a training state is saved, together with the weights, which no gradient that is
@@ -39,13 +39,14 @@ log = logging.getLogger("crucible")
 OnNonfinite = Literal["stop", "skip", "rollback"]
 KEY = "nonfinite"  # in a training state and in the summary
 LISTED = 100  # entries of the summary; all are counted
+LISTED_AT_ONCE = 10  # skipped steps of one look whose batches are read again
 NAMED = 5  # samples in a line
 TRIES = 3  # of finding a place again
 IN_A_ROW = 10  # skipped steps, or an epoch of them, are no training any more
 
 
 class Place(NamedTuple):
-    """A batch of the training: its epoch, its number there, the optimizer step that it belongs to, all from 0; the rate."""
+    """A batch of the training: epoch, number there, the optimizer step that it belongs to, all from 0; and the rate."""
 
     epoch: int
     batch: int
@@ -170,8 +171,8 @@ class Guard(Callback):
 
     Args:
         run: its summary says what happened.
-        on_nonfinite: `stop` ends the run as diverged, its last good state kept; `skip` leaves such steps out; `rollback`
-            goes back to the last good state and changes one thing.
+        on_nonfinite: `stop` ends the run as diverged, its last good state kept; `skip` leaves such steps out;
+            `rollback` goes back to the last good state and changes one thing.
         rollback_lr: factor on the rate after a rollback; None: the offending samples are left out instead.
         rollback_limit: rollbacks after which a run stops.
     """
@@ -385,15 +386,14 @@ class Guard(Callback):
             counts["skipped"] += 1
             counts["in_a_row"] += 1
             value = losses[batches.index(first)] if first in batches else gradient
-            if len(listed) < LISTED:
+            if len(listed) < LISTED_AT_ONCE:
                 listed.append(self._skipped(trainer, first or place, value, first is not None))
         if listed and trainer.is_global_zero:
             self._write(*listed, skipped_nonfinite=counts["skipped"])
-        if counts["in_a_row"] >= max(IN_A_ROW, watched(pl_module).steps_per_epoch):
-            event = listed[-1]
+        if listed and counts["in_a_row"] >= max(IN_A_ROW, watched(pl_module).steps_per_epoch):
             raise Diverged(
-                f"diverged: {_line(event)}; the last {counts['in_a_row']} steps were all skipped: the weights themselves "
-                "give no finite numbers"
+                f"diverged: {_line(listed[-1])}; the last {counts['in_a_row']} steps were all skipped: the weights "
+                "themselves give no finite numbers"
             )
         if not self._weights_are_finite(trainer, pl_module):
             raise Diverged(
@@ -420,10 +420,8 @@ class Guard(Callback):
         weights = not stepped or are_finite([*pl_module.parameters(), *self._watched_buffers.values()])
         here = not (math.isfinite(value) and self._gradient_is_finite and weights)
         gradient, self._gradient_is_finite = self._gradient_is_finite, True
-        if trainer.world_size > 1:
-            found = trainer.strategy.reduce_boolean_decision(here, all=False)
-        else:
-            found = here
+        several = trainer.world_size > 1
+        found = trainer.strategy.reduce_boolean_decision(here, all=False) if several else here
         witness = self._witness
         if found and witness is None and self._tries < TRIES:
             self._go_back(self._place)

@@ -151,7 +151,8 @@ _OF_THE_GUARD: dict[str, Any] = {
 
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
-    "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques",
+    "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer",
+    "checkpoint", "callbacks", "logger", "techniques",
 )  # fmt: skip
 
 

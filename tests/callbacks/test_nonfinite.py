@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -68,7 +67,7 @@ def test_a_run_stops_names_what_did_it_keeps_its_last_good_state_and_says_it_aga
         "            batch.input[2, 0, 0, 0] = float('nan')\n"
     )
     before = 0.0
-    for attempt in range(2):
+    for _ in range(2):
         outcome = cli(*late)
         assert outcome.status == 1 and "Traceback" not in outcome.err
         (run,) = runs_in(tmp_path)
@@ -86,8 +85,6 @@ def test_a_run_stops_names_what_did_it_keeps_its_last_good_state_and_says_it_aga
         assert state["global_step"] == 5 and all(t.isfinite().all() for t in state["state_dict"].values())
         before = before or (run / "checkpoints" / "last.ckpt").stat().st_mtime
         assert (run / "checkpoints" / "last.ckpt").stat().st_mtime == before
-        rows = (run / "metrics.csv").read_text().splitlines()
-        assert len(rows) == (3 if attempt == 0 else 3)
 
 
 def test_the_first_module_is_named_where_the_input_is_sound(cli, tmp_path: Path) -> None:
@@ -378,9 +375,7 @@ def test_bits_are_put_back_or_stay() -> None:
             tensor.view(-1)[0] = 7 if dtype == torch.int64 else nan
         kept = {k: t.clone() for k, t in changed.items()}
         copies.put_back(changed, torch.tensor(True))
-        assert all(
-            torch.equal(a.nan_to_num(5), b.nan_to_num(5)) for a, b in zip(changed.values(), kept.values())
-        )  # noqa: B905
+        assert all(torch.equal(changed[k].nan_to_num(5), kept[k].nan_to_num(5)) for k in kept)
         copies.put_back(changed, torch.tensor(False))
         assert all(torch.equal(changed[k], tensors_[k]) for k in tensors_)
 
