@@ -366,6 +366,8 @@ def refresh_norms(module: Any, epoch: int) -> None:
             raise ConfigError("model: the norms of averaged weights need trainer.fit(model, datamodule=...)")
         for batch in data.training_batches(epoch, NORM_BATCHES):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
+            if module.skips_nonfinite and not bool(batch.input.isfinite().all()):
+                continue
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
     with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, runs_in
+from conftest import TINY, nightly, runs_in
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from record import tensors
@@ -122,6 +122,7 @@ def test_rollback_leaves_the_samples_out_for_the_rest_of_the_run(cli, tmp_path: 
     assert len((run / "metrics.csv").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_rollback_with_a_rate_changes_the_rate_and_stops_at_its_limit(cli, tmp_path: Path) -> None:
     hot = [*TINY, "model.lr=1e30", "on_nonfinite=rollback", "rollback_lr=1e-16", "trainer.max_epochs=2"]
     assert cli(*hot).status == 0
@@ -148,22 +149,27 @@ def test_what_makes_no_sense_is_refused(cli, tmp_path: Path, typed: list[str], s
     assert outcome.status == 2 and said in outcome.err and not runs_in(tmp_path)
 
 
-def test_a_run_that_went_back_and_was_killed_goes_on_with_the_same_bits(cli, tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [(8,), *nightly((3,), (3, 8))])
+def test_a_run_that_went_back_and_was_killed_goes_on_with_the_same_bits(
+    cli, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """Stopped just after it went back, before anything is saved of that; and in a later epoch."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "bomb_at.py").write_text(
         "from pathlib import Path\n"
         "from lightning.pytorch.callbacks import Callback\n"
         "class Bomb(Callback):\n"
         "    def on_train_batch_start(self, trainer, *rest):\n"
-        "        if trainer.global_step in (3, 8) and trainer.datamodule.left_out and Path('bomb').exists():\n"
-        "            Path('bomb').unlink()\n"
+        "        if Path(f'bomb{trainer.global_step}').exists() and trainer.datamodule.left_out:\n"
+        "            Path(f'bomb{trainer.global_step}').unlink()\n"
         "            raise RuntimeError('the roof is on fire')\n"
     )
     command = [*POISONED, "on_nonfinite=rollback", "trainer.max_epochs=3", "user_dir=mine"]
     command += ["+callbacks.bomb._target_=bomb_at.Bomb"]
     assert cli(*command, "exp_dir=whole").status == 0
-    for _ in range(2):  # just after going back, and in a later epoch
-        (tmp_path / "bomb").touch()
+    for step in stops:
+        (tmp_path / f"bomb{step}").touch()
         assert cli(*command, "exp_dir=stopped").status == 1
     assert cli(*command, "exp_dir=stopped").status == 0
     (whole,), (stopped,) = runs_in(tmp_path / "whole"), runs_in(tmp_path / "stopped")
@@ -238,7 +244,8 @@ def trained(
     run = RunDirectory(folder)
     run.record(config, [])
     callbacks = [callback, *([Guard(run, "skip")] if guarded else [])]
-    trainer = build_trainer({**config, "trainer": {**config["trainer"], "enable_checkpointing": False}}, folder, callbacks, [])  # fmt: skip
+    of_the_trainer = {**config["trainer"], "enable_checkpointing": False}
+    trainer = build_trainer({**config, "trainer": of_the_trainer}, folder, callbacks, [])
     if plugin is not None:
         trainer.strategy._precision_plugin = plugin
     model = build_model(config)
@@ -254,12 +261,11 @@ SKIPPED: list[Any] = [
     pytest.param((), (), 3, id="sgd"),
     pytest.param((), ("model.optimizer=AdamW",), 0, id="first-step-of-adamw"),
     *(
-        pytest.param(techniques, options, 3, id="+".join((*techniques, *options)) or "none", marks=pytest.mark.slow)
+        pytest.param(techniques, options, 3, id="+".join((*techniques, *options)), marks=pytest.mark.slow)
         for techniques, options in [
             (("sam",), ()),
             (("ema",), ("model.optimizer=AdamW",)),
             (("swa",), ()),
-            (("lookahead",), ("model.lookahead_k=2",)),
             (("ema", "lookahead"), ("model.lookahead_k=2",)),
             (("online_norm",), ()),
             (("gradient_centralization", "mixup"), ("trainer.gradient_clip_val=1.0",)),
@@ -482,6 +488,17 @@ def test_two_processes_agree(ranks, tmp_path: Path, mode: str) -> None:
         assert len(summary["nonfinite"]) == 1
     else:
         assert summary["skipped_nonfinite"] == len(summary["nonfinite"]) >= 1
+
+
+@pytest.mark.slow
+def test_an_average_whose_norms_are_taken_anew_leaves_the_sample_out_too(cli, tmp_path: Path) -> None:
+    outcome = cli(
+        *POISONED, "on_nonfinite=skip", "trainer.max_epochs=2", "technique=swa", "model.swa_start=0.5"
+    )
+    assert outcome.status == 0, outcome.err
+    (run,) = runs_in(tmp_path)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["averaged_state_dict"]
+    assert all(t.isfinite().all() for t in state.values())
 
 
 @pytest.mark.slow
