@@ -376,7 +376,8 @@ class Guard(Callback):
     ) -> None:
         steps, self._steps = self._steps, []
         gradients, bad = self._gradients.read(trainer)
-        counts, listed = self._counts, []
+        counts = self._counts
+        listed: list[dict[str, Any]] = []
         for place, gradient, is_bad in zip(steps, gradients, bad, strict=True):
             first = next((p for p in wrong if (p.epoch, p.step) == (place.epoch, place.step)), None)
             # under a loss scaler a gradient alone is nothing unusual

@@ -226,8 +226,8 @@ class BaseModel(EvaluatedModel):
         # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
         state, self._resumed = self._resumed, {}
         epoch, sums = state.get("train_sums") or (-1, [])
-        goes_on = [_own_share(sums, self.trainer)] if epoch == self.current_epoch else []
-        self._sums["train"] = Sums(self.task, self.device, *goes_on, leave_out=self.skips_nonfinite)
+        goes_on = _own_share(sums, self.trainer) if epoch == self.current_epoch else [0.0] * 3
+        self._sums["train"] = Sums(self.task, self.device, goes_on, self.skips_nonfinite)
         self._logged = False
         if state:
             restore_window(self, state)

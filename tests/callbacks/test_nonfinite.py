@@ -21,10 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import report
 from callbacks.nonfinite import Guard
+from crucible.machine import is_out_of_memory
 from crucible.run import RunDirectory
 from datasets.synthetic import SyntheticDataModule
 from lab.build import build_data, build_model, build_trainer
 from lab.config import resolve
+from lab.jobs import out_of_memory
+from models.base_model import BaseModel
 from optimizers.undo import Copies, largest_gradient
 
 BAD = 41  # the sample with a pixel that is no number
@@ -87,6 +90,7 @@ def test_a_run_stops_names_what_did_it_keeps_its_last_good_state_and_says_it_aga
         assert (run / "checkpoints" / "last.ckpt").stat().st_mtime == before
 
 
+@pytest.mark.slow
 def test_the_first_module_is_named_where_the_input_is_sound(cli, tmp_path: Path) -> None:
     outcome = cli(*TINY, "model=resnet", "model._target_=test_nonfinite.BreaksInside")
     assert outcome.status == 1
@@ -400,32 +404,36 @@ def test_a_gradient_that_is_not_finite_shows_and_a_large_one_does_not(bad: float
 # Memory
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ([], "data.module.batch_size=8 trainer.accumulate_grad_batches=2 makes the same global batch of 16"),
-        (["model.sam=true"], "data.module.batch_size=8 is smaller, and another training"),
-        (["data.module.batch_size=1"], "one sample is too much"),
-    ],
-)
-def test_no_memory_left_is_one_line_with_a_way_on(
-    cli, tmp_path: Path, options: list[str], said: str, monkeypatch
-) -> None:
-    from models.base_model import BaseModel
-
+def test_no_memory_left_is_one_line_with_a_way_on(cli, tmp_path: Path, monkeypatch) -> None:
     def full(self: Any, *_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. " + "GPU 0 " * 80)
 
     monkeypatch.setattr(BaseModel, "training_step", full)
-    outcome = cli(*TINY, *options)
+    outcome = cli(*TINY)
     (line,) = [line for line in outcome.err.splitlines() if line.startswith("error:")]
+    assert outcome.status == 1 and line.startswith("error: out of memory: data.module.batch_size=16")
     assert (
-        outcome.status == 1
-        and line.startswith("error: out of memory: data.module.batch_size=")
-        and said in line
+        "data.module.batch_size=8 trainer.accumulate_grad_batches=2 makes the same global batch of 16" in line
     )
     (run,) = runs_in(tmp_path)
     assert summary_of(run)["reason"].startswith("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("model.sam=true",), "data.module.batch_size=8 is smaller, and another training"),
+        (("data.module.batch_size=1",), "one sample is too much"),
+        (
+            ("data.module.batch_size=33", "trainer.devices=2"),
+            "batch_size=11 trainer.accumulate_grad_batches=3",
+        ),
+    ],
+)
+def test_the_way_on_fits_the_run(options: tuple[str, ...], said: str) -> None:
+    assert said in out_of_memory(composed(options=options))
+    errors = (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
+    assert all(is_out_of_memory(error) for error in errors) and not is_out_of_memory(RuntimeError("no"))
 
 
 # Networks that break
