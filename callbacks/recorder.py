@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import resource
 import signal
 import sys
@@ -30,7 +30,11 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """The training loss is not a finite number any more."""
+    """Loss, gradient or weights are not finite numbers any more."""
+
+
+class GoBack(Exception):
+    """The training is to be taken up again from its last good state."""
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -148,9 +152,6 @@ class Recorder(Callback):
                     **dict.fromkeys(splits, trainer.current_epoch),
                 },
             )
-        loss = values.get("train/loss", 0.0)
-        if not math.isfinite(loss):
-            raise Diverged(f"diverged: train/loss is {loss} in epoch {trainer.current_epoch}")
 
     def totals(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the summary says of the run so far.
@@ -214,7 +215,10 @@ class GracefulStop(Callback):
             if trainer.world_size > 1 and (own := own_streams(pl_module)).numel():
                 # a state holds what the ranks have in common; without the stop each had gone on with its own
                 self._streams = torch.atleast_2d(trainer.strategy.all_gather(own)).cpu()
-            self.checkpoints.save_last(trainer)
+            with contextlib.suppress(
+                GoBack
+            ):  # the last good state is there, and meets the same numbers again
+                self.checkpoints.save_last(trainer)
             raise Interrupted(self.received or signal.SIGTERM)
 
     def on_save_checkpoint(
@@ -227,6 +231,10 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._streams = checkpoint.get("streams")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, GoBack):  # this process goes on, with another trainer
+            self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._previous.items():

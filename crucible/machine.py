@@ -46,6 +46,17 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     return device_count(trainer) * trainer["num_nodes"]
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is of a device or of the host that had no memory left."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def core_count() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

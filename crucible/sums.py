@@ -19,10 +19,18 @@ class Sums:
         task: what the targets are.
         device: where the sums are kept.
         start: what they begin with.
+        leave_out: batches whose loss is not finite; else they make the means so.
     """
 
-    def __init__(self, task: str, device: torch.device, start: Iterable[float] = (0.0, 0.0, 0.0)) -> None:
+    def __init__(
+        self,
+        task: str,
+        device: torch.device,
+        start: Iterable[float] = (0.0, 0.0, 0.0),
+        leave_out: bool = False,
+    ) -> None:
         self.task = task
+        self.leave_out = leave_out
         self.totals = torch.tensor(list(start), dtype=wide(device), device=device)
 
     @torch.no_grad()
@@ -37,7 +45,8 @@ class Sums:
         totals = self.totals
         # filled there: nothing is copied or waited for
         count = torch.full((), n, dtype=totals.dtype, device=totals.device)
-        totals += torch.stack((loss.detach().to(totals.dtype) * n, second.to(totals.dtype), count))
+        more = torch.stack((loss.detach().to(totals.dtype) * n, second.to(totals.dtype), count))
+        totals += more.masked_fill(~more[0].isfinite(), 0.0) if self.leave_out else more
 
     def means(self, trainer: Any = None) -> dict[str, Tensor]:
         """`loss`, and `acc` or `mae`: exact means over all samples; of all ranks (collective) with a trainer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
@@ -129,6 +129,7 @@ class Step:
         gradient: on unscaled gradients, before clipping.
         groups: `(module, groups) -> groups` of the optimizer's parameters.
         optimizer: `(module, optimizer)`, once: hooks around its steps.
+        kept: the tensors that such a hook changes, besides the optimizer's state: a step that is left out leaves them.
         schedule: `(factor, epochs) -> factor`.
         weights: what is evaluated and shipped; at most one.
         networks: trained networks that are to be handed in, by the option that names them.
@@ -148,6 +149,7 @@ class Step:
         default_factory=list
     )
     optimizer: list[Callable[[Any, Optimizer], None]] = field(default_factory=list)
+    kept: list[Callable[[], Sequence[Tensor]]] = field(default_factory=list)
     schedule: list[Callable[[Factor, float], Factor]] = field(default_factory=list)
     weights: list[Weights] = field(default_factory=list)
     networks: dict[str, TrainedNetwork] = field(default_factory=dict)

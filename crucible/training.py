@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+
+from crucible.technique import Step
 
 
 class Training(Protocol):
@@ -15,10 +17,20 @@ class Training(Protocol):
     Attributes:
         epochs: length of the training, of which the last may be a part; infinite where it has none.
         epoch_values: asked for once, at the end of a training epoch: what is logged beside the model's own values.
+        model: the network.
+        step: the stages of a step.
+        optimizer_options: a dataclass with `lr`, the rate that the schedule scales.
+        steps_per_epoch: optimizer steps of an epoch.
+        skips_nonfinite: whether batches of a loss that is not finite are left out of the epoch's means.
     """
 
     epochs: float
     epoch_values: list[Callable[[], Mapping[str, Tensor]]]
+    model: nn.Module
+    step: Step
+    optimizer_options: Any
+    steps_per_epoch: int
+    skips_nonfinite: bool
 
     def log_training(self) -> None:
         """Log the epoch's values of training, unless that is done; of an epoch that was cut, those of its part."""

@@ -195,6 +195,7 @@ class BaseDataModule(LightningDataModule):
         self.class_map = class_map
         self.trained_classes: list[str] | None = None
         self.elsewhere = False
+        self.left_out: frozenset[int] = frozenset()  # samples that train no more, as in `Batch.index`
         self.remarks: list[str] = []  # what a reader should know of how the data were understood
         self._resume: dict[str, int] = {}
         self._divided: tuple[Any, np.ndarray, np.ndarray] | None = None
@@ -438,25 +439,40 @@ class BaseDataModule(LightningDataModule):
                 f"data.module.batch_size={self.batch_size} on {world} devices makes batches of {whole}: "
                 f"{self.name} has only {len(samples)} training samples"
             )
+        return self._loader(samples, self._training_order(samples, rank, self._start(len(samples), whole)))
+
+    def _training_order(self, samples: Samples, rank: int, start: tuple[int, int]) -> EpochSampler:
         frozen = getattr(self.trainer, "overfit_batches", 0) > 0
-        sampler = (FrozenEpochSampler if frozen else EpochSampler)(
+        return (FrozenEpochSampler if frozen else EpochSampler)(
             len(samples),
             self.batch_size,
             self.seed,
             rank=rank,
-            world_size=world,
+            world_size=self._place()[1],
             replace=self.random_batches,
-            start=self._start(len(samples), whole),
+            start=start,
             frozen=frozen,
+            left_out=self._places_left_out(samples),
         )
-        return self._loader(samples, sampler)
+
+    def _places_left_out(self, samples: Samples) -> list[int]:
+        if not self.left_out or samples.indices is None:
+            return sorted(self.left_out)
+        return np.flatnonzero(np.isin(samples.indices, sorted(self.left_out))).tolist()
+
+    def training_batch(self, epoch: int, batch: int) -> list[Batch]:
+        """One batch of the training as each rank's loader delivered it, read once more."""
+        samples = self.samples("train")
+        orders = (self._training_order(samples, rank, (epoch, batch)) for rank in range(self._place()[1]))
+        return [samples[next(iter(order))] for order in orders]
 
     def training_batches(self, epoch: int, count: int) -> Iterator[Batch]:
         """The first `count` batches of an epoch once more, at most all of them; apart from the training's loader."""
         samples, (rank, world) = self.samples("train"), self._place()
         sampler = EpochSampler(
-            len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0)
-        )
+            len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
+            left_out=self._places_left_out(samples),
+        )  # fmt: skip
         return itertools.islice(self._loader(samples, sampler), count)
 
     def val_dataloader(self) -> DataLoader:

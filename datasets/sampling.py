@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         replace: draw each sample independently, with replacement.
         start: (epoch, batch) to begin at; later epochs begin at 0.
         frozen: every epoch has the order of epoch 0.
+        left_out: numbers of samples in whose places others stand, drawn; all else stays as it is.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         replace: bool = False,
         start: tuple[int, int] = (0, 0),
         frozen: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
         self.samples = samples
         self.batch_size = batch_size
@@ -51,6 +53,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         self.replace = replace
         self.start = start
         self.frozen = frozen
+        self.left_out = left_out
         self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,6 +71,12 @@ class EpochSampler(Sampler[KeyedBatch]):
             order = torch.randint(self.samples, (self.samples,), generator=generator)
         else:
             order = torch.randperm(self.samples, generator=generator)
+        if self.left_out:
+            out = torch.tensor(sorted(self.left_out))
+            others = torch.arange(self.samples)
+            others = others[~torch.isin(others, out)]
+            stand_ins = others[torch.randint(len(others), (self.samples,), generator=generator)]
+            order = torch.where(torch.isin(order, out), stand_ins, order)
         # a loader is iterated twice before its first batch, so that reading `start` must not use it up
         first = self.start[1] if epoch == self.start[0] else 0
         for batch in range(first, len(self)):

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
+from callbacks.nonfinite import OnNonfinite
 from crucible.configuration import Config, check_name, find_target, flatten, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
@@ -141,12 +142,21 @@ NEEDED = (
         lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart")) or step_of(config).schedule,
         "model.scheduler, model.warmstart, or a technique that sets the rate: it never changes", "epoch",
     ),
+    Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
+    Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
 )  # fmt: skip
 
+_OF_THE_GUARD: dict[str, Any] = {
+    "on_nonfinite": OnNonfinite,
+    "rollback_lr": Annotated[float | None, "(0, 1)"],
+    "rollback_limit": Annotated[int, "[1, inf)"],
+}
+
 ROOT = (
-    "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "ckpt_path",
-    "user_dir", "data_dir", "exp_dir", "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques",
+    "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
+    "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer",
+    "checkpoint", "callbacks", "logger", "techniques",
 )  # fmt: skip
 
 
@@ -232,6 +242,9 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
     check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
     for name in ("fresh", "test_after_training", "reproducible"):
         check_value(name, config[name], bool)
+    for name, kind in _OF_THE_GUARD.items():
+        if name in config:  # what was recorded before there was one has none
+            check_value(name, config[name], kind)
     _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
     _check_checkpoint(config["checkpoint"])

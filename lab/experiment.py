@@ -346,6 +346,9 @@ def passes(config: Config) -> float:
     return 1 + sum(technique.passes - 1 for technique in techniques if technique.on)
 
 
+_ROOT_DEFAULTS = {"reproducible": False, "on_nonfinite": "stop", "rollback_limit": 3}
+
+
 def _is_default(config: Config, name: str, value: Any) -> bool:
     if value is None:
         return True
@@ -362,7 +365,7 @@ def _is_default(config: Config, name: str, value: Any) -> bool:
         known = signature_options(find_target(config["data"]["module"]["_target_"], ""))
         option = option.removeprefix("module.")
         return option in known and known[option][1] == value
-    return name == "reproducible" and value is False
+    return name in _ROOT_DEFAULTS and value == _ROOT_DEFAULTS[name]
 
 
 @dataclass

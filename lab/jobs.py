@@ -35,7 +35,7 @@ from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
-from crucible.machine import is_child_rank, world_size
+from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
@@ -224,7 +224,8 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
     except (KeyboardInterrupt, SystemExit) as error:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
-        cause = ranks.cause(error, _in_a_line(error))
+        said = out_of_memory(config) if is_out_of_memory(error) else _in_a_line(error)
+        cause = ranks.cause(error, said)
         where = (
             "" if isinstance(error, ConfigError | Diverged) else f" (traceback in {run.path / 'main.log'})"
         )
@@ -252,6 +253,26 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
         if first and status == 128 + signal.SIGUSR1:
             _requeue()
     return status
+
+
+def out_of_memory(config: Config) -> str:
+    """What was too much, and the smaller batches that make the same global one."""
+    trainer, size = config["trainer"], config["data"]["module"]["batch_size"]
+    window, world = trainer["accumulate_grad_batches"], world_size(trainer)
+    text = (
+        f"out of memory: data.module.batch_size={size} trainer.accumulate_grad_batches={window} on "
+        f"{world} {'device' if world == 1 else 'devices'}"
+    )
+    parts = next((n for n in range(2, size + 1) if size % n == 0), None)
+    if parts is None:
+        return f"{text}; one sample is too much: a smaller network or input, or trainer.precision=bf16-mixed"
+    smaller = {"data.module.batch_size": size // parts, "trainer.accumulate_grad_batches": window * parts}
+    try:
+        checking.step_of({**config, "trainer": {**trainer, "accumulate_grad_batches": window * parts}})
+    except ConfigError:  # SAM takes one batch a step
+        return f"{text}; data.module.batch_size={size // parts} is smaller, and another training"
+    typed = " ".join(f"{name}={value}" for name, value in smaller.items())
+    return f"{text}; {typed} makes the same global batch of {size * window * world}"
 
 
 def _requeue() -> None:

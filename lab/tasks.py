@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
 import math
@@ -27,8 +28,9 @@ from rich.table import Table
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
+from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
-from callbacks.recorder import GracefulStop, Recorder
+from callbacks.recorder import GoBack, GracefulStop, Recorder
 from crucible.cells import cell, text_of
 from crucible.command_line import import_from
 from crucible.configuration import Config, flatten
@@ -61,7 +63,30 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         run: where everything is written.
         config: the run's configuration.
         resume: a training state to go on from.
+
+    Raises:
+        Diverged: where numbers are not finite and `on_nonfinite` has no other way on.
     """
+    options = {
+        name: config[name] for name in ("on_nonfinite", "rollback_lr", "rollback_limit") if name in config
+    }
+    guard = Guard(run, **options)
+    loggers = (
+        build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
+    )
+    again = False
+    while True:
+        try:
+            return _train(run, config, resume, guard, loggers, again)
+        except GoBack:
+            again, last = True, run.checkpoints / "last.ckpt"
+            resume = last if last.is_file() else resume
+        gc.collect()  # of the trainer before; its memory on the device too
+
+
+def _train(
+    run: RunDirectory, config: Config, resume: Path | None, guard: Guard, loggers: list[Any], again: bool
+) -> dict[str, float]:
     torch.default_generator.manual_seed(config["seed"])
     data = build_data(config)
     model = build_model(config, load=resume is None)
@@ -72,16 +97,13 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
-    callbacks: list[Callback] = [Recorder(run), *extra, *after]
+    callbacks: list[Callback] = [Recorder(run), guard, *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    loggers = (
-        build_loggers(config["logger"], run.path, logger_facts(run, config)) if not is_child_rank() else []
-    )
     # without ours (callbacks.progress=null) Lightning would show a bar of its own
     shown = {**config["trainer"], "enable_progress_bar": any(isinstance(c, ProgressBar) for c in callbacks)}
     trainer = build_trainer({**config, "trainer": shown}, run.path, callbacks, loggers)
-    if trainer.is_global_zero and not is_child_rank():
+    if trainer.is_global_zero and not is_child_rank() and not again:
         facts = static_facts(config, model)
         run.update_summary(**facts)
         banner(run, config, model, data, resume)

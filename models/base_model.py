@@ -110,6 +110,9 @@ class BaseModel(EvaluatedModel):
         self.epoch_values: list[Callable[[], Mapping[str, Tensor]]] = []
         self.steps_per_epoch = 0
         self.step_pass = 1  # forward passes of the step so far, with this one
+        self.skips_nonfinite = (
+            False  # whether steps that are not finite are left out, of the epoch's means too
+        )
         self._converted = False
         self._sums: dict[str, Sums] = {}
         self._logged = False  # this epoch's values of training
@@ -223,15 +226,15 @@ class BaseModel(EvaluatedModel):
         # Lightning calls no on_train_epoch_start for an epoch that is resumed in its middle
         state, self._resumed = self._resumed, {}
         epoch, sums = state.get("train_sums") or (-1, [])
-        goes_on = [_own_share(sums, self.trainer)] if epoch == self.current_epoch else []
-        self._sums["train"] = Sums(self.task, self.device, *goes_on)
+        goes_on = _own_share(sums, self.trainer) if epoch == self.current_epoch else [0.0] * 3
+        self._sums["train"] = Sums(self.task, self.device, goes_on, self.skips_nonfinite)
         self._logged = False
         if state:
             restore_window(self, state)
             resume_schedule(self.trainer, state, self.steps_per_epoch)
 
     def on_train_epoch_start(self) -> None:
-        self._sums["train"] = Sums(self.task, self.device)
+        self._sums["train"] = Sums(self.task, self.device, leave_out=self.skips_nonfinite)
         self._logged = False
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

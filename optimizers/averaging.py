@@ -91,7 +91,9 @@ class Averaging(Technique):
 
     def attach(self, step: Step) -> None:
         if self.swa_start is None:
-            step.weights.append(AveragedWeights(self.ema_decay, self.ema_warmup))
+            ema = AveragedWeights(self.ema_decay, self.ema_warmup)
+            step.weights.append(ema)
+            step.kept.append(ema.tensors)  # SWA takes an epoch's weights, whatever its last step was
             return
         step.weights.append(AveragedWeights(is_due=self._ends_a_late_epoch))
         if self.swa_lr is not None:
@@ -222,6 +224,10 @@ class WeightAverage:
             if name in sums:
                 self._cast[name] = torch.empty_like(tensor).copy_(state[name])
 
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, which an update changes."""
+        return list(self._sums.values())
+
     def _tensors(self) -> dict[str, Tensor]:
         state = self.network.state_dict(keep_vars=True)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -334,6 +340,10 @@ class AveragedWeights:
     def sums(self) -> dict[str, Tensor]:
         return {} if self.average is None else self.average.sums()
 
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves; none before there are any."""
+        return [] if self.average is None else self.average.tensors()
+
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int, sums: Mapping[str, Tensor]) -> None:
         self._saved = state, updates, sums
 
@@ -356,6 +366,8 @@ def refresh_norms(module: Any, epoch: int) -> None:
             raise ConfigError("model: the norms of averaged weights need trainer.fit(model, datamodule=...)")
         for batch in data.training_batches(epoch, NORM_BATCHES):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
+            if module.skips_nonfinite and not bool(batch.input.isfinite().all()):
+                continue
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
     with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():

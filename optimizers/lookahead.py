@@ -28,12 +28,14 @@ class Lookahead(Technique):
     lookahead_alpha: Annotated[float, "(0, 1]", "the part of the way that Lookahead keeps"] = 0.5
 
     def attach(self, step: Step) -> None:
-        step.optimizer.append(
-            lambda module, optimizer: attach_lookahead(optimizer, self.lookahead_k, self.lookahead_alpha)
-        )
+        def follow(module: Any, optimizer: Optimizer) -> None:
+            lookahead = attach_lookahead(optimizer, self.lookahead_k, self.lookahead_alpha)
+            step.kept.append(lambda: [*lookahead.slow, *(p.detach() for p in _parameters(optimizer))])
+
+        step.optimizer.append(follow)
 
 
-def attach_lookahead(optimizer: Optimizer, k: int, alpha: float) -> None:
+def attach_lookahead(optimizer: Optimizer, k: int, alpha: float) -> _Lookahead:
     """Make `optimizer` the inner optimizer of Lookahead, in place.
 
     As in the paper, the slow weights start at the weights before the first step, and after every k-th step
@@ -56,7 +58,7 @@ def attach_lookahead(optimizer: Optimizer, k: int, alpha: float) -> None:
     Raises:
         ConfigError: from `optimizer.load_state_dict`, for a state that was saved without Lookahead.
     """
-    _Lookahead(optimizer, k, alpha)
+    return _Lookahead(optimizer, k, alpha)
 
 
 class _Lookahead:

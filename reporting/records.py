@@ -90,6 +90,7 @@ class Run:
     sweep: Sweep | None
     correctness: Correctness | None
     remark: str  # what is wrong with its records
+    nonfinite: str  # what was done about numbers that were not finite
 
     @property
     def compiled(self) -> bool:
@@ -210,6 +211,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         sweep=_sweep_of(path, summary, sweeps),
         correctness=correctness,
         remark=remark,
+        nonfinite=_nonfinite(summary),
     )
 
 
@@ -248,7 +250,7 @@ def _defaults() -> dict[str, Any]:
     """What an option had that the code of a run did not know yet: a new option's default changes nothing."""
     file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
     options = flatten(_parse(file.read_text(encoding="utf-8")))
-    rooms = ("model.", "data.", "trainer.")
+    rooms = ("model.", "data.", "trainer.", "on_nonfinite", "rollback_")
     return {
         k: v for k, v in options.items() if k.startswith(rooms) and not (isinstance(v, str) and "${" in v)
     }
@@ -262,6 +264,15 @@ def _left_out(path: Path, status: str, reason: str) -> LeftOut:
     elif status in ("interrupted", "unfinished"):
         reason = f"{reason}; {resume}" if reason else resume
     return LeftOut(path, status, reason)
+
+
+def _nonfinite(summary: Mapping[str, Any]) -> str:
+    """What a run that came to its end left out, or went back for."""
+    skipped = summary.get("skipped_nonfinite") or 0
+    back = [e for e in summary.get("nonfinite") or () if str(e.get("action")).startswith("rollback")]
+    parts = [f"{skipped} steps were not finite and left out"] if skipped else []
+    parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
+    return "; ".join(parts)
 
 
 def _numbers(values: Any) -> dict[str, float]:
