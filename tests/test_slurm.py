@@ -76,7 +76,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def test_a_sweep_whose_jobs_are_warned_and_cancelled(cluster: Slurm, sweep, tmp_path: Path) -> None:
     """three jobs: one warned while it imports, one while it trains, one cancelled"""
-    command = sweep("seed=0,1,2", "trainer.max_epochs=60", "cluster.signal_delay_s=30")
+    command = sweep("seed=0,1,2", "trainer.max_epochs=30", "cluster.signal_delay_s=30")
     early, late, third = until(lambda: len(found := jobs(cluster)) == 3 and found)
     until(lambda: list(tmp_path.rglob(f"{early}_0_log.out")))
     while fact(cluster, early, "Restarts") == "0":  # before its step has begun nobody hears it
@@ -104,7 +104,7 @@ def test_a_sweep_whose_jobs_are_warned_and_cancelled(cluster: Slurm, sweep, tmp_
 
 def test_ctrl_c_cancels_the_jobs_of_a_sweep(cluster: Slurm, sweep, tmp_path: Path) -> None:
     """Ctrl-C of the sweep: the job saves its state, nothing is left in the queue; the same command finishes"""
-    arguments = ["seed=0", "trainer.max_epochs=80"]
+    arguments = ["seed=0", "trainer.max_epochs=30"]
     command = sweep(*arguments)
     until(lambda: list(tmp_path.rglob("last.ckpt")))
     os.kill(command.pid, signal.SIGINT)
@@ -119,30 +119,21 @@ def test_ctrl_c_cancels_the_jobs_of_a_sweep(cluster: Slurm, sweep, tmp_path: Pat
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("minutes, delay", [(2, 60), (1, 30)])
 def test_a_run_longer_than_the_time_limit_goes_on_until_it_is_finished(
-    cluster: Slurm, sweep, tmp_path: Path, minutes: int, delay: int
+    cluster: Slurm, sweep, tmp_path: Path
 ) -> None:
-    """time limit of 1 and 2 minutes, warned 30 and 60 s before: queued again until finished"""
-    command = sweep(
-        "seed=0", f"cluster.timeout_min={minutes}", f"cluster.signal_delay_s={delay}", "trainer.max_epochs=100000",
-        "trainer.max_steps=20000", "data.module.num_samples=2000",
-    )  # fmt: skip
-    (job,) = until(lambda: jobs(cluster))
-    until(lambda: int(fact(cluster, job, "Restarts")) >= 2, 900)
-    said = until(lambda: "queued again" in command.said[0] and command.said[0])
-    assert "failed" not in said
+    """a time limit of 1 minute, warned 30 s before: queued again until it is finished"""
+    command = sweep("seed=0", "cluster.timeout_min=1", "cluster.signal_delay_s=30", "trainer.max_epochs=300")
+    outcome = command.outcome(1500)
+    assert outcome.status == 0 and "queued again" in outcome.out, outcome
     (run,) = runs_in(tmp_path / "experiments")
-    assert "resumes: " in (run / "main.log").read_text()
-    os.kill(command.pid, signal.SIGINT)
-    assert command.outcome(60).status == 130
-    assert summary_of(run)["status"] == "interrupted"
+    assert summary_of(run)["status"] == "finished" and "resumes: " in (run / "main.log").read_text()
 
 
 @pytest.mark.nightly
 def test_a_node_that_is_lost(cluster: Slurm, sweep, tmp_path: Path) -> None:
     """the node killed with all that ran there: its job is queued again, and finishes when the node is back"""
-    command = sweep("seed=0", "trainer.max_epochs=80")
+    command = sweep("seed=0", "trainer.max_epochs=30")
     until(lambda: list(tmp_path.rglob("last.ckpt")))
     cluster.lose_node()
     try:
@@ -180,7 +171,7 @@ def test_two_ranks_under_srun_are_warned_and_go_on_with_the_same_bits(
     cluster: Slurm, tmp_path: Path, launch: Callable[..., Command]
 ) -> None:
     """srun with two CPU ranks, SIGUSR1: saved, queued again, resumed; the same bits as without"""
-    main = f"srun --ntasks=2 {sys.executable} {ROOT / 'main.py'} {' '.join(TINY)} trainer.max_epochs=60"
+    main = f"srun --ntasks=2 {sys.executable} {ROOT / 'main.py'} {' '.join(TINY)} trainer.max_epochs=30"
     ddp = "trainer.devices=2 trainer.accelerator=cpu"
     finals = []
     for name in ("warned", "left"):
