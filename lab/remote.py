@@ -100,12 +100,14 @@ class RemoteJob:
         if told.get("status") is not None:
             return
         run = RunDirectory(told["run"]) if told.get("run") else None
+        killed = status == -signal.SIGKILL  # from outside, for memory most often: nothing that the run did
         by = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        by += " (as it is done for memory)" if killed else ""
         reason = "stopped" if stopped else f"its process {by} on {os.uname().nodename}"
         if run is not None:
             if run.summary().get("status") not in ("finished", "interrupted", "pruned"):
                 run.update_summary(
-                    status="interrupted" if stopped else "failed", reason=reason, ended=time.time()
+                    status="interrupted" if stopped or killed else "failed", reason=reason, ended=time.time()
                 )
             run.release(pid)
         content = {

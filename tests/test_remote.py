@@ -70,15 +70,18 @@ def test_a_job_that_does_not_stop_in_time_is_killed_and_its_run_given_back(tmp_p
     assert read_record(tmp_path / "record.json")["status"] == 137
 
 
-def test_a_death_that_nobody_asked_for_is_recorded_as_a_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "state"), [(signal.SIGABRT, "failed"), (signal.SIGKILL, "interrupted")])
+def test_a_death_that_the_run_could_not_record_is_recorded(
+    tmp_path: Path, number: signal.Signals, state: str
+) -> None:
     run = RunDirectory(tmp_path / "run")
     run.record({}, [])
     run.update_summary(status="running")
     told = json.dumps({"run": str(run.path), "status": None, "reason": ""})
-    code = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text({told!r}); os.kill(os.getpid(), 9)"
+    code = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text({told!r}); os.kill(os.getpid(), {number:d})"
     job(tmp_path, code).run(lambda: False)
     summary = run.summary()
-    assert summary["status"] == "failed" and "killed by signal 9" in summary["reason"]
+    assert summary["status"] == state and f"killed by signal {number:d}" in summary["reason"]
 
 
 def test_a_run_that_a_lost_machine_seems_to_hold_is_waited_for(

@@ -211,19 +211,15 @@ def test_tasks_of_one_srun_may_be_runs_of_their_own(cluster: Slurm, tmp_path: Pa
 
 @pytest.mark.nightly
 def test_a_failed_job_is_tried_again_when_asked(cluster: Slurm, sweep, tmp_path: Path) -> None:
-    """a job that failed on its node is reported, stays failed, and is run again with retry_failed=true"""
-    blocked = tmp_path / "blocked"
-    arguments = [
-        "seed=0",
-        "trainer.max_epochs=2",
-        f"logger.csv={{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{blocked}/logs}}",
-    ]
-    blocked.write_text("a file where a folder should be")
-    failed = sweep(*arguments).outcome(240)
-    assert failed.status == 1 and "did not finish" in failed.err, failed
+    """a process that dies on its node: reported, stays failed, and goes on with retry_failed=true"""
+    arguments = ["seed=0", "trainer.max_epochs=30"]
+    command = sweep(*arguments)
+    until(lambda: list(tmp_path.rglob("last.ckpt")))
     (run,) = runs_in(tmp_path / "experiments")
+    os.kill(json.loads((run / "claim").read_text())["pid"], signal.SIGABRT)
+    failed = command.outcome(240)
+    assert failed.status == 1 and "killed by signal 6" in failed.err, failed
     assert summary_of(run)["status"] == "failed"
-    blocked.unlink()
     kept = sweep(*arguments).outcome(120)
     assert kept.status == 1 and summary_of(run)["status"] == "failed"
     again = sweep(*arguments, "retry_failed=true").outcome(240)
