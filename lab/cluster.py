@@ -263,6 +263,11 @@ class ClusterExecutor:
                 }  # fmt: skip
             parameters |= o.parameters
             if o.executor == "slurm":
+                own = parameters.get("slurm_additional_parameters") or {}
+                parameters["slurm_additional_parameters"] = {
+                    "requeue": True,
+                    **own,
+                }  # some clusters' default is no
                 parameters["slurm_teardown"] = _requeue_what_died_early(
                     parameters.get("slurm_teardown") or []
                 )

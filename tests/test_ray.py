@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 LONG = ["trainer.max_epochs=40", "checkpoint.every_steps=2"]
 
 
-def until(condition: Callable[[], Any], timeout: float = 180) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 300) -> Any:
     """What the condition gives, once it is true."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -119,7 +119,7 @@ def test_a_sweep_starts_a_ray_of_its_own(launch: Callable[..., Command], tmp_pat
     """no cluster: the sweep starts one here and ends it; a run that fails is told from one that finishes"""
     environment = {"RAY_ADDRESS": "", "HOME": str(tmp_path)}
     command = launch("-m", *TINY, "sweep=ray", "ray.address=local", "seed=0", env=environment)
-    outcome = command.outcome(240)
+    outcome = command.outcome(500)
     said = outcome.out + outcome.err
     assert outcome.status == 0 and "1 of 1 runs are finished" in said, said
     assert "ray" not in outcome.err.lower(), "Ray's own lines stay away"
@@ -157,12 +157,12 @@ def test_ctrl_c_lets_the_runs_of_ray_save_their_states(
     command = launch(*arguments, env=nodes.environment)
     until(lambda: list(tmp_path.rglob("last.ckpt")))
     os.kill(command.pid, signal.SIGINT)
-    stopped = command.outcome(60)
+    stopped = command.outcome(120)
     assert stopped.status == 130 and "0 of 2 runs are finished" in stopped.out, stopped
     (summary,) = summaries(tmp_path)
     assert summary["status"] == "interrupted", summary
     assert not list(tmp_path.rglob("claim"))
-    again = launch(*arguments, env=nodes.environment).outcome(240)
+    again = launch(*arguments, env=nodes.environment).outcome(500)
     assert again.status == 0 and "2 of 2 runs are finished" in again.out, again
 
 

@@ -38,7 +38,7 @@ def sweep(cluster: Slurm, launch: Callable[..., Command]) -> Callable[..., Comma
     return start
 
 
-def until(condition: Callable[[], Any], timeout: float = 180) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 300) -> Any:
     """What the condition gives, once it is true."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -89,7 +89,7 @@ def test_a_sweep_whose_jobs_are_warned_and_cancelled(cluster: Slurm, sweep, tmp_
     assert time.monotonic() - warned < 15, "queued again as soon as its state is saved"
     until(lambda: fact(cluster, third, "JobState") == "RUNNING")
     cluster.say("scancel", third)
-    outcome = command.outcome(240)
+    outcome = command.outcome(500)
     said = outcome.out + outcome.err
     assert outcome.status == 1 and "2 of 3 runs are finished" in said, said
     assert f"its job {third} ended as CANCELLED" in said or "seed 2: interrupted" in said, said
@@ -108,12 +108,12 @@ def test_ctrl_c_cancels_the_jobs_of_a_sweep(cluster: Slurm, sweep, tmp_path: Pat
     command = sweep(*arguments)
     until(lambda: list(tmp_path.rglob("last.ckpt")))
     os.kill(command.pid, signal.SIGINT)
-    stopped = command.outcome(60)
+    stopped = command.outcome(120)
     assert stopped.status == 130 and "0 of 1 runs are finished" in stopped.out, stopped
     assert not jobs(cluster)
     (run,) = runs_in(tmp_path / "experiments")
     assert summary_of(run)["status"] == "interrupted" and not (run / "claim").exists()
-    again = sweep(*arguments).outcome(240)
+    again = sweep(*arguments).outcome(500)
     assert again.status == 0 and "to resume" in again.out, again
     assert summary_of(run)["status"] == "finished"
 
@@ -140,7 +140,7 @@ def test_a_node_that_is_lost(cluster: Slurm, sweep, tmp_path: Path) -> None:
         until(lambda: "queued again" in command.said[0], 120)
     finally:
         cluster.start_node()
-    outcome = command.outcome(240)
+    outcome = command.outcome(500)
     assert outcome.status == 0, outcome
     (run,) = runs_in(tmp_path / "experiments")
     assert summary_of(run)["status"] == "finished" and "resumes: " in (run / "main.log").read_text()
@@ -217,17 +217,17 @@ def test_a_failed_job_is_tried_again_when_asked(cluster: Slurm, sweep, tmp_path:
     until(lambda: list(tmp_path.rglob("last.ckpt")))
     (run,) = runs_in(tmp_path / "experiments")
     os.kill(json.loads((run / "claim").read_text())["pid"], signal.SIGABRT)
-    failed = command.outcome(240)
+    failed = command.outcome(500)
     assert failed.status == 1 and "killed by signal 6" in failed.err, failed
     assert summary_of(run)["status"] == "failed"
     kept = sweep(*arguments).outcome(120)
     assert kept.status == 1 and summary_of(run)["status"] == "failed"
-    again = sweep(*arguments, "retry_failed=true").outcome(240)
+    again = sweep(*arguments, "retry_failed=true").outcome(500)
     assert again.status == 0 and summary_of(run)["status"] == "finished", again
 
 
 def test_what_sbatch_refuses_is_said_in_a_line(sweep) -> None:
     """a partition that there is not: sbatch's own words, and the sweep ends"""
-    outcome = sweep("seed=0", "cluster.partition=nowhere").outcome(60)
+    outcome = sweep("seed=0", "cluster.partition=nowhere").outcome(120)
     assert outcome.status == 1 and "could not be submitted: sbatch: error:" in outcome.out, outcome
     assert "invalid partition" in outcome.err, outcome
