@@ -106,7 +106,8 @@ class Queue:
         if seen.unseen and seen.state not in ENDED:
             command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={number}"]
             status, said = _ask_slurm([*command, "--format=State,ExitCode"])
-            seen.state, _, seen.reason = (said.strip() if status == 0 else "").partition("|")
+            last = said.strip().rpartition("\n")[2] if status == 0 else ""
+            seen.state, _, seen.reason = last.partition("|")
         return seen
 
     def _ask(self) -> None:
@@ -263,14 +264,12 @@ class ClusterExecutor:
                 }  # fmt: skip
             parameters |= o.parameters
             if o.executor == "slurm":
-                own = parameters.get("slurm_additional_parameters") or {}
-                parameters["slurm_additional_parameters"] = {
-                    "requeue": True,
-                    **own,
-                }  # some clusters' default is no
-                parameters["slurm_teardown"] = _requeue_what_died_early(
-                    parameters.get("slurm_teardown") or []
+                more, end = (
+                    parameters.get(f"slurm_{name}") for name in ("additional_parameters", "teardown")
                 )
+                # some clusters queue nothing again unless asked to
+                parameters["slurm_additional_parameters"] = {"requeue": True, **(more or {})}
+                parameters["slurm_teardown"] = _requeue_what_died_early(end or [])
             executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
         except (NameError, TypeError, RuntimeError) as error:
             raise ConfigError(f"cluster: {' '.join(str(error).split())}") from error
