@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,17 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def _knock(address: str | None) -> None:
+    """Ray itself asks for minutes at an address where nobody is.
+
+    Raises:
+        OSError: where nobody is.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 class RayExecutor:
     """Submits each run as a task; Ray queues those for which there is no room.
 
@@ -153,6 +165,7 @@ class RayExecutor:
         handlers = {number: signal.getsignal(number) for number in STOPPING}
         address = self.options.address
         try:
+            _knock(address)
             ray.init(
                 address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
             )
