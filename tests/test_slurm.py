@@ -122,8 +122,8 @@ def test_ctrl_c_cancels_the_jobs_of_a_sweep(cluster: Slurm, sweep, tmp_path: Pat
 def test_a_run_longer_than_the_time_limit_goes_on_until_it_is_finished(
     cluster: Slurm, sweep, tmp_path: Path
 ) -> None:
-    """a time limit of 1 minute, warned 30 s before: queued again until it is finished"""
-    command = sweep("seed=0", "cluster.timeout_min=1", "cluster.signal_delay_s=30", "trainer.max_epochs=300")
+    """a time limit of 2 minutes, warned 30 s before: queued again until it is finished"""
+    command = sweep("seed=0", "cluster.timeout_min=2", "cluster.signal_delay_s=30", "trainer.max_epochs=600")
     outcome = command.outcome(1500)
     assert outcome.status == 0 and "queued again" in outcome.out, outcome
     (run,) = runs_in(tmp_path / "experiments")
