@@ -116,7 +116,7 @@ def summaries(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_starts_a_ray_of_its_own(launch: Callable[..., Command], tmp_path: Path) -> None:
-    """no cluster: the sweep starts one here and ends it; a run that fails is told from one that finishes"""
+    """no cluster: the sweep starts one here and ends it"""
     environment = {"RAY_ADDRESS": "", "HOME": str(tmp_path)}
     command = launch("-m", *TINY, "sweep=ray", "ray.address=local", "seed=0", env=environment)
     outcome = command.outcome(500)
