@@ -1,2 +1,2 @@
-"""What runs experiments, from the ground up: config, build, summary, teachers, experiment | tasks | jobs | planning,
-executors, cluster, search, sweeps. A file imports those before it."""
+"""What runs experiments, from the ground up: config, build, summary, teachers, experiment | tasks | jobs, remote |
+planning, executors, cluster, ray_engine, search, sweeps. A file imports those before it."""

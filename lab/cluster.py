@@ -1,33 +1,46 @@
-"""Jobs of SLURM, through submitit: each composes its configuration on its own node, and survives preemption."""
+"""Jobs of SLURM, through submitit: each composes its configuration on its own node, and survives preemption.
+
+What a job does on its node, and when it is warned, is `lab/remote.py`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
+import math
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
-from crucible.command_line import option
-from crucible.handover import received
-from crucible.options import ConfigError, read_options
-from crucible.run import RunDirectory
-from lab.executors import outcome_of
+from crucible.options import ConfigError
+from lab.executors import (
+    Errand,
+    Handle,
+    freshly_listed,
+    left_to_the_node,
+    options_of,
+    refuse_several_nodes,
+)
 from lab.planning import Planned
-from lab.processes import MAIN
+from lab.remote import SAVE_S, WARNING, ClusterJob
 
-SAVE_S = 90.0  # that a run has to save its state in
-KILL_WAIT_S = 600.0
+SEE = "cli_configs/sweep/submitit.yaml"
+LOOK_S = 1.0  # between two looks at a job's files
+ASK_S = (2.0, 60.0)  # between two questions to SLURM: soon after a change, and later
+GONE_AFTER = 3  # answers by which a job is over
+FILES_AFTER = 15  # of one that ended well: its files may take a while over a network
+RESTARTS = 1000
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+FROM_OUTSIDE = ENDED - {"COMPLETED", "FAILED"}  # nothing that the run did; the same command goes on
 
 
 @dataclass(frozen=True)
@@ -45,95 +58,160 @@ class ClusterOptions:
     parameters: Annotated[dict[str, Any], "further ones of submitit"] = field(default_factory=dict)
 
 
-class ClusterJob:
-    """One command on a node. A warning of SLURM ends it in good order and queues it again.
+@dataclass
+class Seen:
+    """A job of the queue.
 
-    Args:
-        command: the process.
-        environment: added to the node's; SLURM's own variables are kept from it, as they would be taken for
-            those of a run whose ranks SLURM starts.
+    Attributes:
+        state, reason: SLURM's words; empty: it was not there yet.
+        unseen: answers in a row by which it had ended or was unknown.
     """
 
-    def __init__(self, command: list[str], environment: Mapping[str, str]) -> None:
-        self.command, self.environment = command, dict(environment)
+    name: str
+    state: str = ""
+    reason: str = ""
+    unseen: int = 0
 
-    def __call__(self) -> int:
-        """The command's exit status."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
-        self._process = subprocess.Popen(
-            self.command, env={**inherited, **self.environment}, start_new_session=True
-        )
-        self._terminated = False
-        signal.signal(signal.SIGTERM, self._terminate)
-        try:
-            status = self._process.wait()
-            if (
-                self._terminated
-            ):  # cancelled or preempted: SLURM kills this process; returning would be success
-                time.sleep(KILL_WAIT_S)
-            return status
-        except KeyboardInterrupt:
-            self._end()
-            return 128 + signal.SIGINT
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _terminate(self, number: int, frame: Any) -> None:
-        self._terminated = True
-        self._end()
+class Queue:
+    """What SLURM says of a sweep's jobs: all in one question, asked seldom, and without accounting.
 
-    def _end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + SAVE_S
-        while time.monotonic() < deadline and not self._has_ended():
-            time.sleep(0.05)
+    A job that ends as it should is known by its files at once; this is for those that do not.
+    """
 
-    def _has_ended(self) -> bool:
-        # in a signal's handler Popen.wait would not see it: the wait that the signal interrupts has its lock
-        with contextlib.suppress(ChildProcessError):
-            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        return True
+    def __init__(self) -> None:
+        self._jobs: dict[str, Seen] = {}
+        self._asked = -math.inf
+        self._silent_since: float | None = None
+        self.hurry()
 
-    def checkpoint(self) -> Any:
-        """Called by submitit on preemption or timeout: what is queued instead."""
-        from submitit.helpers import DelayedSubmission
+    def hurry(self) -> None:
+        """Something is about to change: ask often for a while."""
+        self._changed = time.monotonic()
 
-        self._end()
-        return DelayedSubmission(ClusterJob(self.command, self.environment))
+    def add(self, number: str, name: str) -> None:
+        """A job that has been submitted, and the run's name for the reader."""
+        self._jobs[number] = Seen(name)
+        self.hurry()
+
+    def has_lost(self, number: str) -> bool:
+        """Whether the job has ended or vanished, by several answers: one is wrong while a job is queued again."""
+        self._ask()
+        seen = self._jobs[number]
+        return seen.unseen >= (FILES_AFTER if seen.state == "COMPLETED" else GONE_AFTER)
+
+    def remove(self, number: str) -> Seen:
+        """What was last seen of a job that has ended; accounting is asked only for one that SLURM has forgotten."""
+        seen = self._jobs.pop(number)
+        if seen.unseen and seen.state not in ENDED:
+            command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={number}"]
+            status, said = _ask_slurm([*command, "--format=State,ExitCode"])
+            last = said.strip().rpartition("\n")[2] if status == 0 else ""
+            seen.state, _, seen.reason = last.partition("|")
+        return seen
+
+    def _ask(self) -> None:
+        now = time.monotonic()
+        if now - self._asked < min(max(ASK_S[0], (now - self._changed) / 10), ASK_S[1]):
+            return
+        command = ["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%A|%T|%r"]
+        status, said = _ask_slurm(command)
+        self._asked = time.monotonic()
+        if status != 0:
+            if self._silent_since is None:
+                self._silent_since = now
+                text = " ".join(said.split())
+                print(f"SLURM does not answer ({text[:200]}); waiting for it", flush=True)
+            return
+        self._silent_since = None
+        answers = dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
+        for number, seen in self._jobs.items():
+            before = seen.state, seen.reason
+            if number in answers:
+                seen.state, _, seen.reason = answers[number].partition("|")
+            gone = number not in answers or seen.state in ENDED
+            seen.unseen = seen.unseen + 1 if gone else 0
+            if (seen.state, seen.reason) != before:
+                self.hurry()
+                self._say(number, seen, before[0])
+
+    def _say(self, number: str, seen: Seen, before: str) -> None:
+        held = seen.state == "PENDING" and "held" in seen.reason.lower()
+        if held:
+            print(
+                f"{seen.name}: SLURM holds job {number} ({seen.reason}): scontrol release {number}",
+                flush=True,
+            )
+        elif seen.state == "PENDING" and before not in ("PENDING", ""):
+            print(f"{seen.name}: job {number} is queued again ({seen.reason})", flush=True)
+
+
+def _ask_slurm(command: Sequence[str]) -> tuple[int, str]:
+    """Exit status and output, or what it said instead, of one of SLURM's commands."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    return done.returncode, done.stdout if done.returncode == 0 else done.stderr
 
 
 class ClusterHandle:
-    """A job that has been submitted."""
+    """A job that has been submitted.
 
-    def __init__(self, job: Any, record: Path, planned: Planned) -> None:
-        self._job, self._record, self._planned = job, record, planned
+    Args:
+        job: submitit's.
+        errand: what it was told.
+        queue: SLURM's; None: submitit's processes on this machine.
+    """
+
+    def __init__(self, job: Any, errand: Errand, queue: Queue | None) -> None:
+        self._job, self._errand, self._queue = job, errand, queue
+        self._stopped = False
+        self._looked = -math.inf
 
     def ended(self, timeout: float) -> bool:
-        if self._job.done():
+        if time.monotonic() - self._looked > LOOK_S and self._has_ended():
             return True
         time.sleep(timeout)
         return False
 
+    def _has_ended(self) -> bool:
+        self._looked = time.monotonic()
+        if self._queue is None:
+            return bool(self._job.done())
+        freshly_listed(self._job.paths.folder)
+        return self._job.paths.result_pickle.exists() or self._queue.has_lost(self._job.job_id)
+
     def outcome(self) -> tuple[str, str]:
-        try:
-            content = json.loads(self._record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            state = str(self._job.state).lower()
-            return (
-                "failed",
-                f"its job {self._job.job_id} ended ({state}); {self._job.paths.stderr} may say why",
-            )
-        if content["run"] is None:
-            return "failed", content["reason"]
-        run = RunDirectory(content["run"])  # on a node with another device it is another run than was planned
-        if self._planned.job is not None:
-            self._planned.job = replace(self._planned.job, run=run)
-        return outcome_of(run, content["status"])
+        number = self._job.job_id
+        seen = self._queue.remove(number) if self._queue else Seen("", str(self._job.state).upper())
+        words = f" as {seen.state}" if seen.state else " unknown to SLURM"
+        why = f" ({seen.reason})" if seen.reason not in ("", "None") else ""
+        reason = f"its job {number} ended{words}{why}; {self._job.paths.stderr} may say why"
+        from_outside = self._stopped or any(seen.state.startswith(state) for state in FROM_OUTSIDE)
+        return self._errand.outcome("interrupted" if from_outside else "failed", reason)
 
     def signal(self, number: int) -> None:
+        self._stopped = True
+        if self._queue is not None:
+            self._queue.hurry()
         self._job.cancel(check=False)
+
+
+class Refused:
+    """A job that could not be submitted."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def ended(self, timeout: float) -> bool:
+        return True
+
+    def outcome(self) -> tuple[str, str]:
+        return "failed", self._reason
+
+    def signal(self, number: int) -> None:
+        """There is nothing to stop."""
 
 
 class ClusterExecutor:
@@ -148,27 +226,24 @@ class ClusterExecutor:
     """
 
     def __init__(self, options: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-        for name in options:
-            if name not in ClusterOptions.__dataclass_fields__:
-                raise ConfigError(f"cluster.{name}: no such option", see="cli_configs/sweep/submitit.yaml")
-        self._options = read_options(ClusterOptions, options, prefix="cluster")
+        self._options = options_of(ClusterOptions, options, "cluster", SEE)
         if importlib.util.find_spec("submitit") is None:
             raise ConfigError("sweep=submitit needs the extra: pip install -e '.[sweeps]'", see="README.md")
-        if trainer["num_nodes"] > 1:
+        refuse_several_nodes(trainer)
+        o = self._options
+        if o.executor == "slurm" and o.signal_delay_s >= 60 * o.timeout_min:
             raise ConfigError(
-                f"trainer.num_nodes={trainer['num_nodes']}: a job of a sweep has one node; start the run by srun",
-                see="docs/sweeps.md",
-            )
-        self.slots = self._options.jobs_at_once
+                f"cluster.signal_delay_s={o.signal_delay_s}: a job of cluster.timeout_min={o.timeout_min} would be "
+                f"warned before it has begun; less than {60 * o.timeout_min} s", see=SEE,
+            )  # fmt: skip
+        self.slots = o.jobs_at_once
+        self._queue = Queue() if o.executor == "slurm" else None
+        self._save_s = max(o.signal_delay_s - 15.0, o.signal_delay_s / 2) if self._queue else SAVE_S
         self._submitted = 0
         self._executor: Any = None
 
     def as_checked_here(self, composed: DictConfig) -> DictConfig:
-        """A machine without a GPU cannot say what its nodes can: what depends on the device is left to them."""
-        if self._options.executor == "slurm" and not torch.cuda.is_available():
-            with open_dict(composed):
-                composed.trainer.update(accelerator="auto", devices=1, precision=None, sync_batchnorm=None)
-        return composed
+        return left_to_the_node(composed) if self._options.executor == "slurm" else composed
 
     def describe(self) -> str:
         return f"jobs of {'SLURM' if self._options.executor == 'slurm' else 'this machine'}"
@@ -187,21 +262,46 @@ class ClusterExecutor:
                     "cpus_per_task": o.cpus_per_task, "gpus_per_node": o.gpus_per_node, "mem_gb": o.mem_gb,
                     "slurm_partition": o.partition, "slurm_signal_delay_s": o.signal_delay_s,
                 }  # fmt: skip
-            executor.update_parameters(
-                **{k: v for k, v in {**parameters, **o.parameters}.items() if v is not None}
-            )
+            parameters |= o.parameters
+            if o.executor == "slurm":
+                more, end = (
+                    parameters.get(f"slurm_{name}") for name in ("additional_parameters", "teardown")
+                )
+                # some clusters queue nothing again unless asked to
+                parameters["slurm_additional_parameters"] = {"requeue": True, **(more or {})}
+                parameters["slurm_teardown"] = _requeue_what_died_early(end or [])
+            executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
         except (NameError, TypeError, RuntimeError) as error:
             raise ConfigError(f"cluster: {' '.join(str(error).split())}") from error
         return executor
 
-    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> ClusterHandle:
-        folder = Path(facts["folder"])
+    def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> Handle:
         if self._executor is None:
-            self._executor = self._start(folder)
+            self._executor = self._start(Path(facts["folder"]))
         self._submitted += 1
-        record = folder / "jobs" / f"{self._submitted}.json"
-        record.parent.mkdir(exist_ok=True)
-        told = replace(received(), sweep=dict(facts), record=str(record), trial=planned.trial)
-        named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
-        job = self._executor.submit(ClusterJob([sys.executable, str(MAIN), *named], told.environment()))
-        return ClusterHandle(job, record, planned)
+        errand = Errand(planned, facts, self._submitted)
+        try:
+            job = self._executor.submit(ClusterJob(errand.job(self._save_s)))
+        except RuntimeError as error:  # submitit's, with what sbatch said
+            lines = [line.strip() for line in str(error).splitlines() if "error:" in line]
+            return Refused(f"could not be submitted: {lines[-1] if lines else ' '.join(str(error).split())}")
+        if self._queue is not None:
+            self._queue.add(job.job_id, planned.name())
+        return ClusterHandle(job, errand, self._queue)
+
+
+def _requeue_what_died_early(teardown: Sequence[str]) -> list[str]:
+    """The end of the job's script: a warning before the job could take it killed Python, and is no failure.
+
+    Args:
+        teardown: the user's own lines.
+    """
+    warning = getattr(signal, f"SIG{os.environ.get(WARNING, 'USR2')}")
+    early = " ".join(f'[ "$crucible_status" = {128 + number} ] ||' for number in (warning, signal.SIGTERM))
+    return [
+        "crucible_status=$?",
+        *teardown,
+        f'if {{ {early} false; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ] &&',
+        '   scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$crucible_status"',
+    ]

@@ -84,7 +84,7 @@ Task = Literal["train", "test", "predict", "summary"]  # those of trained weight
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
 SWEEP_OPTIONS = (
     "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
-    "cluster", "search",
+    "cluster", "ray", "search",
 )  # fmt: skip
 LONG_RUN_STEPS = 5000
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from crucible.command_line import option
+from crucible.handover import received
 from crucible.machine import core_count, device_count, device_kind
-from crucible.options import ConfigError
+from crucible.options import ConfigError, read_options
 from crucible.run import Held, RunDirectory
 from lab.experiment import Changed
 from lab.planning import SEE, TO_RUN, Planned, SweepOptions
-from lab.processes import HELD, Process, on_signals
+from lab.processes import HELD, MAIN, Process, on_signals
+from lab.remote import RemoteJob, read_record
 from lab.warm import THREADS, Cold, WarmParent
 
 POLL_S = 0.05
+Options = TypeVar("Options")
 
 
 class Handle(Protocol):
@@ -62,6 +70,100 @@ def outcome_of(run: RunDirectory, status: int) -> tuple[str, str]:
         return "held", f"in progress {run.holder()}"
     summary = run.known()
     return str(summary.get("status", "failed")), str(summary.get("reason", ""))
+
+
+def options_of(cls: type[Options], node: Mapping[str, Any], name: str, see: str) -> Options:
+    """An engine's options.
+
+    Args:
+        cls: says what they are.
+        node: as composed, under `name`.
+        see: the file that states them.
+
+    Raises:
+        ConfigError: for one that is unknown or wrong.
+    """
+    for option in node:
+        if option not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise ConfigError(f"{name}.{option}: no such option", see=see)
+    return read_options(cls, node, prefix=name)
+
+
+def refuse_several_nodes(trainer: Mapping[str, Any]) -> None:
+    """A sweep's job has one machine.
+
+    Raises:
+        ConfigError: where its trainer asks for more.
+    """
+    if trainer["num_nodes"] > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={trainer['num_nodes']}: a job of a sweep has one node; start the run by srun",
+            SEE,
+        )
+
+
+def left_to_the_node(composed: DictConfig) -> DictConfig:
+    """The configuration without what depends on the device: a machine without a GPU cannot say what others can."""
+    if not torch.cuda.is_available():
+        with open_dict(composed):
+            composed.trainer.update(accelerator="auto", devices=1, precision=None, sync_batchnorm=None)
+    return composed
+
+
+class Errand:
+    """A job on another machine: what it is told, and what it says in return, over a shared file system.
+
+    Args:
+        planned: what it is to run.
+        facts: of the sweep.
+        number: among the jobs that this process starts.
+    """
+
+    def __init__(self, planned: Planned, facts: Mapping[str, Any], number: int) -> None:
+        self._planned = planned
+        folder = Path(facts["folder"]) / "jobs"
+        folder.mkdir(exist_ok=True)
+        # processes that share a search share its folder
+        self.record = folder / f"{number}-{socket.gethostname()}-{os.getpid()}.json"
+        told = replace(received(), sweep=dict(facts), record=str(self.record), trial=planned.trial)
+        named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
+        self._command, self._environment = [sys.executable, str(MAIN), *named], told.environment()
+
+    @property
+    def log(self) -> str:
+        """Where its lines go, if its engine keeps none."""
+        return str(self.record.with_suffix(".log"))
+
+    def job(self, save_s: float, again: bool = False) -> RemoteJob:
+        """What to run there; it has `save_s` seconds to save its state in."""
+        return RemoteJob(self._command, self._environment, str(self.record), save_s, HELD, again)
+
+    def outcome(self, state: str, reason: str) -> tuple[str, str]:
+        """State and reason of the job after its end.
+
+        Args:
+            state, reason: what it was if it could not say so itself.
+        """
+        freshly_listed(self.record.parent)
+        told = read_record(self.record)
+        if told.get("run") is None:
+            return state, told.get("reason") or reason
+        run = RunDirectory(told["run"])  # on a node with another device it is another run than was planned
+        if self._planned.job is not None:
+            self._planned.job = replace(self._planned.job, run=run)
+        if told["status"] is None and run.summary().get("status") not in (
+            "finished",
+            "interrupted",
+            "pruned",
+        ):
+            run.update_summary(status=state, reason=reason, ended=time.time())
+        return outcome_of(run, told["status"] or 0)
+
+
+def freshly_listed(folder: Path) -> None:
+    """Let a network file system look what is in the folder now."""
+    with contextlib.suppress(OSError):
+        folder.chmod(folder.stat().st_mode)
 
 
 class LocalHandle:

@@ -91,7 +91,9 @@ def run_composed(composed: DictConfig) -> int:
     job: Job | None = None
     try:
         job = Examiner().examine(composed, overrides)
-        status = start(job.record(), job.config)
+        run = job.record()
+        _tell_the_sweep(job, None)
+        status = start(run, job.config)
     except Exception as error:
         _tell_the_sweep(job, HELD if isinstance(error, Held) else 1, str(describe(error)[0] or error))
         raise
@@ -99,8 +101,8 @@ def run_composed(composed: DictConfig) -> int:
     return status
 
 
-def _tell_the_sweep(job: Job | None, status: int, reason: str = "") -> None:
-    """A sweep's job on another machine says which run it was and how it ended."""
+def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> None:
+    """A sweep's job on another machine says which run it is, and how it ended (None: it has begun)."""
     record = received().record
     if record is not None and not is_child_rank():
         content = {"run": str(job.run.path) if job else None, "status": status, "reason": reason}

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +49,7 @@ from lab.planning import (
     expand,
     plan,
 )
+from lab.ray_engine import RayExecutor
 from lab.search import search
 from reporting.statistics import RULE, SAME_COST, paired_t
 
@@ -151,7 +152,7 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
     options = read_options(SweepOptions, values, prefix="")  # type: ignore[arg-type]
     if not str(composed.hydra.launcher._target_).endswith(".BasicLauncher"):
         raise ConfigError(
-            "hydra/launcher: a sweep has n_jobs=N, sweep=joblib or sweep=submitit instead", see=SEE
+            "hydra/launcher: a sweep has n_jobs=N, sweep=joblib, sweep=submitit or sweep=ray instead", see=SEE
         )
     executor = _executor(options, composed)
     if values["search"] is not None:
@@ -184,13 +185,18 @@ def _option(override: str) -> str:
 
 def _executor(options: SweepOptions, composed: DictConfig) -> Executor:
     trainer = OmegaConf.to_container(composed.trainer, resolve=True)
-    if composed.cluster is None:
+    elsewhere: dict[str, Callable[..., Executor]] = {"cluster": ClusterExecutor, "ray": RayExecutor}
+    asked = [name for name in elsewhere if composed[name] is not None]
+    if not asked:
         return LocalExecutor(options.n_jobs, trainer)  # type: ignore[arg-type]
+    if len(asked) > 1:
+        raise ConfigError("sweep=[submitit,ray]: a sweep has one engine; name one of them", see=SEE)
     if options.n_jobs != 1:
         raise ConfigError(
-            f"n_jobs={options.n_jobs} is of this machine; SLURM's is cluster.jobs_at_once", see=SEE
-        )
-    return ClusterExecutor(OmegaConf.to_container(composed.cluster, resolve=True), trainer)  # type: ignore[arg-type]
+            f"n_jobs={options.n_jobs} is of this machine; that of sweep={'ray' if asked == ['ray'] else 'submitit'} "
+            f"is {asked[0]}.jobs_at_once", see=SEE,
+        )  # fmt: skip
+    return elsewhere[asked[0]](OmegaConf.to_container(composed[asked[0]], resolve=True), trainer)
 
 
 class Record:

@@ -369,6 +369,7 @@ _SWEEPS = {
     "ablation",
     "joblib",
     "optuna",
+    "ray",
     "submitit",
 }  # what these set, but for the checkpoints, is of a whole sweep
 

@@ -30,6 +30,8 @@ from lab import executors, planning, sweeps
 from lab.executors import LocalExecutor, Work
 from lab.experiment import Job
 from lab.planning import Planned, SweepOptions, combine, expand
+from lab.processes import HELD
+from lab.remote import SAVE_S, ClusterJob, RemoteJob
 from lab.sweeps import stretch
 
 EXTRA = pytest.importorskip  # a machine without the extra skips visibly
@@ -343,6 +345,14 @@ BAD = {
     "-m technique=mixupp,mixupp": ["technique=mixupp", "did you mean mixup"],
     "-m seed=0,1 sweep=submitit cluster.partitoin=x": ["cluster.partitoin"],
     "-m seed=0,1 sweep=submitit trainer.num_nodes=2": ["trainer.num_nodes=2"],
+    "-m seed=0,1 sweep=submitit cluster.timeout_min=2": [
+        "cluster.signal_delay_s=120",
+        "cluster.timeout_min=2",
+    ],
+    "-m seed=0,1 sweep=ray ray.gpu=1": ["ray.gpu"],
+    "-m seed=0,1 sweep=ray ray.cpus=-1": ["ray.cpus", "-1"],
+    "-m seed=0,1 sweep=[submitit,ray]": ["sweep=[submitit,ray]", "one engine"],
+    "-m seed=0,1 sweep=submitit n_jobs=2": ["n_jobs=2", "cluster.jobs_at_once"],
     "-m sweep=optuna": ["nothing is swept"],
     "-m sweep=optuna seed=0,1": ["seed"],
     "-m sweep=optuna model.lr=0.1,0.2 search.metric=test/acc": ["search.metric=test/acc"],
@@ -365,7 +375,7 @@ def test_a_sweep_that_cannot_be_is_refused_in_one_line(
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("engine", ["submitit", "optuna"])
+@pytest.mark.parametrize("engine", ["submitit", "optuna", "ray"])
 def test_a_missing_extra_is_named(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
@@ -374,7 +384,8 @@ def test_a_missing_extra_is_named(
         importlib.util, "find_spec", lambda name, *rest: found(name, *rest) if name != engine else None
     )
     outcome = cli("-m", f"sweep={engine}", "model.lr=0.1,0.2", *TINY)
-    assert outcome.status == 2 and ".[sweeps]" in outcome.err and f"sweep={engine}" in outcome.err
+    extra = "ray" if engine == "ray" else "sweeps"
+    assert outcome.status == 2 and f".[{extra}]" in outcome.err and f"sweep={engine}" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
 
 
@@ -405,6 +416,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
 
 def test_the_yaml_files_state_the_defaults() -> None:
     from lab.cluster import ClusterOptions
+    from lab.ray_engine import RayOptions
     from lab.search import SearchOptions
 
     def stated(name: str) -> dict[str, Any]:
@@ -413,6 +425,7 @@ def test_the_yaml_files_state_the_defaults() -> None:
     train = stated("train.yaml")
     assert {name: train[name] for name in asdict(SweepOptions())} == asdict(SweepOptions())
     assert stated("sweep/submitit.yaml")["cluster"] == asdict(ClusterOptions())
+    assert stated("sweep/ray.yaml")["ray"] == asdict(RayOptions())
     assert stated("sweep/optuna.yaml")["search"] == asdict(SearchOptions())
 
 
@@ -519,8 +532,6 @@ def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(start, tmp_path: Path
 @pytest.mark.slow
 def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = EXTRA("submitit")
-    from lab import cluster
-
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     command = [
@@ -532,18 +543,16 @@ def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: 
     ]
     executor = submitit.AutoExecutor(tmp_path / "submitit", cluster="local")
     executor.update_parameters(timeout_min=10)
-    job = executor.submit(cluster.ClusterJob(command, {}))
+    job = executor.submit(ClusterJob(RemoteJob(command, {}, str(tmp_path / "record.json"), SAVE_S, HELD)))
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list(tmp_path.rglob("last.ckpt")):
         time.sleep(0.05)
     os.kill(child_of(job), signal.SIGUSR2)
+    warned = datetime.now()
     assert job.result() == 0
     said = job.paths.stdout.read_text()
-    warned, queued = (
-        datetime.fromisoformat(re.search(rf"\((\S+ \S+)\) - {words}", said)[1])  # type: ignore[index]
-        for words in ("Calling checkpoint method", "Requeued job")
-    )
-    assert (queued - warned).total_seconds() < cluster.SAVE_S / 2, "it ends as soon as its state is saved"
+    queued = datetime.fromisoformat(re.search(r"\((\S+ \S+)\) - Requeued job", said)[1])  # type: ignore[index]
+    assert (queued - warned).total_seconds() < SAVE_S / 2, "it ends as soon as its state is saved"
     (run,) = runs_in(tmp_path / "experiments")
     log = (run / "main.log").read_text()
     assert summary_of(run)["status"] == "finished"
