@@ -51,12 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     from crucible.command_line import explain
     from crucible.options import ConfigError
+    from crucible.writing import Unwritable
 
     collecting = gc.isenabled()
     gc.disable()  # nothing that was read is garbage; looking for some costs a fifth of the time
     try:
         _report(arguments)
-    except ConfigError as error:
+    except (ConfigError, Unwritable) as error:
         return explain(error)
     finally:
         if collecting:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from crucible.writing import unwritable
+
 
 def absolute(text: str) -> str:
     """A path made absolute; what has a scheme, such as `s3://bucket/data`, stays as typed."""
@@ -28,6 +30,9 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     Args:
         path: the file.
         sync: wait until the disk has it, so that a machine that loses its power keeps one of the two whole.
+
+    Raises:
+        Unwritable: where it cannot be written.
     """
     temporary = temporary_name(path)
     temporary.unlink(missing_ok=True)  # a process of this number was killed here
@@ -37,6 +42,10 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary), str(path)):
+            raise unwritable(path, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

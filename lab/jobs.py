@@ -6,6 +6,7 @@ W&B run and its failure stay its own. Ranks and jobs never compose again; they r
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -25,6 +26,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.checkpoints import tidy
 from callbacks.pruning import Pruned
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
@@ -37,11 +39,13 @@ from crucible.machine import is_child_rank, world_size
 from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
+from crucible.writing import Unwritable
 from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
+from lab.states import find_state
 from lab.summary import print_summary
 
 WAIT_FOR_RANK_0_S = 600.0
@@ -105,6 +109,7 @@ def start(run: RunDirectory, config: Config) -> int:
     # a child rank of a fresh run may see the finished one that rank 0 is about to put aside
     if run.state() == "finished" and not (is_child_rank() and config["fresh"]):
         if not is_child_rank():
+            tidy(run.checkpoints, config["checkpoint"]["keep"])  # its process may have been killed before
             summary = run.summary()
             again = "the command that made it runs it again with fresh=true"
             by = f"; {summary['recognised']}" if "recognised" in summary else ""
@@ -143,7 +148,7 @@ def execute(run: RunDirectory, config: Config) -> int:
     """Train this run in this process (one of its ranks); its exit status. Whatever happens is recorded."""
     first = not is_child_rank()
     if first:
-        resume = _find_resume(run, config)
+        resume, said = _find_resume(run, config)
         try:
             run.claim(token=_launch_token(), resume=str(resume or ""))
         except Held as error:
@@ -153,11 +158,20 @@ def execute(run: RunDirectory, config: Config) -> int:
             return HELD
         began = (received().started or time.time()) - run.summary().get("elapsed_s", 0.0)
         pass_on(resume=str(resume or ""))
-        run.update_summary(status="running", reason="")
+        try:
+            run.update_summary(status="running", reason="")
+            if said:
+                _say(f"note: {said}")
+                run.update_summary(recovered=[*run.summary().get("recovered", []), said])
+        except OSError:
+            run.release()
+            raise
     else:
-        resume = _resume_of_rank_0(run)
+        resume, said = _resume_of_rank_0(run), ""
     sys.argv = [str(MAIN), f"run={run.path}"]  # what Lightning starts for the other ranks
     main_log = _log_to(run, first)
+    if said:
+        log.warning("%s", said)
     status, outcome, reason = 1, "failed", ""
     try:
         final = tasks.train(run, config, resume)
@@ -178,6 +192,10 @@ def execute(run: RunDirectory, config: Config) -> int:
     except ConfigError as error:
         status, reason = 2, str(error)
         _report(error, reason)
+    except Unwritable as error:
+        status, reason = (1 if first else 0), str(error)  # all ranks have it, rank 0 says it
+        if first:
+            _report(error, reason)
     except (KeyboardInterrupt, SystemExit) as error:
         status, outcome, reason = 130, "interrupted", f"stopped ({type(error).__name__})"
     except Exception as error:
@@ -189,11 +207,19 @@ def execute(run: RunDirectory, config: Config) -> int:
     finally:
         for name in _LOGGED:  # what comes after this run in this process is not of this run
             logging.getLogger(name).removeHandler(main_log)
-        main_log.close()
+        with contextlib.suppress(OSError):  # lines that a full disk has not taken
+            main_log.close()
         close_loggers(status)
         if first:
             now = time.time()
-            run.update_summary(status=outcome, reason=reason, ended=now, elapsed_s=round(now - began, 2))
+            try:
+                run.update_summary(status=outcome, reason=reason, ended=now, elapsed_s=round(now - began, 2))
+                if outcome in ("finished", "pruned"):
+                    tidy(run.checkpoints, config["checkpoint"]["keep"] if outcome == "finished" else "last")
+            except OSError as error:  # without it the next start takes the run as unfinished, as it is
+                if not status:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                status = status or 1
             run.release()
             if status == 128 + signal.SIGUSR1:
                 _requeue()
@@ -213,11 +239,14 @@ def _report(error: Exception, text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _find_resume(run: RunDirectory, config: Config) -> Path | None:
-    last = run.checkpoints / "last.ckpt"
-    if last.is_file():
-        return last
-    return Path(config["ckpt_path"]) if config["ckpt_path"] else None
+def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
+    """`find_state`; that there is none is recorded."""
+    try:
+        return find_state(run, config)
+    except ConfigError as error:
+        if run.state() != "running":
+            run.update_summary(status="failed", reason=str(error))
+        raise
 
 
 def _launch_token() -> str:
@@ -261,12 +290,20 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
 _LOGGED = ("crucible", "lightning.pytorch", "lightning.fabric", "py.warnings")
 
 
+class _RunLog(logging.FileHandler):
+    """A log that loses lines where the disk is full, which what trains will say, instead of printing tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _log_to(run: RunDirectory, first: bool) -> logging.Handler:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.captureWarnings(True)
-    handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
+    handler = _RunLog(run.path / "main.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO if first else logging.ERROR)
     handler.addFilter(lambda record: "💡 Tip" not in record.getMessage())  # Lightning's advertisements

@@ -25,7 +25,7 @@ from rich.table import Table
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.pruning import Pruning
-from callbacks.recorder import GracefulStop, Recorder
+from callbacks.recorder import Diverged, GracefulStop, Recorder
 from crucible.configuration import Config, flatten
 from crucible.files import replacing, write_atomically
 from crucible.handover import received
@@ -58,6 +58,7 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
     model = build_model(config, load=resume is None)
     hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
+    checkpoints.run_id = run.summary().get("run_id", "")
     extra = [instantiate(node, _convert_="all") for node in config["callbacks"].values() if node]
     fingerprint = run.summary().get("data_fingerprint", "")
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
@@ -75,6 +76,10 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         run.update_summary(**facts)
         banner(run, config, model, data, resume)
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    if trainer.is_global_zero and checkpoints.remarks:
+        run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
+    if checkpoints.refused:
+        raise Diverged("diverged: the weights are not finite; last.ckpt holds the last state that is")
     if any(weights.active and weights.updates is None for weights in model.step.weights):
         log.warning("the training ended before any weights were averaged: those that ship are the plain ones")
     # a run that was stopped after its last step trains no more: its values are the recorded ones
@@ -85,7 +90,7 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         for logger in loggers:
             logger.log_metrics({k: v for k, v in final.items() if k.startswith("test/")}, trainer.global_step)
     if trainer.is_global_zero:
-        run.update_summary(final=final)
+        run.update_summary(final=final, best=checkpoints.best)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary.update({f"best/{k}": v for k, v in checkpoints.best.items()})
