@@ -31,9 +31,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
-    largest: dict[torch.device, list[Tensor]] = {}
-    for (device, _), group in groups.items():  # the largest, as a sum of squares overflows
-        largest.setdefault(device, []).extend(
-            n.to(wide(device)) for n in torch._foreach_norm(group, math.inf)
-        )
-    return all(bool(torch.stack(values).isfinite().all()) for values in largest.values())
+    extremes: dict[torch.device, list[Tensor]] = {}
+    for (device, _), group in groups.items():  # not sums, which overflow
+        if device.type == "cpu":  # whose norms take ten times as long
+            found = [extreme for tensor in group for extreme in torch.aminmax(tensor)]
+        else:
+            found = list(torch._foreach_norm(group, math.inf))
+        extremes.setdefault(device, []).extend(value.to(wide(device)) for value in found)
+    return all(bool(torch.stack(values).isfinite().all()) for values in extremes.values())
