@@ -16,6 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WHY = """\
+The save is synchronous. One in another thread would need a copy of the state, would take turns with the steps for the
+interpreter, and a run that ends or is stopped would wait for it all the same. What it could save is this stall, once an
+epoch (`checkpoint.every`)."""
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -81,12 +85,9 @@ def main() -> None:
     report(
         "# The stall of a save\n\n"
         f"{provenance()}- Workload: weights and momentum of torchvision's networks, {arguments.rounds} rounds\n"
-        "- Ours: finite numbers checked, sealed (CRC-32 of the file), fsync of file and folder, the former file kept\n\n"
-        "| state | save | seconds, median | to torch.save (95 % interval) |\n| --- | --- | ---: | ---: |\n"
-        + "\n".join(rows)
-        + "\n\nThe save is synchronous. One in another thread would need a copy of the state, would take the lock of the\n"
-        "interpreter in turns with the steps, and a run that ends or is stopped would wait for it all the same. What it\n"
-        "could save is this stall, once an epoch (`checkpoint.every`).",
+        "- Ours: finite numbers checked, sealed (CRC-32 of the file), fsync of file and folder, former file kept\n\n"
+        "| state | save | seconds, median | to torch.save (95 % interval) |\n"
+        "| --- | --- | ---: | ---: |\n" + "\n".join(rows) + "\n\n" + WHY,
         arguments.out,
     )
 

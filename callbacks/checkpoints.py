@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -153,16 +154,17 @@ class Checkpoints(Checkpoint):
         if not all_finite(pl_module.buffers()):
             self._infinite = frozenset(n for n, b in pl_module.named_buffers() if not all_finite([b]))
         if state is not None and self.best and self.keep == "best":
-            held = trainer.strategy.broadcast(trainer.is_global_zero and self._mend_best())
+            held = trainer.strategy.broadcast(trainer.is_global_zero and self._mend_best(pl_module))
             self.best = self.best if held else {}
 
-    def _mend_best(self) -> bool:
+    def _mend_best(self, pl_module: LightningModule) -> bool:
         """Whether best.ckpt holds the state that is known as the best, which it is made of again where it can be."""
         target = self.folder / "best.ckpt"
-        if self._is_best(target):
+        shapes = _shapes(pl_module.state_dict())
+        if self._is_best(target, shapes):
             return True
         for name in ("last.ckpt", "previous.ckpt"):
-            if self._is_best(self.folder / name):
+            if self._is_best(self.folder / name, shapes):
                 _link(self.folder / name, target)
                 self.remarks.append(f"best.ckpt was made again, from {name}")
                 log.warning("%s", self.remarks[-1])
@@ -175,11 +177,13 @@ class Checkpoints(Checkpoint):
         log.warning("%s", self.remarks[-1])
         return False
 
-    def _is_best(self, file: Path) -> bool:
+    def _is_best(self, file: Path, shapes: dict[str, Any]) -> bool:
         try:
             state = sealed.read(file)
         except sealed.Damaged:
             return False
+        if state.get("run", self.run_id) != self.run_id or _shapes(state.get("state_dict", {})) != shapes:
+            return False  # of another run, or another network
         own = state.get("callbacks", {}).get(self.state_key, {})
         if self._best_step < 0:  # a state of an earlier version
             return own.get("best") == self.best and state.get("epoch") == self.best.get("epoch")
@@ -268,6 +272,10 @@ class Checkpoints(Checkpoint):
             failure = trainer.strategy.broadcast(failure)
         if failure is not None:
             raise failure
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def _link(source: Path, target: Path) -> None:

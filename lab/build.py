@@ -115,8 +115,10 @@ def with_weights(config: Config, checkpoint: Path) -> BaseModel:
         model.load_state_dict(content["state_dict"])
         model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"ckpt_path={checkpoint}: of another network, or no training state ({reason})"
+        ) from error
     return model.eval()
 
 
