@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from crucible.files import write_atomically
+from crucible.writing import fails_together
 
 BINS = 15  # of confidence, as in `crucible.calibration.CalibrationError`
 
@@ -84,6 +85,7 @@ class CorrectnessRecord(Callback):
         ):
             self._hits.update(outputs["logits"], outputs["target"], outputs["index"])
 
+    @fails_together
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._hits is None or not self._hits.update_called:
             return

@@ -20,6 +20,7 @@ from torchmetrics import Metric
 
 from crucible.cells import cell
 from crucible.files import replacing
+from crucible.writing import fails_together
 
 MAX_CLASSES = 2000
 NAMED_CLASSES = 40
@@ -178,6 +179,7 @@ class ResultPlots(Callback):
         if self._metric is not None:
             self._metric.update(outputs["logits"], outputs["target"], outputs["index"])
 
+    @fails_together
     def _write(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         """Collective: every rank calls it, rank 0 writes. Each result is written once."""
         if self._metric is None:

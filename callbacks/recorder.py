@@ -18,6 +18,7 @@ from callbacks.checkpoints import Checkpoints
 from crucible import private
 from crucible.run import RunDirectory
 from crucible.training import watched
+from crucible.writing import fails_together
 from norms import own_streams, set_own_streams
 
 
@@ -115,6 +116,7 @@ class Recorder(Callback):
             self._validation_started = None
         self._validated = True
 
+    @fails_together
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         watched(pl_module).log_training()  # of an epoch that was cut, say
         # Lightning keeps the values of an earlier epoch's validation

@@ -18,6 +18,7 @@ from crucible.files import missing
 from crucible.handover import pass_on, received
 from crucible.masking import masked
 from crucible.options import ConfigError, suggest
+from crucible.writing import Unwritable, is_of_the_place, unwritable
 
 BAD_INPUT = 2
 _CONFIGS = Path(__file__).resolve().parent.parent / "cli_configs"
@@ -317,7 +318,10 @@ def explain(error: Exception) -> int:
         return 1
     message = masked(message)
     print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
-    return BAD_INPUT
+    mistaken = not any(isinstance(cause, OSError) for cause in _causes(error)) or any(
+        isinstance(cause, ConfigError) for cause in _causes(error)
+    )
+    return BAD_INPUT if mistaken else 1
 
 
 def describe(error: Exception) -> tuple[str | None, str]:
@@ -325,6 +329,11 @@ def describe(error: Exception) -> tuple[str | None, str]:
     mistake = next((e for e in _causes(error) if isinstance(e, ConfigError)), None)
     if mistake is not None:
         return str(mistake), mistake.see
+    for cause in _causes(error):
+        if isinstance(cause, Unwritable):
+            return str(cause), ""
+        if isinstance(cause, OSError) and is_of_the_place(cause):
+            return str(unwritable(Path(cause.filename or "."), cause)), ""
     type_name, text, see = type(error).__name__, str(error), "cli_configs/train.yaml"
     chain = " ".join(str(e) for e in _causes(error))
     if match := re.search(r"Environment variable '(\w+)' not found", chain):

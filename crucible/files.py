@@ -13,6 +13,7 @@ from pathlib import Path
 
 from crucible.liveness import lives, this_process
 from crucible.options import ConfigError
+from crucible.writing import unwritable
 
 _TEMPORARY = re.compile(r"\.(?P<pid>\d+)(?:-(?P<start>\d+)-(?P<space>\d+))?\.tmp$")
 
@@ -85,6 +86,7 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
 
     Raises:
         ConfigError: where a folder has the file's name.
+        Unwritable: where it cannot be written.
     """
     if path.is_dir():
         raise ConfigError(f"{path}: a folder stands where this file belongs; move it away", see="")
@@ -98,6 +100,10 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
         temporary.replace(path)
         if sync:
             _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary), str(path)):
+            raise unwritable(path, error) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

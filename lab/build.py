@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from callbacks.checkpoints import AtomicCheckpointIO
+from crucible import sealed
 from crucible.configuration import Config
 from crucible.files import missing
 from crucible.keyed import keyed_rng, stream_key
@@ -109,13 +110,28 @@ def with_weights(config: Config, checkpoint: Path) -> BaseModel:
     """
     model = build_model(config, load=False, compile=False)
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content = sealed.read(checkpoint)
+    except sealed.Damaged as error:
+        others = whole_beside(checkpoint)
+        raise ConfigError(
+            f"ckpt_path={checkpoint}: it {error}" + (f"; {others}" if others else "")
+        ) from error
+    try:
         model.load_state_dict(content["state_dict"])
         model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"ckpt_path={checkpoint}: cannot be loaded ({reason})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"ckpt_path={checkpoint}: of another network, or no training state ({reason})"
+        ) from error
     return model.eval()
+
+
+def whole_beside(checkpoint: Path) -> str:
+    """Which checkpoints in the folder of a damaged one are whole, as a part of a sentence; empty for none."""
+    others = sorted(file for file in checkpoint.parent.glob("*.ckpt") if file.name != checkpoint.name)
+    whole = [file.name for file in others if not sealed.damage(file)]
+    return f"whole beside it: {', '.join(whole)}" if whole else ""
 
 
 def build_data(config: Config) -> BaseDataModule:

@@ -83,9 +83,9 @@ def options_of(cls: type[Options], node: Mapping[str, Any], name: str, see: str)
     Raises:
         ConfigError: for one that is unknown or wrong.
     """
-    for option in node:
-        if option not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-            raise ConfigError(f"{name}.{option}: no such option", see=see)
+    for key in node:
+        if key not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise ConfigError(f"{name}.{key}: no such option", see=see)
     return read_options(cls, node, prefix=name)
 
 

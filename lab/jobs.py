@@ -6,6 +6,7 @@ W&B run and its failure stay its own. Ranks and jobs never compose again; they r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from callbacks.checkpoints import tidy
 from callbacks.pruning import Pruned
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
@@ -42,6 +44,7 @@ from crucible.metrics import headline
 from crucible.options import ConfigError, suggest
 from crucible.run import Held, RunDirectory
 from crucible.trust import judge
+from crucible.writing import Unwritable
 from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
@@ -61,8 +64,10 @@ from lab.ranks import (
     open_meeting,
     start_others,
 )
+from lab.states import find_state
 from lab.summary import print_summary
 
+_SAID = (ConfigError, Diverged, Unwritable)  # errors whose text says all that the user needs
 log = logging.getLogger("crucible")
 
 
@@ -135,6 +140,7 @@ def start(run: RunDirectory, config: Config) -> int:
     # a child rank of a fresh run may see the finished one that rank 0 is about to put aside
     if run.state() == "finished" and not (is_child_rank() and config["fresh"]):
         if not is_child_rank():
+            tidy(run.checkpoints, config["checkpoint"]["keep"])  # its process may have been killed before
             summary = run.summary()
             again = "the command that made it runs it again with fresh=true"
             by = f"; {summary['recognised']}" if "recognised" in summary else ""
@@ -179,7 +185,7 @@ def execute(run: RunDirectory, config: Config) -> int:
 def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
     first, others = not is_child_rank(), []
     if first:
-        resume, name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
+        (resume, said), name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
             run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
         except Held as error:
@@ -189,14 +195,23 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
             return HELD
         run.count_from(received().started or time.time())
         pass_on(resume=str(resume or ""), ranks=name)
-        clear_away_earlier(run, name)
-        run.update_summary(status="running", reason="")
+        try:
+            clear_away_earlier(run, name)
+            run.update_summary(status="running", reason="")
+            if said:
+                _say(f"note: {said}")
+                run.update_summary(recovered=[*run.summary().get("recovered", []), said])
+        except OSError:
+            run.release()
+            raise
     else:
-        resume = _resume_of_rank_0(run)
+        resume, said = _resume_of_rank_0(run), ""
     if world_size(config["trainer"]) > 1 and launch().by in ("nobody", "nodes"):
         others = start_others([str(MAIN), option("run", run.path)], config["trainer"])
     ranks = Ranks(run, received().ranks, others)
     handlers = _log_to(run, first)
+    if said:
+        log.info("%s", said)
     status, outcome, reason = 1, "failed", ""
 
     def conclude(cause: Cause) -> None:
@@ -228,13 +243,11 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
     except Exception as error:
         said = out_of_memory(config) if is_out_of_memory(error) else _in_a_line(error)
         cause = ranks.cause(error, said)
-        where = (
-            "" if isinstance(error, ConfigError | Diverged) else f" (traceback in {run.path / 'main.log'})"
-        )
+        where = "" if isinstance(error, _SAID) else f" (traceback in {run.path / 'main.log'})"
         _report(cause, where, error)
         status, reason = (2 if isinstance(error, ConfigError) else 1), cause.reason
-        if isinstance(error, Diverged) and not first:
-            status = 0
+        if isinstance(error, Diverged | Unwritable) and not first:
+            status = 0  # all ranks have it, and the first one says it
         if cause.killed:
             status, outcome = 128 + signal.SIGKILL, "interrupted"
         if received().tracebacks:
@@ -243,10 +256,18 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
         for handler in handlers:  # what comes after this run in this process is not of this run
             for name in _LOGGED:
                 logging.getLogger(name).removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # lines that a full disk has not taken
+                handler.close()
         close_loggers(status)
         if first:
-            run.update_summary(status=outcome, reason=reason, ended=time.time())
+            try:
+                run.update_summary(status=outcome, reason=reason, ended=time.time())
+                if outcome in ("finished", "pruned"):
+                    tidy(run.checkpoints, config["checkpoint"]["keep"] if outcome == "finished" else "last")
+            except OSError as error:  # without it the next start takes the run as unfinished, as it is
+                if not status:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                status = status or 1
             run.release()
         if outcome == "failed" or status == 128 + signal.SIGKILL:
             ranks.failed()
@@ -297,7 +318,7 @@ def _report(cause: Cause, where: str, error: BaseException | None = None) -> Non
 def _in_a_line(error: Exception) -> str:
     """What an error says, with the way on where the machine was short of something."""
     text = masked(" ".join(str(error).split()))
-    if isinstance(error, ConfigError | Diverged):
+    if isinstance(error, _SAID):
         return text
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         port = os.environ.get("MASTER_PORT")
@@ -330,11 +351,14 @@ class _Stops:
             raise Interrupted(number)
 
 
-def _find_resume(run: RunDirectory, config: Config) -> Path | None:
-    last = run.checkpoints / "last.ckpt"
-    if last.is_file():
-        return last
-    return Path(config["ckpt_path"]) if config["ckpt_path"] else None
+def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
+    """`find_state`; that there is none is recorded."""
+    try:
+        return find_state(run, config)
+    except ConfigError as error:
+        if run.state() != "running":
+            run.update_summary(status="failed", reason=str(error))
+        raise
 
 
 def _meeting() -> dict[str, Any]:
@@ -404,12 +428,20 @@ class _Masking(logging.Formatter):
         return masked(super().format(record))
 
 
+class _RunLog(logging.FileHandler):
+    """A log that loses lines where the disk is full, which what trains will say, instead of printing tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
     """Everything to RUN/main.log; to the console warnings only, once."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.captureWarnings(True)
-    handler = logging.FileHandler(run.path / "main.log", encoding="utf-8")
+    handler = _RunLog(run.path / "main.log", encoding="utf-8")
     handler.setFormatter(_Masking("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO if first else logging.ERROR)
     handler.addFilter(lambda record: "💡 Tip" not in record.getMessage())  # Lightning's advertisements

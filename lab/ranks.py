@@ -35,6 +35,7 @@ from crucible.machine import core_count, device_count, world_size
 from crucible.memory import ended_by, kills
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.writing import Unwritable
 
 POLL_S = 0.5
 OWN_END_S = 3.0  # for a process to come to its own end once another rank, or its parent, has died
@@ -258,7 +259,7 @@ class Ranks:
             if (dead := self._dead()) is not None:
                 return self._cause_of_death(dead)
             time.sleep(0.05)
-        everywhere = isinstance(error, ConfigError)  # it is no matter of one rank
+        everywhere = isinstance(error, (ConfigError, Unwritable))  # it is no matter of one rank
         return self._tell(Cause(text if everywhere else f"rank {self._launch.rank}: {text}"))
 
     def failed(self) -> None:

@@ -1,4 +1,4 @@
-"""A training state that a run is to start from (`ckpt_path=FILE`): read and tried before the run has a folder.
+"""A training state that a run starts from: its own (`find_state`), or `ckpt_path=FILE`, tried before it has a folder.
 
 The state gives the weights and averages, the optimizer's moments, the counters (epoch, batch, step), and the streams
 and gradients that were under way. The configuration gives all that is typed: rate and schedule, weight decay and
@@ -7,18 +7,20 @@ every other argument of the optimizer, lengths, techniques, data.
 
 from __future__ import annotations
 
-import argparse
-import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from crucible import sealed
 from crucible.configuration import Config
 from crucible.machine import world_size
 from crucible.options import ConfigError
+from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
+from lab.build import build_model, whole_beside
 from models.base_model import BaseModel
 from optimizers import build_optimizer
 from optimizers.accumulation import window_problem
@@ -50,21 +52,76 @@ def check_state(config: Config, model: BaseModel, data: BaseDataModule) -> None:
 def _read(path: str) -> Mapping[str, Any]:
     weights = f"model.init_from={path} starts from the weights of such a file"
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training files hold one
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
-            )
-    except Exception as error:  # torch raises about ten kinds for damaged files, with advice in many lines
+        content = sealed.read(Path(path))
+    except sealed.Damaged as error:
         raise ConfigError(
-            f"ckpt_path={path}: damaged, or no training state of Crucible; {weights}", "README.md"
+            f"ckpt_path={path}: it {error}; {whole_beside(Path(path)) or weights}", "README.md"
         ) from error
-    missing = [name for name in _NEEDED if not (isinstance(content, Mapping) and name in content)]
-    if missing:
+    if missing := _missing(content):
         raise ConfigError(
-            f"ckpt_path={path}: no training state of Crucible, it has no {', '.join(missing)}; {weights}",
-            "README.md",
+            f"ckpt_path={path}: no training state of Crucible, it has no {missing}; {weights}", "README.md"
         )
     return content
+
+
+def _missing(content: Mapping[str, Any]) -> str:
+    return ", ".join(name for name in _NEEDED if name not in content)
+
+
+def find_state(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
+    """The state that an unfinished run goes on from, None for the beginning, and what is to be said of the choice.
+
+    It is last.ckpt; where that is not to be believed previous.ckpt, then best.ckpt.
+
+    Raises:
+        ConfigError: where the run has checkpoints and none of them can be gone on from.
+    """
+    problems: dict[str, str] = {}
+    for name in ("last.ckpt", "previous.ckpt", "best.ckpt"):
+        file = run.checkpoints / name
+        problem, place = _problem(file, run, config)
+        if not problem:
+            return file, f"{_listed(problems)}: the run goes on from {name}, {place}" if problems else ""
+        problems[name] = problem
+    if any(problem != "is missing" for problem in problems.values()):
+        raise ConfigError(
+            f"run={run.path}: no checkpoint to go on from, {_listed(problems)}; nothing was changed; fresh=true "
+            "with the command that made the run puts this folder aside and starts anew",
+            "README.md",
+        )
+    start = None if config["ckpt_path"] is None else Path(config["ckpt_path"])
+    if start is not None:
+        _read(str(start))
+    if rows := len(run.metrics()):
+        begin = "the beginning" if start is None else str(start)
+        return (
+            start,
+            f"metrics.csv has {rows} epochs, but there is no checkpoint: the run starts again from {begin}",
+        )
+    return start, ""
+
+
+def _listed(problems: Mapping[str, str]) -> str:
+    """What is wrong with the files; those that are missing are said where they are due."""
+    return ", ".join(f"{n} {p}" for n, p in problems.items() if n == "last.ckpt" or p != "is missing")
+
+
+def _problem(file: Path, run: RunDirectory, config: Config) -> tuple[str, str]:
+    """Why a run cannot go on from a file of its own, or an empty text; and where in the training it stands."""
+    try:
+        state = sealed.read(file)
+    except sealed.Damaged as error:
+        return str(error), ""
+    if missing := _missing(state):
+        return f"is no training state of Crucible (it has no {missing})", ""
+    own, its = run.summary().get("run_id"), state.get("run")
+    if own and its and own != its:
+        return f"is a state of another run ({its})", ""
+    if not its and (
+        other := _difference(build_model(config, load=False, compile=False), state["state_dict"])
+    ):
+        return f"is the state of another network ({other})", ""
+    return "", f"epoch {_place(state)[0]}, step {state['global_step']}"
 
 
 def _place(state: Mapping[str, Any]) -> tuple[int, int]:
@@ -91,19 +148,26 @@ def _check_length(config: Config, state: Mapping[str, Any]) -> None:
 
 
 def _check_network(path: str, model: nn.Module, saved: Mapping[str, Any]) -> None:
-    own = model.state_dict()
-    names = [*(n for n in own if n not in saved), *(n for n in saved if n not in own)]
-    names += [n for n in own if n in saved and own[n].shape != saved[n].shape]
-    if names:
-        there, here = (
-            "x".join(map(str, part[names[0]].shape)) or "a number" if names[0] in part else "absent"
-            for part in (saved, own)
-        )
+    if difference := _difference(model, saved):
         raise ConfigError(
-            f"ckpt_path={path}: the state of another network, {names[0]} is {there} in it and {here} here; "
+            f"ckpt_path={path}: the state of another network, {difference}; "
             f"model.init_from={path} starts from the weights that fit",
             "README.md",
         )
+
+
+def _difference(model: nn.Module, saved: Mapping[str, Any]) -> str:
+    """The first tensor that a state and a model do not have alike."""
+    own = model.state_dict()
+    names = [*(n for n in own if n not in saved), *(n for n in saved if n not in own)]
+    names += [n for n in own if n in saved and own[n].shape != saved[n].shape]
+    if not names:
+        return ""
+    there, here = (
+        "x".join(map(str, part[names[0]].shape)) or "a number" if names[0] in part else "absent"
+        for part in (saved, own)
+    )
+    return f"{names[0]} is {there} in it and {here} here"
 
 
 def _check_place(config: Config, data: BaseDataModule, state: Mapping[str, Any]) -> None:

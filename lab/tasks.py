@@ -30,7 +30,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
-from callbacks.recorder import GoBack, GracefulStop, Recorder
+from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from crucible.cells import cell, text_of
 from crucible.command_line import import_from
 from crucible.configuration import Config, flatten
@@ -92,6 +92,7 @@ def _train(
     model = build_model(config, load=resume is None)
     hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
+    checkpoints.run_id = run.summary().get("run_id", "")
     extra = [build_callback(name, node) for name, node in config["callbacks"].items() if node]
     fingerprint = run.summary().get("data_fingerprint", "")
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
@@ -108,6 +109,10 @@ def _train(
         run.update_summary(**facts)
         banner(run, config, model, data, resume)
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
+    if trainer.is_global_zero and checkpoints.remarks:
+        run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
+    if checkpoints.refused:
+        raise Diverged("diverged: the weights are not finite; last.ckpt holds the last state that is")
     if any(weights.active and weights.updates is None for weights in model.step.weights):
         log.warning("the training ended before any weights were averaged: those that ship are the plain ones")
     # a run that was stopped after its last step trains no more: its values are the recorded ones
@@ -118,7 +123,7 @@ def _train(
         for logger in loggers:
             logger.log_metrics({k: v for k, v in final.items() if k.startswith("test/")}, trainer.global_step)
     if trainer.is_global_zero:
-        run.update_summary(final=final)
+        run.update_summary(final=final, best=checkpoints.best)
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary.update({f"best/{k}": v for k, v in checkpoints.best.items()})

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from crucible import sealed
 from crucible.options import ConfigError
 
 # what a training file calls its weights; the averaged ones are preferred where it holds both
@@ -92,8 +93,12 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if problem := sealed.damage(path):
+            raise ConfigError(f"model.init_from={path}: it {problem}")
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training files hold one
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"model.init_from={path}: damaged, or holds objects other than weights, which are not loaded"

@@ -18,6 +18,7 @@ def best_of(values: list[float], monitor: str, mode: str | None = None) -> dict[
             sanity_checking=False,
             callback_metrics={monitor: value},
             current_epoch=epoch,
+            global_step=epoch,
             is_last_batch=False,
         )
         checkpoints.on_validation_end(trainer, None)  # type: ignore[arg-type]
