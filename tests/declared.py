@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -132,7 +132,7 @@ def wrong_values(allowed: Allowed) -> list[Wrong]:
                 add("a near miss", choice[:-1] + ("y" if choice[-1] != "y" else "z"))
                 break
         add("a text", "abc")
-    if not bool in kinds and True not in [c for c in allowed.choices if isinstance(c, bool)]:
+    if bool not in kinds and True not in [c for c in allowed.choices if isinstance(c, bool)]:
         add("a switch", True)
     if int in kinds and float not in kinds:
         add("a fraction", 2.5)
