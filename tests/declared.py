@@ -277,9 +277,9 @@ def classes_of(*packages: str, base: type) -> list[type]:
         for file in sorted(folder.rglob("*.py")):
             module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
             for name, kind in vars(module).items():
-                if inspect.isclass(kind) and issubclass(kind, base) and kind.__module__ == module.__name__:
-                    if not name.startswith("_"):
-                        found[f"{module.__name__}.{name}"] = kind
+                own = inspect.isclass(kind) and issubclass(kind, base) and kind.__module__ == module.__name__
+                if own and not name.startswith("_"):
+                    found[f"{module.__name__}.{name}"] = kind
     return [found[name] for name in sorted(found)]
 
 
@@ -322,8 +322,7 @@ def _sweeps() -> Iterator[Option]:
 
 def _basics() -> Iterator[Option]:
     for kind in (*BASICS, *technique_kinds()):
-        for option in _fields(kind, path_of(kind).rsplit(".", 1)[0], "model."):
-            yield option
+        yield from _fields(kind, kind.__module__, "model.")
     for name, (annotation, default) in signature_options(BaseModel).items():
         if name not in ("task", "num_classes", "input_channels", "input_dim", "metrics", "seed"):
             yield Option("models.base_model", f"model.{name}", annotation, (), default)
