@@ -103,11 +103,13 @@ def _refusing(options: OptimizerOptions, arguments: Mapping[str, Any]) -> Iterat
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        name = "model.optimizer_kwargs" if options.optimizer_kwargs else "model.optimizer"
-        value = shown(dict(options.optimizer_kwargs)) if options.optimizer_kwargs else options.optimizer
+        of = (
+            f"model.optimizer_kwargs={shown(dict(options.optimizer_kwargs))}"
+            if options.optimizer_kwargs
+            else arguments
+        )
         raise ConfigError(
-            f"{name}={value}: {options.optimizer} refuses its arguments {shown(dict(arguments))} ({reason})"
+            f"model.optimizer={options.optimizer} refuses its arguments: {' '.join(str(error).split())} ({of})"
         ) from error
 
 

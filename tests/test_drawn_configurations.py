@@ -239,3 +239,24 @@ def test_a_drawn_configuration_trains_or_is_refused_in_one_line(
 
     check()
     assert outcomes.count("trained") >= examples // 8, outcomes
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model.color_jitter": 0.1}, "model.color_jitter=0.1 needs images"),
+        ({"data.module.train_transforms.mean": [0.1, 0.2, 0.3]}, "mean and std have 3 values"),
+        (
+            {"data.module.test_transforms._target_": "augmentation.policies.digits.TestTransform",
+             "data.module.test_transforms.channels": 3},
+            "data.module.test_transforms: TestTransform",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_first_samples_show_is_said_before_there_is_a_run(
+    options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    tiny = {"model._target_": "models.cifar_resnet.CifarResNet", "model.depth": 8}
+    outcome, line = run(tiny | options, tmp_path)
+    assert outcome == "refused" and says in line, line
+    assert not list(tmp_path.iterdir())
