@@ -23,6 +23,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 Options = TypeVar("Options")
 _INTERVAL = re.compile(r"^([\[(])\s*([^,\s]+)\s*,\s*([^,\s]+)\s*([\])])$")
+_LARGEST = 2**63 - 1  # what a tensor, a file and a counter hold
+_SHOWN = 100  # characters of a value
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 
 
@@ -91,6 +93,15 @@ class _Refused(Exception):
     pass
 
 
+def shown(value: Any) -> str:
+    """A value as a line shows it: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 40]}... ({len(text)} characters)"
+
+
 def _accept(value: Any, annotation: Any) -> Any:
     """`value` as `annotation` wants it, or `_Refused`. Types that YAML cannot write are not judged."""
     if isinstance(annotation, (str, TypeVar)) or annotation in (Any, inspect.Parameter.empty):
@@ -119,21 +130,21 @@ def _accept(value: Any, annotation: Any) -> Any:
             except _Refused:
                 continue
         raise _Refused
-    if annotation is bool or annotation is str:
-        if isinstance(value, annotation):
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        raise _Refused
+    if annotation is str or annotation is Path:  # null is what asks for nothing, not an empty text
+        if isinstance(value, (str, annotation)) and str(value).strip():
             return value
         raise _Refused
     if annotation is int:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST:
             return value
         raise _Refused
     if annotation is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        raise _Refused
-    if annotation is Path:
-        if isinstance(value, (str, Path)):
-            return value
+            return _as_float(value)
         raise _Refused
     if annotation in (list, tuple, dict):
         if isinstance(value, Mapping if annotation is dict else (list, tuple)):
@@ -151,9 +162,20 @@ def _accept(value: Any, annotation: Any) -> Any:
         if not isinstance(value, Mapping):
             raise _Refused
         return value
-    if isinstance(value, (bool, int, float, str)) and inspect.isclass(annotation):
+    plain = value is None or isinstance(value, (bool, int, float, str, list))
+    if plain and inspect.isclass(annotation) and annotation is not object:
         raise _Refused
     return value
+
+
+def _as_float(value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _Refused from None
+    if math.isnan(number):
+        raise _Refused
+    return number
 
 
 def check_value(name: str, value: Any, annotation: Any) -> Any:
@@ -169,7 +191,9 @@ def check_value(name: str, value: Any, annotation: Any) -> Any:
     except _Refused:
         allowed = _describe(annotation)
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if (
+        if numeric and abs(value) > _LARGEST and math.inf > abs(value):
+            allowed += " and of at most 64 bits"
+        elif (
             numeric
             and get_origin(annotation) is Annotated
             and allowed.startswith(("a number in", "a whole number in"))
@@ -184,7 +208,7 @@ def check_value(name: str, value: Any, annotation: Any) -> Any:
         if isinstance(value, str) and literals:
             near = difflib.get_close_matches(value, literals.group(1).split(", "), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{name} must be {allowed}, got {value!r}{hint}") from None
+        raise ConfigError(f"{name} must be {allowed}, got {shown(value)}{hint}") from None
 
 
 def read_options(cls: type[Options], values: Mapping[str, Any], prefix: str = "model") -> Options:
@@ -285,12 +309,14 @@ def check_arguments(
     }
     for name in [*given, *judged]:
         if name not in known:
-            value = f"={judged[name]!r}" if name in judged else ""
+            value = f"={shown(judged[name])}" if name in judged else ""
             raise ConfigError(
                 f"{prefix}.{name}{value}: {name_of_target} has no such option{suggest(name, known, listed)}"
             )
     for name, value in judged.items():
-        check_value(f"{prefix}.{name}", value, known[name][0])
+        annotation, default = known[name]
+        if not (isinstance(value, str) and value == default):  # some classes of others have an empty text
+            check_value(f"{prefix}.{name}", value, annotation)
     for name, (_, default) in known.items():
         if default is inspect.Parameter.empty and name not in judged and name not in given:
             raise ConfigError(f"{prefix}.{name} is missing: {name_of_target} needs it")

@@ -24,8 +24,18 @@ from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from datasets.classes import listed, match_classes, read_class_map
-from datasets.images import SCHEME, Arrays, ImageFiles, Relabelled, fingerprint, image_files
-from datasets.samples import Samples, naming, sample_name
+from datasets.images import (
+    SCHEME,
+    Arrays,
+    ImageFiles,
+    Relabelled,
+    SampleError,
+    fingerprint,
+    image_files,
+    naming,
+    sample_name,
+)
+from datasets.samples import Samples
 from datasets.sampling import (
     EpochSampler,
     EvalSampler,
@@ -85,6 +95,26 @@ def _targets(raw: Any) -> np.ndarray:
             with naming(raw, index):
                 targets.append(raw[index][1])
     return np.asarray(targets)
+
+
+def _refuse_bad_targets(raw: Any, split: str, task: str, classes: int | None) -> None:
+    """Of targets at hand: labels are numbers of classes, values are finite."""
+    if (targets := getattr(raw, "targets", None)) is None or not len(targets):
+        return
+    values = np.asarray(targets)
+    if values.dtype.kind not in "iufb":
+        raise SampleError(
+            f"the {split} split of {type(raw).__name__}: its targets are {values.dtype}, not numbers"
+        )
+    if task == "classification":
+        bad = (values < 0) | (values >= classes) | (values % 1 != 0)
+        allowed = f"a label is a whole number from 0 to {(classes or 1) - 1} (data.num_classes={classes})"
+    else:
+        bad, allowed = ~np.isfinite(values), "a value is a finite number"
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        name = f"sample {sample_name(raw, index)} of the {split} split ({type(raw).__name__})"
+        raise SampleError(f"{name}: its target is {values[index]}; {allowed}")
 
 
 class BaseDataModule(LightningDataModule):
@@ -160,8 +190,8 @@ class BaseDataModule(LightningDataModule):
         val_split: Literal["test"] | Annotated[float, "(0, 1)"] = 0.1,
         fold: Annotated[int, "[0, inf)"] = 0,
         folds: Annotated[int, "[1, inf)"] = 1,
-        split_seed: int = 0,
-        seed: int = 0,
+        split_seed: Annotated[int, "[0, inf)"] = 0,
+        seed: Annotated[int, "[0, inf)"] = 0,
         task: Literal["classification", "regression"] = "classification",
         num_classes: Annotated[int | None, "[1, inf)"] = None,
         input_channels: Annotated[int, "[1, inf)"] = 3,
@@ -224,6 +254,8 @@ class BaseDataModule(LightningDataModule):
             raise ConfigError(f"data.cv.k={self.folds}: {self.name} has a validation split of its own")
         if self.task == "classification":
             self._check_classes()
+        for split in ("train", "val", "test"):
+            _refuse_bad_targets(getattr(self, f"{split}_dataset"), split, self.task, self.num_classes)
         self.samples("predict")
 
     def _check_policies(self) -> None:
@@ -392,12 +424,14 @@ class BaseDataModule(LightningDataModule):
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""
         if split == "predict" and self.predict_dir is not None and self.trained_classes is not None:
-            return Samples(self._images_to_predict(), None, self.test_transforms, "evaluate", self.seed)
+            return Samples(
+                self._images_to_predict(), None, self.test_transforms, "evaluate", self.seed, split
+            )
         self._load()
         if split == "train":
             whole = self.val_dataset is not None or (self.val_split == "test" and self.folds == 1)
             kept = None if whole else self._division()[0]
-            return Samples(self.train_dataset, kept, self.train_transforms, "augment", self.seed)
+            return Samples(self.train_dataset, kept, self.train_transforms, "augment", self.seed, split)
         if split == "predict" and self.predict_dir is not None:
             raw, indices = self._images_to_predict(), None
         elif split != "val" and self.test_dataset is not None:
@@ -408,7 +442,7 @@ class BaseDataModule(LightningDataModule):
             raw, indices = self.test_dataset, None
         else:
             raw, indices = self.train_dataset, self._division()[1]
-        return Samples(raw, indices, self.test_transforms, "evaluate", self.seed)
+        return Samples(raw, indices, self.test_transforms, "evaluate", self.seed, split)
 
     def _images_to_predict(self) -> ImageFiles:
         if self._unlabelled is None:

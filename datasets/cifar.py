@@ -128,10 +128,10 @@ def decoded(files: ImageFiles, root: Path) -> Arrays:
         # a copy that keeps size and time of writing still has another time of change
         key.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
     cache = root / ".decoded" / f"{files.root.name}-{key.hexdigest()}-{files.channels}.npy"
-    if cache.is_file():
-        images = np.load(cache)
-    else:
-        images = np.empty((len(files), files.channels, _SIDE, _SIDE), dtype=np.uint8)
+    shape = (len(files), files.channels, _SIDE, _SIDE)
+    images = _kept(cache, shape)
+    if images is None:
+        images = np.empty(shape, dtype=np.uint8)
         for i in range(len(files)):
             image = files[i][0]
             if image.size != (_SIDE, _SIDE):
@@ -142,6 +142,15 @@ def decoded(files: ImageFiles, root: Path) -> Arrays:
             images[i] = np.asarray(image).reshape(_SIDE, _SIDE, -1).transpose(2, 0, 1)
         _keep(cache, images)
     return Arrays(torch.from_numpy(images), files.targets, files.classes)
+
+
+def _kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What an earlier run decoded; None where there is nothing, or it is damaged."""
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
 def _keep(path: Path, images: np.ndarray) -> None:

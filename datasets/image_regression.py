@@ -56,6 +56,14 @@ class ImageRegressionDataModule(BaseDataModule):
         path = root / self.csv_file
         if not path.is_file():
             raise ConfigError(f"data.module.csv_file={self.csv_file}: no such file in {root}")
+        try:
+            return self._read_rows(root, path)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(
+                f"data.module.csv_file={self.csv_file}: {path} cannot be read as CSV in UTF-8 ({error})"
+            ) from error
+
+    def _read_rows(self, root: Path, path: Path) -> tuple[list[str], list[float]]:
         names: list[str] = []
         values: list[float] = []
         seen: dict[tuple[int, int], list[tuple[str, int]]] = {}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from crucible.files import write_atomically
+from crucible.options import ConfigError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _ORIENTATION = 0x0112
@@ -33,8 +34,49 @@ _READERS = 8  # threads: on a network drive each file waits for its answer
 _SETTLED_S = 2.0  # a file that was just written may be written again within its time stamp's tick
 
 
-class SampleError(RuntimeError):
-    """A sample could not be read; the message names its file."""
+class SampleError(ConfigError):
+    """A sample could not be read: one line that names its file.
+
+    A loader's worker hands over an error as the text of its traceback. The line is the end of it; the rest is a note,
+    which `main.log` holds.
+    """
+
+    def __init__(self, message: str, see: str = "") -> None:
+        lines = message
+        if message.startswith("Caught SampleError in"):
+            lines = message.rpartition(f"{type(self).__name__}: ")[2]
+            self.add_note(message)
+        super().__init__(" ".join(lines.split()), see)
+
+
+@contextlib.contextmanager
+def naming(raw: Any, index: int, split: str = "") -> Iterator[None]:
+    """Errors name the sample, its data set and its split in their text: from a worker, nothing but the text arrives."""
+    of = f" of the {split} split" if split else ""
+    try:
+        yield
+    except SampleError as error:
+        raise SampleError(f"{error}{of and f' (a sample{of})'}") from error
+    except Exception as error:
+        name = f"sample {sample_name(raw, index)}{of} ({type(raw).__name__})"
+        raise SampleError(
+            f"{name}: {type(error).__name__}: {error}; main.log or HYDRA_FULL_ERROR=1 shows where"
+        ) from error
+
+
+def sample_name(raw: Any, index: int) -> str:
+    """The file of a sample, relative to the data's folder; for data without files, its number."""
+    names = getattr(raw, "names", None)
+    return str(index) if names is None else names[index]
+
+
+def unreadable(path: str | Path, what: str, error: Exception) -> SampleError:
+    """The error for a file that cannot be read as `what`; an empty text: not at all."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = reason.replace(repr(str(path)), "it") or type(error).__name__
+    return SampleError(
+        f"{path}: cannot be read{what} ({reason}); replace or remove it, then give the command again"
+    )
 
 
 def load_image(path: str | Path, channels: int) -> Image.Image:
@@ -55,7 +97,7 @@ def load_image(path: str | Path, channels: int) -> Image.Image:
             image.load()
             return _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
     except Exception as error:
-        raise SampleError(f"{path}: cannot be read as an image: {type(error).__name__}: {error}") from error
+        raise unreadable(path, " as an image", error) from error
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
@@ -164,7 +206,7 @@ class ImageFiles(Dataset):
         yield from self.names.content()
         yield self.targets.tobytes()
         if scheme == 1:
-            sizes = [path.stat().st_size for path in self._spread(_FILES_READ)]
+            sizes = [_state(path).st_size for path in self._spread(_FILES_READ)]
             yield np.asarray(sizes, dtype=np.int64).tobytes()
         else:
             yield self._of_the_files()
@@ -176,7 +218,7 @@ class ImageFiles(Dataset):
     def _of_the_files(self) -> bytes:
         """A digest of sizes and content; kept for files whose time, size and place have not changed."""
         paths = self._spread(_FILES_SIZED)
-        states = [path.stat() for path in paths]
+        states = [_state(path) for path in paths]
         sizes = np.asarray([s.st_size for s in states], dtype=np.int64)
         stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
@@ -213,7 +255,21 @@ def _cache() -> Path:
     return Path(tempfile.gettempdir()) / "crucible" / "fingerprints"
 
 
+def _state(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise unreadable(path, "", error) from error
+
+
 def _digest(path: Path, whole: bool) -> bytes:
+    try:
+        return _digest_of(path, whole)
+    except OSError as error:
+        raise unreadable(path, "", error) from error
+
+
+def _digest_of(path: Path, whole: bool) -> bytes:
     with path.open("rb") as stream:
         if whole:
             return hashlib.file_digest(stream, _blake2b).digest()
@@ -317,7 +373,8 @@ def _content(dataset: Any) -> Iterator[bytes]:
     if hasattr(dataset, "targets"):
         yield np.asarray(dataset.targets).tobytes()
     for index in range(0, len(dataset), max(1, len(dataset) // 256)):
-        image, target = dataset[index]
+        with naming(dataset, index):
+            image, target = dataset[index]
         yield np.ascontiguousarray(image).tobytes() + str(target).encode()
 
 
@@ -359,7 +416,7 @@ def image_files(folder: Path) -> list[str]:
     pending = [""]
     while pending:
         relative = pending.pop()
-        with os.scandir(folder / relative) as entries:
+        with _listed(folder / relative) as entries:
             for entry in entries:
                 if _passed_over(entry.name):
                     continue
@@ -371,7 +428,16 @@ def image_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def _listed(folder: Path) -> Any:
+    try:
+        return os.scandir(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"data.module.data_root_dir: {folder}: cannot be listed ({error.strerror})"
+        ) from error
+
+
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in `folder`, sorted; hidden ones are passed over."""
-    with os.scandir(folder) as entries:
+    with _listed(folder) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not _passed_over(e.name))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import Dataset
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
 from crucible.keyed import keyed_rng, stream_key
-from datasets.images import Arrays, SampleError
+from datasets.images import Arrays, SampleError, naming, sample_name
 from datasets.sampling import KeyedBatch
 
 _BLANK = 64  # pixels a side
@@ -30,17 +29,19 @@ class Samples(Dataset):
         policy: its `sample` is applied to each input.
         stream: name of the random stream.
         seed: of the random stream.
+        split: their name in errors.
     """
 
-    def __init__(self, raw: Any, indices: np.ndarray | None, policy: Policy, stream: str, seed: int) -> None:
+    def __init__(
+        self, raw: Any, indices: np.ndarray | None, policy: Policy, stream: str, seed: int, split: str = ""
+    ) -> None:
         self.raw = raw
         self.indices = indices
         self.policy = policy
         self.stream = stream
         self.seed = seed
-        self.skips = (
-            False  # whether what cannot be read is a blank, its number -1 - index, instead of an error
-        )
+        self.split = split
+        self.skips = False  # what cannot be read is a blank of the number -1 - index, instead of an error
 
     def __len__(self) -> int:
         return len(self.raw) if self.indices is None else len(self.indices)
@@ -61,6 +62,9 @@ class Samples(Dataset):
         if self.skips:
             return self._readable(epoch, indices)
         inputs, targets = zip(*(self._sample(epoch, i) for i in indices.tolist()), strict=True)
+        for place, input in enumerate(inputs):
+            if input.shape != inputs[0].shape:
+                self._refuse_shape(input, inputs[0], indices[place], indices[0])
         return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
 
     def _readable(self, epoch: int, indices: np.ndarray) -> Batch:
@@ -85,30 +89,21 @@ class Samples(Dataset):
             return str(error)
         return ""
 
+    def _refuse_shape(self, input: Tensor, other: Tensor, index: int, others: int) -> NoReturn:
+        names = [sample_name(self.raw, int(i)) for i in (index, others)]
+        shapes = ["x".join(map(str, x.shape)) for x in (input, other)]
+        raise SampleError(
+            f"sample {names[0]} of the {self.split} split is {shapes[0]}, {names[1]} is {shapes[1]}: all samples of a "
+            f"batch have one shape; a policy with a size (data.module.train_transforms, test_transforms) makes it so"
+        )
+
     def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
-        with naming(self.raw, index):
+        with naming(self.raw, index, self.split):
             input, target = self.raw[index]
             with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
                 return self.policy.sample(input), target
 
 
-@contextmanager
-def naming(raw: Any, index: int) -> Iterator[None]:
-    """Errors name the sample in their text: from a worker, nothing but the text arrives."""
-    try:
-        yield
-    except SampleError:
-        raise
-    except Exception as error:
-        raise SampleError(f"sample {sample_name(raw, index)}: {type(error).__name__}: {error}") from error
-
-
 def _targets(values: np.ndarray) -> Tensor:
     kind = np.float32 if values.dtype.kind == "f" else np.int64
     return torch.from_numpy(values.astype(kind, copy=False))
-
-
-def sample_name(raw: Any, index: int) -> str:
-    """The file of a sample, relative to the data's folder; for data without files, its number."""
-    names = getattr(raw, "names", None)
-    return str(index) if names is None else names[index]

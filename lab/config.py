@@ -27,6 +27,7 @@ from crucible.options import (
     check_arguments,
     check_value,
     read_options,
+    shown,
     signature_options,
     suggest,
 )
@@ -88,16 +89,55 @@ SWEEP_OPTIONS = (
 )  # fmt: skip
 LONG_RUN_STEPS = 5000
 
+_Count = Annotated[int, "[1, inf)"]
+_Share = Annotated[float, "[0, 1]"] | Annotated[int, "[0, inf)"] | None  # of an epoch's batches, or so many
+_SEED = Annotated[int, "[0, 4294967295]"]
+
+# the options at the top, and of `data` without those of its module
+ROOT_TYPES: dict[str, Any] = {
+    "task": Task, "summary_depth": _Count, "seed": _SEED, "arm": str | None, "metrics": list[str], "fresh": bool,
+    "test_after_training": bool, "reproducible": bool, "ckpt_path": str | None, "user_dir": str | None,
+    "data_dir": str | None, "exp_dir": str, "on_nonfinite": OnNonfinite,
+    "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count,
+}  # fmt: skip
+DATA_TYPES: dict[str, Any] = {
+    "task": Literal["classification", "regression"], "num_classes": _Count | None, "input_channels": _Count,
+    "input_size": _Count, "input_dim": Literal[1, 2, 3], "cv.k": _Count,
+}  # fmt: skip
+# Lightning's own declarations are wider than what it takes
 _TRAINER_TYPES: dict[str, Any] = {
-    "max_epochs": Annotated[int, "[1, inf)"],
-    "max_steps": Annotated[int, "[-1, inf)"],
-    "num_nodes": Annotated[int, "[1, inf)"],
-    "accumulate_grad_batches": Annotated[int, "[1, inf)"],
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
+    "accumulate_grad_batches": _Count,
+    "check_val_every_n_epoch": _Count | None,
+    "devices": Literal["auto"] | str | Annotated[int, "[-1, inf)"] | Annotated[list[int], "[0, inf)"],
+    "enable_autolog_hparams": bool,
+    "enable_progress_bar": bool,
+    "fast_dev_run": bool | Annotated[int, "[0, inf)"],
+    "gradient_clip_algorithm": Literal["norm", "value"] | None,
     "gradient_clip_val": Annotated[float, "(0, inf)"] | None,
-    "check_val_every_n_epoch": Annotated[int, "[1, inf)"],
-    "log_every_n_steps": Annotated[int, "[1, inf)"] | None,
-    "overfit_batches": Annotated[float, "[0, inf)"],
-}
+    "limit_predict_batches": _Share,
+    "limit_test_batches": _Share,
+    "limit_train_batches": _Share,
+    "limit_val_batches": _Share,
+    "log_every_n_steps": _Count | None,
+    "max_epochs": _Count,
+    "max_steps": Annotated[int, "[-1, inf)"],
+    "max_time": str | dict | None,
+    "min_epochs": _Count | None,
+    "min_steps": _Count | None,
+    "num_nodes": _Count,
+    "num_sanity_val_steps": Annotated[int, "[-1, inf)"] | None,
+    "overfit_batches": Annotated[float, "[0, 1]"] | Annotated[int, "[0, inf)"],
+    "precision": Literal[
+        "32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "transformer-engine",
+        "transformer-engine-float16", "32", "16", "bf16", "64", 32, 16, 64,
+    ] | None,
+    "profiler": Literal["simple", "advanced", "pytorch", "xla"] | None,
+    "reload_dataloaders_every_n_epochs": Annotated[int, "[0, inf)"],
+    "strategy": str,
+    "sync_batchnorm": bool | None,
+    "val_check_interval": Annotated[float, "(0, 1]"] | _Count | None,
+}  # fmt: skip
 
 
 class Needed(NamedTuple):
@@ -146,12 +186,6 @@ NEEDED = (
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
 )  # fmt: skip
-
-_OF_THE_GUARD: dict[str, Any] = {
-    "on_nonfinite": OnNonfinite,
-    "rollback_lr": Annotated[float | None, "(0, 1)"],
-    "rollback_limit": Annotated[int, "[1, inf)"],
-}
 
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
@@ -235,16 +269,12 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
     Raises:
         ConfigError: one line naming the option, its value, and what is allowed.
     """
+    _check_groups(config)
     if typed is None:
         _check_names(config)
-    check_value("task", config["task"], Task)
-    check_value("summary_depth", config["summary_depth"], Annotated[int, "[1, inf)"])
-    check_value("seed", config["seed"], Annotated[int, "[0, 4294967295]"])
-    for name in ("fresh", "test_after_training", "reproducible"):
-        check_value(name, config[name], bool)
-    for name, kind in _OF_THE_GUARD.items():
+    for name, annotation in ROOT_TYPES.items():
         if name in config:  # what was recorded before there was one has none
-            check_value(name, config[name], kind)
+            check_value(name, config[name], annotation)
     _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
     _check_checkpoint(config["checkpoint"])
@@ -254,7 +284,6 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
         read_options(room, config["model"])
     _check_step(config)
     _check_needed(config, typed)
-    check_value("metrics", config["metrics"], list[str])
     check_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"] or 1000)
     for group in ("callbacks", "logger"):
         for name, node in config[group].items():
@@ -262,6 +291,28 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
                 _check_node(node, f"{group}.{name}")
             elif not (node is None or node is False or (group == "logger" and node is True)):
                 raise ConfigError(f"{group}.{name} must be null or have a _target_, got {node!r}")
+
+
+def _check_groups(config: Config) -> None:
+    """What holds options is a mapping of them."""
+    groups = (
+        "model",
+        "model.stages",
+        "data",
+        "data.cv",
+        "data.module",
+        "trainer",
+        "checkpoint",
+        "callbacks",
+        "logger",
+    )
+    for name in groups:
+        if not isinstance(node := select(config, name), Mapping) and (
+            node is not None or name != "model.stages"
+        ):
+            raise ConfigError(
+                f"{name} must be a mapping of options, got {shown(node)}; {name}.NAME=VALUE sets one"
+            )
 
 
 def _check_names(config: Config) -> None:
@@ -360,9 +411,8 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
-    check_value("data.task", data.get("task"), Literal["classification", "regression"])
-    check_value("data.num_classes", data.get("num_classes"), Annotated[int, "[1, inf)"] | None)
-    check_value("data.cv.k", data["cv"]["k"], Annotated[int, "[1, inf)"])
+    for name, annotation in DATA_TYPES.items():
+        check_value(f"data.{name}", select(data, name), annotation)
     for name in data:
         if name not in ("module", "cv", "task", "num_classes", "input_channels", "input_size", "input_dim"):
             raise ConfigError(
@@ -392,19 +442,11 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
-        if name in ("precision", "sync_batchnorm") and value is None:
-            continue
         check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
     if trainer["max_steps"] == 0:
         raise ConfigError("trainer.max_steps=0 trains nothing; -1 leaves the length to trainer.max_epochs")
     if trainer.get("limit_train_batches") in (0, 0.0):
         raise ConfigError("trainer.limit_train_batches=0 trains nothing; null takes all batches")
-    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches"):
-        value = trainer.get(name)
-        if (isinstance(value, float) and not 0 <= value <= 1) or (isinstance(value, int) and value < 0):
-            raise ConfigError(
-                f"trainer.{name} must be a fraction in [0, 1] or a number of batches, got {value!r}"
-            )
     if any(word in str(trainer["strategy"]) for word in ("spawn", "fork", "notebook")):
         raise ConfigError(
             f"trainer.strategy={trainer['strategy']}: the ranks of a run are processes of their own; use auto or ddp"

@@ -33,7 +33,7 @@ from lab import config as checking
 from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
 from lab.config import SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.states import check_state
-from lab.summary import check_input
+from lab.summary import check_input, check_samples
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
@@ -468,6 +468,7 @@ class Examiner:
             return
         model = build_model(config, load=False, compile=False)
         check_input(model, config)
+        check_samples(model, config, data)
         if config["ckpt_path"]:
             check_state(config, model, data)
         if config["model"]["init_from"] and not config["ckpt_path"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision.ops  # noqa: F401  registers the operators that are counted
@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crucible import private
 from crucible.configuration import Config
+from crucible.keyed import stream_key
 from crucible.options import ConfigError
+from datasets.base_datamodule import BaseDataModule
 from lab.config import resolve_network
 from models.base_model import BaseModel
 from norms import Norm
@@ -110,6 +112,40 @@ def check_input(model: BaseModel, config: Config) -> None:
         raise ConfigError(
             f"data.input_size={config['data']['input_size']}: {network} cannot take input of {size} ({reason})"
         ) from error
+
+
+def check_samples(model: BaseModel, config: Config, data: BaseDataModule) -> None:
+    """Two samples of a split go as far as the network: what cannot be read or prepared is said before there is a run.
+
+    Raises:
+        ConfigError: naming the policy, the sample or the technique.
+    """
+    parts: tuple[tuple[Literal["train", "val"], str, Literal["train", "eval"]], ...] = (
+        ("train", "train_transforms", "train"),
+        ("val", "test_transforms", "eval"),
+    )
+    for split, role, stage in parts:
+        samples = data.samples(split)
+        if not len(samples):
+            continue
+        batch = samples[0, list(range(min(2, len(samples))))]
+        changes = model.step.raw if stage == "train" else []
+        policy = type(getattr(data, role)).__name__
+        try:
+            for change in changes:
+                batch = change.change(batch, stream_key(model.seed, change.stream, 0))
+            shape = tuple(data.batch_transform(batch, stage, 0).input.shape[1:])
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"data.module.{role}: {policy} cannot take the {split} samples ({reason})"
+            ) from error
+        wanted = input_shape(config, 1)[1:]
+        if len(shape) != len(wanted) or shape[0] != wanted[0]:
+            raise ConfigError(
+                f"data.module.{role}: {policy} makes {'x'.join(map(str, shape))} of the {split} samples; "
+                f"data.input_channels={wanted[0]} and data.input_dim={len(wanted) - 1} say otherwise"
+            )
 
 
 def _counter() -> FlopCounterMode:

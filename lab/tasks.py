@@ -44,7 +44,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
-from datasets.samples import sample_name
+from datasets.images import sample_name
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
 from lab.scoring import DataToScore, data_to_score

@@ -74,7 +74,7 @@ class BaseModel(EvaluatedModel):
         input_channels: Annotated[int, "[1, inf)"] = 3,
         metrics: list[str] | None = None,
         channels_last: bool | None = None,
-        seed: int = 0,
+        seed: Annotated[int, "[0, inf)"] = 0,
         compile: bool | None = None,
         stages: dict[str, str] | None = None,
         **options: Any,

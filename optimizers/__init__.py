@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from crucible.options import ConfigError, signature_options, suggest
+from crucible.options import ConfigError, check_value, shown, signature_options, suggest
 from crucible.private import unscale_outside_the_step
 
 __all__ = ["OptimizerOptions", "build_optimizer"]
@@ -46,7 +47,13 @@ class OptimizerOptions:
     optimizer_kwargs: Annotated[dict[str, Any] | None, "further arguments of the optimizer"] = None
 
     def __post_init__(self) -> None:
-        _construct(self, [nn.Parameter(torch.zeros(1, 1))])  # a trial: a bad argument ends the run here
+        # a trial: a bad argument ends the run here
+        weight = nn.Parameter(torch.zeros(1, 1))
+        optimizer = _construct(self, [weight])
+        if self.optimizer_kwargs and not self.optimizer_kwargs.get("capturable"):  # which a CPU cannot try
+            weight.grad = torch.zeros_like(weight)
+            with _refusing(self, self.optimizer_kwargs):
+                optimizer.step()
 
 
 def build_optimizer(
@@ -80,18 +87,30 @@ def _construct(options: OptimizerOptions, parameters: list[Any]) -> Optimizer:
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
     if optimizer_class in _CLASSIC.values() and first.is_cuda and not {"foreach", "fused"} & set(arguments):
         arguments["fused"] = True
-    try:
+    with _refusing(options, arguments):
         optimizer = optimizer_class(parameters, lr=options.lr, weight_decay=options.weight_decay, **arguments)
-    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"model.optimizer={options.optimizer} refuses its arguments: {error} ({arguments})"
-        ) from error
     if arguments.get("fused"):
         # A fused step would unscale by itself: too late for what reads or clips the gradients before it.
         unscale_outside_the_step(optimizer)
     optimizer.register_state_dict_post_hook(_sign)
     optimizer.register_load_state_dict_pre_hook(_keep_what_is_configured)
     return optimizer
+
+
+@contextlib.contextmanager
+def _refusing(options: OptimizerOptions, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Optimizers refuse by whatever their first use of a bad argument raises."""
+    try:
+        yield
+    except Exception as error:
+        of = (
+            f"model.optimizer_kwargs={shown(dict(options.optimizer_kwargs))}"
+            if options.optimizer_kwargs
+            else arguments
+        )
+        raise ConfigError(
+            f"model.optimizer={options.optimizer} refuses its arguments: {' '.join(str(error).split())} ({of})"
+        ) from error
 
 
 def _sign(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -151,7 +170,7 @@ def _resolve(options: OptimizerOptions) -> tuple[Callable[..., Optimizer], dict[
             raise ConfigError(
                 f"model.optimizer_kwargs.{name}={value!r}: {options.optimizer} has no such argument{hint}"
             )
-        arguments[name] = value
+        arguments[name] = check_value(f"model.optimizer_kwargs.{name}", value, known[name][0])
     if options.momentum is not None:
         arguments["momentum"] = options.momentum
     if options.nesterov:

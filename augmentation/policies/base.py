@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as v2F
 from crucible.keyed import keyed_uniform
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
+Finite = Annotated[list[float] | None, "(-inf, inf)", "a value a channel"]
 Pixels = Annotated[int | None, "[0, inf)"]
 
 
@@ -29,7 +30,7 @@ class Policy(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, *, mean: list[float] | None = None, std: Positive = None) -> None:
+    def __init__(self, *, mean: Finite = None, std: Positive = None) -> None:
         super().__init__()
         self.channels_given = max(len(mean or ()), len(std or ()))
         scale = 1 / torch.tensor(std or [1.0], dtype=torch.float64)
