@@ -64,6 +64,11 @@ def unquoted(value: str) -> str:
     return re.sub(rf"(\\+)(?={quote}|$)", lambda m: m[1][: len(m[1]) // 2], value[1:-1])
 
 
+def as_typed(value: object) -> str:
+    """A value that was read, as YAML writes it: `true`, `null`, `[1, 2]`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+
+
 def option(name: str, value: object) -> str:
     """`name=value` as Hydra reads it, for a text of any characters."""
     return f"{name}={quoted(value)}"

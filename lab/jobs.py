@@ -31,7 +31,7 @@ from callbacks.checkpoints import tidy
 from callbacks.pruning import Pruned
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
-from crucible.command_line import command, describe, option, parse, unquoted
+from crucible.command_line import as_typed, command, describe, option, parse, unquoted
 from crucible.configuration import Config
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
@@ -591,7 +591,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
                     "run=RUN resumes what was recorded; to change it, start a new run "
                     f"(with ckpt_path={run.checkpoints / 'last.ckpt'} to start from this one's state)"
                 )
-            raise ConfigError(f"{name}={value}: {changeable}", see="README.md")
+            raise ConfigError(f"{name}={as_typed(value)}: {changeable}", see="README.md")
         value = _resolved(config, value)
         both = isinstance(value, Mapping) and isinstance(known[leaf], Mapping)
         known[leaf] = {**known[leaf], **value} if both else value

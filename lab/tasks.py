@@ -224,8 +224,9 @@ class _Collector(Callback):
     ) -> None:
         scores, target, index = (outputs[name].cpu() for name in ("scores", "target", "index"))
         if not len(self._scores):
-            self._scores = _on_disk((len(self._numbers), *scores.shape[1:]), scores.dtype)
-            self._target = target.new_empty(len(self._numbers))
+            with torch.inference_mode(False):  # what comes after the prediction changes them in place
+                self._scores = _on_disk((len(self._numbers), *scores.shape[1:]), scores.dtype)
+                self._target = torch.empty(len(self._numbers), dtype=target.dtype)
         self._unread += (-1 - index[index < 0]).tolist()
         rows = torch.searchsorted(self._numbers, torch.where(index < 0, -1 - index, index))
         self._scores[rows], self._target[rows] = scores, target

@@ -46,10 +46,12 @@ def _markdown(block: Block) -> list[str]:
             return [f"![{title}]({file})", "", f"*{title}.* {_marked(plot.caption)}"]
         case Fold(title, blocks):
             inner = [line for b in blocks for line in [*_markdown(b), ""]]
-            return [f"<details><summary>{_escape(title)}</summary>", "", *inner, "</details>"]
+            return [f"<details><summary>{_in_html(title)}</summary>", "", *inner, "</details>"]
 
 
-_MARKS = re.compile(r"`[^`]+`|(?<![\w*])\*[a-z][^*<]*\*(?![\w*])")  # `code` and *emphasis*, as in `_inline`
+_MARKS = re.compile(
+    r"`[^`]+`|(?<![\w*])\*[A-Za-z][^*<]*\*(?![\w*])"
+)  # `code` and *emphasis*, as in `_inline`
 # what GitHub would take for a mark: of code, emphasis, HTML, an entity, a link
 _MARK = re.compile(
     r"[`\\]|\*(?=\S)|(?<=\S)\*|(?<!\w)_|_(?!\w)|~(?=~)|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\[(?=[^]]*\]\s*[(:\[])|\]\s*(?=[(:\[])"
@@ -62,7 +64,16 @@ def _plain(text: str) -> str:
     text = _MARK.sub(
         lambda m: {"<": "&lt;", "&": "&amp;"}.get(m[0], f"\\{m[0]}"), " ".join(text.splitlines())
     )
-    return _LINK.sub(lambda m: "&#64;" if m[0] == "@" else f"{m[0][:-1]}&#{ord(m[0][-1])};", text)
+    return _without_links(text)
+
+
+def _without_links(text: str) -> str:
+    return _LINK.sub(lambda m: f"{m[0][:-1]}&#{ord(m[0][-1])};", text)
+
+
+def _in_html(text: str) -> str:
+    """The same within a line of HTML, where a backslash is one."""
+    return _without_links(_escape(" ".join(text.splitlines()))).replace("[", "&#91;")
 
 
 def _marked(text: str) -> str:
@@ -102,7 +113,7 @@ def _escape(text: str) -> str:
 def _inline(text: str) -> str:
     """Escaped, with `code` and *emphasis*."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
-    return re.sub(r"(?<![\w*])\*([a-z][^*<]*)\*(?![\w*])", r"<em>\1</em>", marked)
+    return re.sub(r"(?<![\w*])\*([A-Za-z][^*<]*)\*(?![\w*])", r"<em>\1</em>", marked)
 
 
 def _verdict_class(text: str) -> str:

@@ -69,7 +69,7 @@ def test_a_run_does_not_go_on_across_a_correction(cli, tmp_path, monkeypatch: py
     correction = Correction("model.label_smoothing", 2, option_is("model.label_smoothing"), "it was wrong")
     monkeypatch.setattr(owner, "corrections", (correction,))
     state = (run / "checkpoints" / "last.ckpt").read_bytes()
-    refused = cli(f"run={run}")
+    refused = cli(f"run={run}", "user_dir=mine")
     assert refused.status == 2 and len(refused.err.strip().splitlines()) == 1
     assert "model.label_smoothing has been corrected since it was begun: it was wrong" in refused.err
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == state
