@@ -387,10 +387,15 @@ def _check_node(node: Mapping[str, Any], prefix: str) -> None:
     check_arguments(target, node, prefix, given=nested)
 
 
-def model_options(target: Any, stages: Mapping[str, str] | None = None) -> dict[str, tuple[Any, Any]]:
+def model_options(target: Any, stages: Mapping[str, str] | None = None) -> Mapping[str, tuple[Any, Any]]:
     """`{name: (annotation, default)}` of all that `model.*` may hold: the target's own, the basics, the techniques'."""
+    return _model_options(target, tuple((stages or {}).items()))
+
+
+@cache
+def _model_options(target: Any, stages: tuple[tuple[str, str], ...]) -> Mapping[str, tuple[Any, Any]]:
     known = dict(signature_options(target))
-    for room in (*BASICS, *technique_kinds(stages)):
+    for room in (*BASICS, *technique_kinds(dict(stages))):
         hints = get_type_hints(room, include_extras=True)
         known.update({f.name: (hints[f.name], f.default) for f in dataclasses.fields(room)})
     known["init_from"] = (str | None, None)
