@@ -62,7 +62,9 @@ def main() -> None:
             alike += not found
             kinds[operation][0] += 1
             kinds[operation][1] += not found
-            failures += [f"{name}, before {number} ({operation}): {'; '.join(found[:4])}"] if found else []
+            if found:
+                failures.append(f"{name}, before {number} ({operation}): {'; '.join(found[:4])}")
+                print(failures[-1], flush=True)
             shutil.rmtree(folder, ignore_errors=True)
         lines.append(f"| {name} | {len(done)} | {len(done)} | {alike} |")
         print(lines[-1], flush=True)
@@ -88,7 +90,9 @@ def main() -> None:
             else:
                 killed += 1
                 alike += not found
-                failures += [f"{name}, after {moment:.2f} s: {'; '.join(found[:4])}"] if found else []
+                if found:
+                    failures.append(f"{name}, after {moment:.2f} s: {'; '.join(found[:4])}")
+                    print(failures[-1], flush=True)
             shutil.rmtree(folder, ignore_errors=True)
         lines.append(f"| {name} | {killed} | {ended} | {alike} |")
         print(lines[-1], flush=True)
