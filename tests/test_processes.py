@@ -480,3 +480,18 @@ def test_a_run_that_nobody_has_touched_is_put_aside_or_retried(tmp_path: Path) -
     with pytest.raises(Held):
         planned.job.run.claim_file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
         planned.record({})
+
+
+def test_what_is_typed_beside_a_run_reaches_its_processes(cli, tmp_path: Path, monkeypatch) -> None:
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], *rest: Any) -> subprocess.Popen[bytes]:
+        started.append(arguments[1:])
+        return subprocess.Popen(["true"], start_new_session=True)
+
+    monkeypatch.setattr("lab.processes._started", start)
+    cli(*TINY, "trainer.devices=2", "trainer.accelerator=cpu")
+    (run,) = runs_in(tmp_path)
+    typed = ["checkpoint.keep=none", "~callbacks.plots", "data.module.num_workers=1"]
+    cli(f"run={run}", *typed)
+    assert started == [[f"run={run}"], [f"run={run}", *typed]]
