@@ -500,15 +500,17 @@ def _but_for_the_seed(*nodes: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without what Lightning says of a trainer that only has to be built, or to evaluate."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _archive(run: RunDirectory) -> None:

@@ -51,6 +51,7 @@ from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.ranks import (
+    FOLLOW_S,
     SAVE_S,
     SAY_AFTER_S,
     WAIT_S,
@@ -60,6 +61,7 @@ from lab.ranks import (
     end_others,
     end_with_children,
     end_with_parent,
+    follows,
     go_to_meeting,
     open_meeting,
     start_others,
@@ -528,6 +530,11 @@ def run_recorded(arguments: Sequence[str]) -> int:
         try:
             status = _evaluate(task, runs, configs, given)
             end_others(others, SAVE_S)
+        except Exception as error:
+            # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
+            if is_child_rank() or (others and follows(error)):
+                ended.wait(FOLLOW_S)
+            raise
         finally:
             ended.set()
             end_others(others, 0)
