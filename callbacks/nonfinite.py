@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from callbacks.recorder import Diverged, GoBack
 from crucible.batch import Batch
+from crucible.finite import all_finite, tensors_in
 from crucible.machine import wide
 from crucible.run import RunDirectory
 from crucible.training import watched
@@ -83,15 +84,6 @@ class Trace:
         return values.tolist(), [number > 0 for number in bad.tolist()]
 
 
-def are_finite(tensors: list[Tensor]) -> bool:
-    """Waits for the device."""
-    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-    if not floating:
-        return True
-    norms = torch._foreach_norm(floating, math.inf, wide(floating[0].device))
-    return bool(torch.stack(norms).isfinite().all())
-
-
 class Witness:
     """Sees the first output, or gradient of an output, of a network's modules that is not finite. Each look waits.
 
@@ -119,12 +111,12 @@ class Witness:
         self._network._compiled_call_impl = self._compiled
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.first and not are_finite(list(_tensors(args))):
+        if not self.first and not all_finite(tensors_in(args)):
             self.first = "the input"
 
     def _see_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        for tensor in _tensors(output):
-            if not self.first and not are_finite([tensor]):
+        for tensor in tensors_in(output):
+            if not self.first and not all_finite([tensor]):
                 self.first = f"the output of {name or 'the network'}"
             if self._gradients and tensor.requires_grad:
                 tensor.register_hook(partial(self._see_gradient, name))
@@ -134,19 +126,8 @@ class Witness:
                 )
 
     def _see_gradient(self, name: str, gradient: Tensor) -> None:
-        if not self.first and not are_finite([gradient]):
+        if not self.first and not all_finite([gradient]):
             self.first = f"the gradient of the output of {name or 'the network'}"
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
 
 
 def suspects(batch: Batch, rows: Tensor | None = None) -> tuple[str, list[int]]:
@@ -274,7 +255,7 @@ class Guard(Callback):
             trainer.optimizers[0].register_step_post_hook(self._count_step)
         # masks that hold infinities on purpose, say
         buffers = watched(pl_module).model.named_buffers()
-        self._watched_buffers = {name: b for name, b in buffers if are_finite([b])}
+        self._watched_buffers = {name: b for name, b in buffers if all_finite([b])}
 
     def _count_step(self, *_: Any) -> None:
         self._counts["done"] += 1
@@ -351,12 +332,12 @@ class Guard(Callback):
             self._found(trainer, self._event(trainer, place, values[batches.index(place)], "", []))
 
     def _weights_are_finite(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        finite = are_finite([*pl_module.parameters(), *self._watched_buffers.values()])
+        finite = all_finite([*pl_module.parameters(), *self._watched_buffers.values()])
         return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite)
 
     def _first_weight(self, pl_module: LightningModule) -> str:
         named = {**dict(watched(pl_module).model.named_parameters()), **self._watched_buffers}
-        return next((name for name, tensor in named.items() if not are_finite([tensor])), "")
+        return next((name for name, tensor in named.items() if not all_finite([tensor])), "")
 
     def _go_back(self, place: Place) -> None:
         self._suspect, self._of_before = place, False
@@ -418,7 +399,7 @@ class Guard(Callback):
         """After each batch of a training that is run again; waits for the device, collective."""
         value = 0.0 if loss is None else float(loss)
         stepped = trainer.global_step > self._place.step
-        weights = not stepped or are_finite([*pl_module.parameters(), *self._watched_buffers.values()])
+        weights = not stepped or all_finite([*pl_module.parameters(), *self._watched_buffers.values()])
         here = not (math.isfinite(value) and self._gradient_is_finite and weights)
         gradient, self._gradient_is_finite = self._gradient_is_finite, True
         several = trainer.world_size > 1
@@ -542,7 +523,7 @@ def _line(event: dict[str, Any]) -> str:
 
 def _first_gradient(module: nn.Module) -> str:
     """Of those that are not finite the first that a backward pass comes to."""
-    found = [n for n, p in module.named_parameters() if p.grad is not None and not are_finite([p.grad])]
+    found = [n for n, p in module.named_parameters() if p.grad is not None and not all_finite([p.grad])]
     return f"the gradient of {found[-1].removeprefix('model.')}" if found else ""
 
 

@@ -323,9 +323,11 @@ def explain(error: Exception) -> int:
         return 1
     message = masked(message)
     print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
-    mistaken = not any(isinstance(cause, OSError) for cause in _causes(error)) or any(
-        isinstance(cause, ConfigError) for cause in _causes(error)
+    # Hydra's error of a group without that choice is an OSError by its class
+    of_the_system = any(
+        isinstance(c, OSError) and (c.errno or isinstance(c, Unwritable)) for c in _causes(error)
     )
+    mistaken = not of_the_system or any(isinstance(cause, ConfigError) for cause in _causes(error))
     return BAD_INPUT if mistaken else 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from crucible.command_line import option
 from crucible.handover import pass_on, received
 from crucible.options import ConfigError
 
@@ -135,7 +137,11 @@ def judge(config: Mapping[str, Any], where: str, user_dir: str | Path | None = N
         if (reason := _refusal(found, folder)) is None:
             continue
         recorded = config.get("user_dir")
-        again = f"user_dir={recorded} again" if recorded else "user_dir=FOLDER, in which it lies"
+        again = (
+            f"{shlex.quote(option('user_dir', recorded))} again"
+            if recorded
+            else "user_dir=FOLDER, in which it lies"
+        )
         said = f"{found.option}={_shown(found.value)} (recorded user_dir: {_shown(recorded) if recorded else 'none'})"
         raise ConfigError(
             f"{where} records {said}, which {reason}; nothing of it was run. If it is yours, type {_shown(again)}"

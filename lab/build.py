@@ -160,7 +160,7 @@ def _made(node: Mapping[str, Any], named: str) -> Any:
     except InstantiationException as error:
         cause: BaseException = error.__cause__ or error
         if isinstance(cause, ConfigError):
-            raise
+            raise cause from None
         reason = " ".join(str(cause).split())[:300]
         raise ConfigError(
             f"{named} refuses its options: {type(cause).__name__}: {reason}; change them"

@@ -374,6 +374,7 @@ class Examiner:
 
     _data: dict[str, tuple[BaseDataModule, str]] = field(default_factory=dict)
     _constructed: set[str] = field(default_factory=set)
+    _fetched: set[str] = field(default_factory=set)
 
     def examine(
         self, composed: DictConfig, overrides: Sequence[str], swept: Collection[str] | None = None
@@ -427,6 +428,8 @@ class Examiner:
             if (folder / before).exists() and known == fingerprint:
                 name, full = before, hash_before
         check_same(RunDirectory(folder / name), config, full)
+        if not any((folder / name / "checkpoints").glob("*.ckpt")):  # its state has the weights
+            self._fetch(config)
         if config["user_dir"]:
             config["user_dir"] = absolute(config["user_dir"])
         for key in ("data_root_dir", "predict_dir"):
@@ -481,6 +484,13 @@ class Examiner:
             build_trainer(config, Path(config["exp_dir"]), [], [])
         self._constructed.add(key)
 
+    def _fetch(self, config: Config) -> None:
+        """Weights that a network fetches are tried too, once for all jobs with the same network."""
+        key = _but_for_the_seed(config["model"])
+        if config["model"].get("pretrained") and not config["ckpt_path"] and key not in self._fetched:
+            build_model(config, compile=False)
+            self._fetched.add(key)
+
 
 def _but_for_the_seed(*nodes: Mapping[str, Any]) -> str:
     """What jobs share that differ by their seed only."""
@@ -490,15 +500,17 @@ def _but_for_the_seed(*nodes: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without what Lightning says of a trainer that only has to be built, or to evaluate."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _archive(run: RunDirectory) -> None:

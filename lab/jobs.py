@@ -51,6 +51,7 @@ from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.ranks import (
+    FOLLOW_S,
     SAVE_S,
     SAY_AFTER_S,
     WAIT_S,
@@ -60,6 +61,7 @@ from lab.ranks import (
     end_others,
     end_with_children,
     end_with_parent,
+    follows,
     go_to_meeting,
     open_meeting,
     start_others,
@@ -135,8 +137,14 @@ def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None
     rank_zero_only.rank = launch().rank  # type: ignore[attr-defined]  # Lightning has read the variables by itself
 
 
-def start(run: RunDirectory, config: Config) -> int:
-    """Run a recorded run to its end, or resume it; a finished one is left as it is. The exit status."""
+def start(run: RunDirectory, config: Config, typed: Sequence[str] = ()) -> int:
+    """Run a recorded run to its end, or resume it; a finished one is left as it is. The exit status.
+
+    Args:
+        run: recorded.
+        config: its configuration, with what was typed.
+        typed: the options beside `run=RUN`, for the processes that this one starts.
+    """
     # a child rank of a fresh run may see the finished one that rank 0 is about to put aside
     if run.state() == "finished" and not (is_child_rank() and config["fresh"]):
         if not is_child_rank():
@@ -151,8 +159,8 @@ def start(run: RunDirectory, config: Config) -> int:
         check_goes_on(run, config)
     several = world_size(config["trainer"]) > 1
     if several and not received().does_the_work and not launch().starts_the_ranks:
-        return _run_in_own_process(run)
-    return execute(run, config)
+        return _run_in_own_process(run, typed)
+    return execute(run, config, typed)
 
 
 def _warn_of_other_code(run: RunDirectory) -> None:
@@ -163,8 +171,8 @@ def _warn_of_other_code(run: RunDirectory) -> None:
         )
 
 
-def _run_in_own_process(run: RunDirectory) -> int:
-    process = Process(run)
+def _run_in_own_process(run: RunDirectory, typed: Sequence[str]) -> int:
+    process = Process(run, typed=typed)
     with on_signals(process.signal):
         while not process.ended(60):
             pass
@@ -176,13 +184,13 @@ def _run_in_own_process(run: RunDirectory) -> int:
     return status
 
 
-def execute(run: RunDirectory, config: Config) -> int:
+def execute(run: RunDirectory, config: Config, typed: Sequence[str] = ()) -> int:
     """Train this run in this process (one of its ranks); its exit status. Whatever happens is recorded."""
     with _Stops() as stops:
-        return _execute(run, config, stops)
+        return _execute(run, config, typed, stops)
 
 
-def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
+def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _Stops) -> int:
     first, others = not is_child_rank(), []
     if first:
         (resume, said), name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
@@ -207,7 +215,7 @@ def _execute(run: RunDirectory, config: Config, stops: _Stops) -> int:
     else:
         resume, said = _resume_of_rank_0(run), ""
     if world_size(config["trainer"]) > 1 and launch().by in ("nobody", "nodes"):
-        others = start_others([str(MAIN), option("run", run.path)], config["trainer"])
+        others = start_others([str(MAIN), option("run", run.path), *typed], config["trainer"])
     ranks = Ranks(run, received().ranks, others)
     handlers = _log_to(run, first)
     if said:
@@ -511,7 +519,8 @@ def run_recorded(arguments: Sequence[str]) -> int:
         if not is_child_rank() and os.access(runs[0].path, os.W_OK):
             with runs[0].locked():
                 complete(runs[0], runs[0].config(), overrides=None)
-        return start(runs[0], configs[0])
+        beside = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "user_dir")]
+        return start(runs[0], configs[0], beside)
     with quiet_lightning():
         several = not alone and world_size(trainer) > 1 and launch().by in ("nobody", "nodes")
         others = start_others([str(MAIN), *arguments], trainer) if several else []
@@ -521,6 +530,11 @@ def run_recorded(arguments: Sequence[str]) -> int:
         try:
             status = _evaluate(task, runs, configs, given)
             end_others(others, SAVE_S)
+        except Exception as error:
+            # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
+            if is_child_rank() or (others and follows(error)):
+                ended.wait(FOLLOW_S)
+            raise
         finally:
             ended.set()
             end_others(others, 0)

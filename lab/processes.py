@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,7 @@ class Process:
         trial: the trial of a search that the run is.
         output: where the process's lines go; None: where ours go.
         warm: starts the process where it can; without one, or where it cannot, the start is a real one.
+        typed: the options beside `run=RUN`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Process:
         output: Path | None = None,
         trial: Mapping[str, Any] | None = None,
         warm: WarmParent | None = None,
+        typed: Sequence[str] = (),
     ) -> None:
         self.run, self.unsaid = run, ""
         self._stopped, self._ranks, self._kills = False, secrets.token_hex(4), kills()
@@ -57,7 +59,7 @@ class Process:
         with contextlib.ExitStack() as stack:
             stream = stack.enter_context(output.open("ab")) if output else None
             everything = {**os.environ, **(environment or {}), **told.environment()}
-            self._process = _started([str(MAIN), option("run", run.path)], everything, stream, warm)
+            self._process = _started([str(MAIN), option("run", run.path), *typed], everything, stream, warm)
 
     def signal(self, number: int) -> None:
         """Hand a signal on to the run and its ranks."""

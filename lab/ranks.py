@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import DistError, TCPStore
 
+from crucible.command_line import BAD_INPUT
 from crucible.files import write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import launch
@@ -148,9 +149,10 @@ def _mourn(children: Sequence[subprocess.Popen[bytes]], ended: threading.Event) 
             continue
         status = dead.status or 0
         how = ended_by(-status, began) if status < 0 else f"ended with status {status}"
-        print(f"error: rank {dead.rank}: {how}", file=sys.stderr, flush=True)
+        if status not in (1, BAD_INPUT):  # else it has said why
+            print(f"error: rank {dead.rank}: {how}", file=sys.stderr, flush=True)
         end_others(children, 0)
-        os._exit(1)
+        os._exit(max(status, 1))
 
 
 class Cause(NamedTuple):
@@ -252,7 +254,7 @@ class Ranks:
             self._ended.set()
         if self._launch.world == 1:
             return Cause(text)
-        deadline = time.monotonic() + (FOLLOW_S if _follows(error) else 0)
+        deadline = time.monotonic() + (FOLLOW_S if follows(error) else 0)
         while time.monotonic() < deadline:
             if (found := last_word(self.run, self._name)) is not None:
                 return found
@@ -376,7 +378,7 @@ class Ranks:
         self.run.release(self._known[0]["pid"])
 
 
-def _follows(error: BaseException | None) -> bool:
+def follows(error: BaseException | None) -> bool:
     """Whether an error may come of another rank's end."""
     while error is not None:
         if isinstance(error, DistError | ConnectionError) or (

@@ -249,7 +249,7 @@ def print_summary(config: Config) -> None:
     check_input(built, config)
     batch = data["module"]["batch_size"]
     costs = network_costs(built.model, input_shape(config, batch))
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
     console.print(_table(costs, config["summary_depth"]))
     passes = 1 + sum(t.passes - 1 for t in built.step.setting.techniques.values() if t.on)
     kept = costs.saved_bytes

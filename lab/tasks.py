@@ -48,6 +48,7 @@ from datasets.images import sample_name
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
 from lab.scoring import DataToScore, data_to_score
+from lab.states import find_state
 from lab.teachers import hand_in_teacher
 from models.base_model import BaseModel
 
@@ -79,8 +80,7 @@ def train(run: RunDirectory, config: Config, resume: Path | None) -> dict[str, f
         try:
             return _train(run, config, resume, guard, loggers, again)
         except GoBack:
-            again, last = True, run.checkpoints / "last.ckpt"
-            resume = last if last.is_file() else resume
+            again, resume = True, find_state(run, config)[0]
         gc.collect()  # of the trainer before; its memory on the device too
 
 
@@ -537,10 +537,12 @@ def banner(
     if resume:
         rows["resumes"] = str(resume)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(name, value)
         log.info("%s: %s", name, value)
-    Console().print(table)
+    console = Console(markup=False)  # a path may have brackets
+    console.print(table)
     if model.weights_report:
         log.info(model.weights_report)
-        Console().print(model.weights_report)
+        console.print(model.weights_report)

@@ -183,6 +183,17 @@ def test_two_techniques_that_fight_over_an_option_are_refused(cli, tmp_path: Pat
     assert "model.label_smoothing" in outcome.err and "weak" in outcome.err and "strong" in outcome.err
 
 
+def test_weights_that_do_not_fit_the_network_leave_no_folder(cli, tmp_path: Path) -> None:
+    outcome = cli(*TINY, "model=resnet", "model.pretrained=true", "model.cifar_size=true")
+    assert outcome.status == 2 and outcome.err.startswith("error: model.pretrained=true does not go with")
+    assert not runs_in(tmp_path)
+
+
+def test_a_choice_that_is_not_there_is_a_mistake_and_no_fault_of_the_system(cli) -> None:
+    outcome = cli("data=nowhere")
+    assert outcome.status == 2 and "no such choice" in outcome.err
+
+
 def test_the_tracebacks_are_there_for_who_wants_them(shell) -> None:
     outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"}, real=True)
     assert outcome.status != 0
@@ -267,7 +278,7 @@ def test_groups_that_are_null_by_default_may_be_typed_so(cli) -> None:
 
 
 def test_a_run_in_a_folder_of_any_name_trains_resumes_and_is_tested(cli, tmp_path: Path) -> None:
-    odd = "a,b [1] it's=$#{} Größe"
+    odd = "a,b [b] it's=$#{} Größe"
     typed = [
         *TINY,
         option("exp_dir", tmp_path / odd),
@@ -278,6 +289,7 @@ def test_a_run_in_a_folder_of_any_name_trains_resumes_and_is_tested(cli, tmp_pat
     assert outcome.status == 0, outcome.err
     (run,) = runs_in(tmp_path)
     assert run.parent.name == "x,y [ü]" and run.parent.parent.name == odd
+    assert "".join(outcome.out.split()).count("a,b[b]it's=") == 2, "in the banner, too"
     assert "finished before" in cli(option("run", run)).out
     assert "finished before" in cli(f"run={run}").out, "as it is, too"
     assert (

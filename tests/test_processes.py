@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Command, Outcome, nightly, runs_in
+from conftest import ROOT, TINY, Command, Outcome, nightly, runs_in, write_images
 from test_sweep import planned_run
 
 from crucible import launch as launches
@@ -27,6 +28,7 @@ from datasets.synthetic import SyntheticDataModule
 from lab import executors, jobs, processes
 from lab.executors import LocalExecutor, Work
 from lab.planning import Planned, SweepOptions
+from lab.ranks import end_with_children
 
 SET = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 STEP = {
@@ -480,3 +482,51 @@ def test_a_run_that_nobody_has_touched_is_put_aside_or_retried(tmp_path: Path) -
     with pytest.raises(Held):
         planned.job.run.claim_file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
         planned.record({})
+
+
+def test_what_is_typed_beside_a_run_reaches_its_processes(cli, tmp_path: Path, monkeypatch) -> None:
+    started: list[list[str]] = []
+
+    def start(arguments: list[str], *rest: Any) -> subprocess.Popen[bytes]:
+        started.append(arguments[1:])
+        return subprocess.Popen(["true"], start_new_session=True)
+
+    monkeypatch.setattr("lab.processes._started", start)
+    cli(*TINY, "trainer.devices=2", "trainer.accelerator=cpu")
+    (run,) = runs_in(tmp_path)
+    typed = ["checkpoint.keep=none", "~callbacks.plots", "data.module.num_workers=1"]
+    cli(f"run={run}", *typed)
+    assert started == [[f"run={run}"], [f"run={run}", *typed]]
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "status"), [("exit 2", "", 2), ("kill -9 $$", "error: rank 1: ", 1)]
+)
+def test_a_rank_that_tests_and_has_said_its_error_is_not_named_again(
+    monkeypatch, capfd, command: str, said: str, status: int
+) -> None:
+    ended, statuses = threading.Event(), []
+
+    def end(status: int) -> None:
+        statuses.append(status)
+        ended.set()
+
+    monkeypatch.setattr("lab.ranks.OWN_END_S", 0)
+    monkeypatch.setattr("os._exit", end)
+    end_with_children([subprocess.Popen(["sh", "-c", command])], ended)
+    assert ended.wait(20) and statuses == [status]
+    err = capfd.readouterr().err
+    assert err.startswith(said) and bool(err) == bool(said)
+
+
+@pytest.mark.nightly
+def test_a_file_that_one_rank_cannot_read_is_said_once_when_testing(cli, shell, tmp_path: Path) -> None:
+    for split, count in (("train", 16), ("val", 4), ("test", 4)):
+        write_images(tmp_path / "images" / split, ["a", "b"], count, (32, 32))
+    of_folder = ["data=image_folder", "data.module.data_root_dir=images", "data.module.batch_size=4"]
+    options = ["callbacks.plots=null", "logger.wandb=null", "trainer.max_epochs=1", "model=cifar_resnet"]
+    assert cli(*of_folder, *options, "trainer.accelerator=cpu").status == 0
+    (run,) = runs_in(tmp_path)
+    os.truncate(tmp_path / "images" / "test" / "b" / "3.jpg", 200)
+    outcome = shell(f"run={run}", "task=test", "trainer.devices=2")
+    assert outcome.status == 2 and outcome.err.count("error:") == 1 and "test/b/3.jpg" in outcome.err

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import pickle
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from conftest import ROOT, TINY, Outcome, runs_in
 
 from crucible import load_run
 from crucible.cells import cell, text_of
+from crucible.command_line import quoted
 from crucible.handover import HandOver
 from crucible.masking import masked, masked_in
 from crucible.options import ConfigError
@@ -80,6 +82,13 @@ def test_a_name_that_does_not_belong_at_its_place_is_refused_before_it_is_follow
             judge({**PLACES[place](target), "user_dir": "/theirs"}, "run=RUN")
         line = str(refused.value)
         assert "run=RUN" in line and "user_dir=/theirs again" in line and str(target) in line, line
+
+
+def test_the_way_on_can_be_pasted() -> None:
+    with pytest.raises(ConfigError) as refused:
+        judge({"model": {"_target_": "own.Net"}, "user_dir": "/it's, [mine]"}, "run=RUN")
+    typed = str(refused.value).partition("type ")[2].partition(" again")[0]
+    assert shlex.split(typed) == ["user_dir=" + quoted("/it's, [mine]")]
 
 
 @pytest.mark.parametrize(

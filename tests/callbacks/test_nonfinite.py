@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_a_run_that_went_back_and_was_killed_goes_on_with_the_same_bits(
     (whole,), (stopped,) = runs_in(tmp_path / "whole"), runs_in(tmp_path / "stopped")
     assert equal(state_of(whole), state_of(stopped))
     assert summary_of(whole)["nonfinite"] == summary_of(stopped)["nonfinite"]
+
+
+@pytest.mark.slow
+def test_it_goes_back_to_a_state_that_is_whole(cli, tmp_path: Path) -> None:
+    """A run that has gone on from previous.ckpt, its last.ckpt being damaged."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "bad_at.py").write_text(
+        "from pathlib import Path\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Bad(Callback):\n"
+        "    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):\n"
+        "        if trainer.global_step == 8 and Path('bad').exists():\n"
+        "            batch.input[2, 0, 0, 0] = float('nan')\n"
+        "        if trainer.global_step == 13:\n"
+        "            raise RuntimeError('the roof is on fire')\n"
+    )
+    command = [*TINY, "trainer.max_epochs=3", "user_dir=mine", "+callbacks.bad._target_=bad_at.Bad"]
+    assert "the roof is on fire" in cli(*command).err
+    (run,) = runs_in(tmp_path)
+    os.truncate(run / "checkpoints" / "last.ckpt", 1000)
+    (tmp_path / "bad").touch()
+    outcome = cli(*command)
+    assert outcome.status == 1 and outcome.err.startswith(
+        "error: diverged: train/loss is nan in epoch 1, step 8"
+    )
 
 
 # A skipped step is no step
