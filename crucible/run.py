@@ -502,6 +502,15 @@ class RunDirectory:
         self._stop.clear()
         threading.Thread(target=self._beat, args=(claim,), daemon=True).start()
 
+    def clear_up(self) -> None:
+        """Remove what a process has left that was killed at its very end: its claim, and files half written."""
+        if not os.access(self.path, os.W_OK):
+            return
+        with contextlib.suppress(OSError, Held), self.locked():
+            if not self._claim_is_live():
+                self.claim_file.unlink(missing_ok=True)
+                self._clear_temporaries()
+
     def count_from(self, started: float) -> None:
         """Let `elapsed_s` go on from where it stood; after a part that was killed, from its last sign of life.
 

@@ -148,7 +148,8 @@ def start(run: RunDirectory, config: Config, typed: Sequence[str] = ()) -> int:
     # a child rank of a fresh run may see the finished one that rank 0 is about to put aside
     if run.state() == "finished" and not (is_child_rank() and config["fresh"]):
         if not is_child_rank():
-            tidy(run.checkpoints, config["checkpoint"]["keep"])  # its process may have been killed before
+            run.clear_up()  # its process may have been killed before it could
+            tidy(run.checkpoints, config["checkpoint"]["keep"])
             summary = run.summary()
             again = "the command that made it runs it again with fresh=true"
             by = f"; {summary['recognised']}" if "recognised" in summary else ""

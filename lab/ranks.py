@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import DistError, TCPStore
 
+from callbacks.recorder import Diverged
 from crucible.command_line import BAD_INPUT
 from crucible.files import write_atomically
 from crucible.handover import pass_on, received
@@ -254,6 +255,9 @@ class Ranks:
             self._ended.set()
         if self._launch.world == 1:
             return Cause(text)
+        shared = isinstance(error, (Diverged, Unwritable))  # every rank has it
+        if shared and self._launch.rank > 0:
+            return Cause(text, said=True)
         deadline = time.monotonic() + (FOLLOW_S if follows(error) else 0)
         while time.monotonic() < deadline:
             if (found := last_word(self.run, self._name)) is not None:
@@ -261,8 +265,8 @@ class Ranks:
             if (dead := self._dead()) is not None:
                 return self._cause_of_death(dead)
             time.sleep(0.05)
-        everywhere = isinstance(error, (ConfigError, Unwritable))  # it is no matter of one rank
-        return self._tell(Cause(text if everywhere else f"rank {self._launch.rank}: {text}"))
+        of_all = shared or isinstance(error, ConfigError)  # it is no matter of one rank
+        return self._tell(Cause(text if of_all else f"rank {self._launch.rank}: {text}"))
 
     def failed(self) -> None:
         """What is to be said and recorded of this process's error has been; the ranks that it started end."""

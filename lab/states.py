@@ -92,7 +92,8 @@ def find_state(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
     start = None if config["ckpt_path"] is None else Path(config["ckpt_path"])
     if start is not None:
         _read(str(start))
-    if rows := len(run.metrics()):
+    rows = len(run.metrics())
+    if rows > config["checkpoint"]["every"]:  # else it was killed between its first row and its first state
         begin = "the beginning" if start is None else str(start)
         return (
             start,

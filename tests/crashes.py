@@ -39,8 +39,9 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "two processes": ["trainer.max_epochs=3", "checkpoint.every_steps=1", *DDP],
     "two processes, ema": ["trainer.max_epochs=3", "technique=ema", *DDP],
 }  # fmt: skip
-_TIMES = {
+_NOT_COMPARED = {
     "started", "ended", "elapsed_s", "heartbeat", "wall_time_s", "images_per_s", "peak_memory_mb", "train_seconds",
+    "recovered",  # what was repaired, which is of the kill and not of the run
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def _comparable(value: Any, place: str) -> Any:
     if isinstance(value, str):
         return value.replace(place, "experiments")
     if isinstance(value, Mapping):
-        return {k: _comparable(v, place) for k, v in value.items() if not _is_time(k)}
+        return {k: _comparable(v, place) for k, v in value.items() if not _is_left_out(k)}
     if isinstance(value, (list, tuple)):
         return [_comparable(v, place) for v in value]
     if isinstance(value, torch.Tensor):
@@ -66,8 +67,8 @@ def _comparable(value: Any, place: str) -> Any:
     return value
 
 
-def _is_time(name: Any) -> bool:
-    return isinstance(name, str) and (name in _TIMES or name.startswith("time/"))
+def _is_left_out(name: Any) -> bool:
+    return isinstance(name, str) and (name in _NOT_COMPARED or name.startswith("time/"))
 
 
 def contents(run: Path) -> dict[str, Any]:

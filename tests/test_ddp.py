@@ -94,11 +94,11 @@ def test_metrics_are_exact_for_odd_sizes_and_one_process_writes(
     final = summary_of(run)["final"]
     rows = (run / "metrics.csv").read_text().splitlines()
     assert len(rows) == 2
-    as_recorded = shell(f"run={run}", "task=test", "ckpt_path=last")
+    as_recorded = shell(f"run={run}", "task=test", "ckpt_path=last", mine[0])
     assert as_recorded.status == 0, as_recorded.err
     assert as_recorded.out.count("test/acc ") == 1, "one rank speaks"
     of_two = json.loads((run / "test.json").read_text())["metrics"]
-    again = shell(f"run={run}", "task=test", "ckpt_path=last", "trainer.devices=1")
+    again = shell(f"run={run}", "task=test", "ckpt_path=last", "trainer.devices=1", mine[0])
     assert again.status == 0, again.err
     alone = json.loads((run / "test.json").read_text())["metrics"]
     for name in ("test/acc", "test/f1", "test/auroc", "test/ece", "test/loss"):
