@@ -1,4 +1,4 @@
-"""Claim: a save that is sealed, fsynced and checked for finite numbers costs little more than `torch.save`.
+"""What a save costs that is sealed, fsynced and checked for finite numbers, beside `torch.save`.
 
 States of weights and one moment each. All variants in turn, on the file system of `--folder`:
     python benchmarks/checkpoint_stall.py --rounds 9 --out benchmarks/results/checkpoint_stall.md

@@ -87,9 +87,8 @@ def rows() -> list[Row]:
 
 def models_page() -> str:
     """The whole page. Counts every network: ten seconds or so."""
-    notes = reported()["notes"]
-    used = [n for n in notes if any(row.note == n for row in rows())]
-    lines = [_line(row, used) for row in rows()]
+    notes, used = reported()["notes"], used_notes()
+    lines = [line(row, used) for row in rows()]
     explained = [f"{number}. {notes[name]}" for number, name in enumerate(used, start=1)]
     return (
         INTRODUCTION
@@ -100,7 +99,13 @@ def models_page() -> str:
     )
 
 
-def _line(row: Row, notes: list[str]) -> str:
+def used_notes() -> list[str]:
+    """Names of the notes that rows refer to, in the order of their numbers."""
+    return [name for name in reported()["notes"] if any(row.note == name for row in rows())]
+
+
+def line(row: Row, notes: list[str]) -> str:
+    """A row of the table; counts its network."""
     parameters, multiply_adds = row.costs()
     asked = " ".join([f"model={row.family}", *(f"model.{k}={v}" for k, v in row.options.items())])
     listed = row.listed + (f" ({notes.index(row.note) + 1})" if row.note else "")

@@ -20,7 +20,7 @@ CASES = [(t,) for t in TECHNIQUES] + [p for p in combinations(TECHNIQUES, 2) if 
 FAST = ("model.optimizer=AdamW", "model.lr=0.002")
 PRECISIONS = ("32-true", "bf16-mixed")
 # a second pass; then a second network, norms of our own
-COSTLIEST = ("sam", *nightly("distillation", "online_norm", "switchable_norm", "ghost_norm"))
+COSTLIEST = nightly("sam", "distillation", "online_norm", "switchable_norm", "ghost_norm")
 # what acts outside of the network, so that the compiler is given the plain one
 OUTSIDE = {
     "color_jitter", "cutmix", "cutout", "ema", "gradient_centralization", "gradient_clipping", "label_smoothing",

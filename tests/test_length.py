@@ -111,7 +111,7 @@ def closed_form(step: int, a_epoch: int, length: float, drawn: dict[str, Any]) -
     return 0.0 if done >= end else (1 + math.cos(math.pi * (done - warm) / (end - warm))) / 2
 
 
-@pytest.mark.parametrize("draws", [20, pytest.param(200, marks=pytest.mark.slow), *nightly(2000)])
+@pytest.mark.parametrize("draws", [20, pytest.param(60, marks=pytest.mark.slow), *nightly(200, 2000)])
 def test_every_step_of_drawn_trainings_has_the_rate_of_the_closed_form(draws: int) -> None:
     draw = random.Random(draws)
     tried = 0

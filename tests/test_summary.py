@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from docs import models_page as models_table
-from docs.models_page import Row, models_page, reported, rows
+from docs.models_page import Row, line, models_page, reported, rows, used_notes
 from lab.summary import build_on_meta, count_multiply_adds, input_shape, network_costs
 from models.dynamic_resnet import ResNet18
 
@@ -138,6 +138,15 @@ def test_every_family_is_in_the_table() -> None:
 
 
 @pytest.mark.slow
+def test_one_row_in_ten_is_the_generated_one() -> None:
+    page = models_table.PAGE.read_text().splitlines()
+    written = [number for number, text in enumerate(page) if text.startswith("| ") and "`model=" in text]
+    assert len(written) == len(rows())
+    for number, row in list(zip(written, rows(), strict=True))[::10]:
+        assert page[number] == line(row, used_notes()), "run python -m docs.generate"
+
+
+@pytest.mark.nightly
 def test_the_table_is_the_generated_one() -> None:
     assert models_table.PAGE.read_text() == models_page(), "run python -m docs.generate"
 

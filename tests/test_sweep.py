@@ -529,7 +529,7 @@ def test_ctrl_c_stops_a_sweep_and_the_same_command_goes_on(start, tmp_path: Path
     assert "to resume" in planned and "3 of 3 runs to do" in planned
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the real SLURM of tests/test_slurm.py warns its jobs in CI
 def test_a_job_of_submitit_survives_its_preemption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitit = EXTRA("submitit")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
