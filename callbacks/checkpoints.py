@@ -145,7 +145,8 @@ class Checkpoints(Checkpoint):
         if self.run_id:
             checkpoint["run"] = self.run_id
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not on_train_start: a run that was killed after its last step trains no more
         state = Path(trainer.ckpt_path).absolute() if trainer.ckpt_path else None
         if state is not None and state.parent != self.folder.absolute():
             self.best = {}  # of another run, whose best.ckpt is not this one's

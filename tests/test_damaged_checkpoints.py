@@ -182,6 +182,21 @@ def test_a_kill_between_last_and_best_leaves_no_best_of_before(
     assert "best.ckpt was made again, from last.ckpt" in summary_of(run)["recovered"]
 
 
+def test_a_kill_between_last_and_best_of_the_last_epoch_leaves_a_best_too(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(checkpoints: Checkpoints, trainer: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_save_best", stop)
+        assert cli(*TINY).status == 1
+    assert cli(*TINY).status == 0
+    (run,) = runs_in(tmp_path)
+    best, last = (state_of(run / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert best["global_step"] == last["global_step"] and summary_of(run)["best"]["epoch"] == 0
+
+
 @pytest.mark.slow
 def test_a_state_that_is_not_finite_never_replaces_one_that_is(
     cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
