@@ -538,6 +538,7 @@ def banner(
         rows["resumes"] = str(resume)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
+    table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
         table.add_row(name, value)
         log.info("%s: %s", name, value)

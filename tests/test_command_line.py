@@ -194,6 +194,7 @@ def test_a_choice_that_is_not_there_is_a_mistake_and_no_fault_of_the_system(cli)
     assert outcome.status == 2 and "no such choice" in outcome.err
 
 
+@pytest.mark.slow
 def test_the_tracebacks_are_there_for_who_wants_them(shell) -> None:
     outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"}, real=True)
     assert outcome.status != 0

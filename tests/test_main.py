@@ -307,6 +307,7 @@ def test_other_dimensions_train(cli, tmp_path: Path, dimensions: int) -> None:
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_the_debug_groups_run(cli, tmp_path: Path) -> None:
     assert cli(*TINY, "debug=two_steps").status == 0
     assert cli(*TINY, "debug=profile").status == 0

@@ -422,6 +422,7 @@ def of_two_ranks(folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_scikit_learn_does(
     on_two_processes: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -389,6 +389,7 @@ def test_a_missing_extra_is_named(
     assert len(outcome.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
     cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:

@@ -228,7 +228,7 @@ def hostile(evil: Path, canary: Path) -> dict[str, Callable[[dict[str, Any]], No
 CASES = ("hub", "user_dir", "shadow", "system", "exec", "run", "stage", "walk")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES[:3], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES[3:])])
 def test_a_hostile_run_runs_nothing_wherever_it_is_read(
     cli: Callable[..., Outcome], finished: Path, tmp_path: Path, case: str
 ) -> None:
@@ -355,6 +355,7 @@ class Touch:
         return os.system, (f"touch {self.file}",)
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints_run_nothing(cli: Callable[..., Outcome], finished: Path, tmp_path: Path) -> None:
     canary = tmp_path / CANARY
     run = planted(finished, tmp_path, lambda config: None)

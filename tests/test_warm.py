@@ -120,6 +120,7 @@ def test_what_an_import_sets_in_either_process_needs_none(start: Start) -> None:
     assert start("pass", environment={"KMP_INIT_AT_FORK": "FALSE"}).wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_no_process_with_it_and_the_next_start_is_a_real_one(
     start: Start, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_killed_parent_takes_no_process_with_it_and_the_next_start_is_a_real_o
     parent.close()
 
 
+@pytest.mark.slow
 def test_a_parent_ends_with_its_client_however_that_ends(tmp_path: Path) -> None:
     code = (
         "import os, sys; from lab.warm import WarmParent\n"
@@ -156,6 +158,7 @@ def test_a_parent_ends_with_its_client_however_that_ends(tmp_path: Path) -> None
     assert gone(parent.pid)
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_holds_is_left_to_it_whatever_the_status_says(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.record({}, [])

@@ -66,7 +66,12 @@ SWEPT: Mapping[str, list[str]] = {
 
 
 @pytest.mark.parametrize(
-    "swept", ["techniques", "options", *nightly("a design", "a list and a text", "folds")]
+    "swept",
+    [
+        "techniques",
+        pytest.param("options", marks=pytest.mark.slow),
+        *nightly("a design", "a list and a text", "folds"),
+    ],
 )
 def test_the_commands_of_the_page_make_the_runs_of_the_page(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: None, swept: str
