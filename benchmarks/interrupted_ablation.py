@@ -14,20 +14,22 @@ import csv
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from paired import provenance, report
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from crashes import kill_family  # noqa: E402
+from paired import provenance, report  # noqa: E402
+
 EPOCHS = 8
 ABLATION = [
     "sweep=ablation", "technique=baseline,powergrad,label_smoothing,mixup,sam,online_norm,ema,[powergrad,mixup]",
@@ -69,20 +71,6 @@ def is_time(runs: Mapping[str, Record], finished: int) -> bool:
     return done >= finished and any(
         run.status != "finished" and 2 <= len(run.epochs) < EPOCHS - 1 for run in runs.values()
     )
-
-
-def kill_family(pid: int) -> None:
-    """SIGKILL to the process and all that descend from it, at once."""
-    table = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-    ).stdout
-    parents = {int(child): int(parent) for child, parent in map(str.split, table.splitlines())}
-    family = {pid}
-    while more := {child for child, parent in parents.items() if parent in family} - family:
-        family |= more
-    for member in family:
-        with suppress(ProcessLookupError):  # ended since the table was read
-            os.kill(member, signal.SIGKILL)
 
 
 def numbers(run: Path) -> dict[str, float]:

@@ -217,9 +217,8 @@ class GracefulStop(Callback):
             if trainer.world_size > 1 and (own := own_streams(pl_module)).numel():
                 # a state holds what the ranks have in common; without the stop each had gone on with its own
                 self._streams = torch.atleast_2d(trainer.strategy.all_gather(own)).cpu()
-            with contextlib.suppress(
-                GoBack
-            ):  # the last good state is there, and meets the same numbers again
+            # after a GoBack the last good state is there, and meets the same numbers again
+            with contextlib.suppress(GoBack):
                 self.checkpoints.save_last(trainer)
             raise Interrupted(self.received or signal.SIGTERM)
 

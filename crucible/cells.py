@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from crucible.options import is_number
+
 _OPENINGS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def _opens_a_formula(text: str) -> bool:
-    return text.lstrip("'").startswith(_OPENINGS) and not _is_number(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return text.lstrip("'").startswith(_OPENINGS) and not is_number(text)
 
 
 def cell(value: Any) -> Any:

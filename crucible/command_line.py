@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from crucible.files import missing
 from crucible.handover import pass_on, received
 from crucible.masking import masked
-from crucible.options import ConfigError, suggest
+from crucible.options import ConfigError, is_number, suggest
 from crucible.writing import Unwritable, is_of_the_place, unwritable
 
 BAD_INPUT = 2
@@ -38,7 +38,7 @@ def wants_tracebacks() -> bool:
 def quoted(value: object) -> str:
     """A text as the value of an override, for Hydra's grammar; plain words and paths stay as they are."""
     text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in _TYPED and not _is_number(text):
+    if _PLAIN.fullmatch(text) and text.lower() not in _TYPED and not is_number(text):
         return text
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
     return "'" + re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text) + "'"
@@ -46,14 +46,6 @@ def quoted(value: object) -> str:
 
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.+@%-]*")
 _TYPED = ("true", "false", "null")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def unquoted(value: str) -> str:

@@ -51,6 +51,15 @@ def suggest(name: str, known: Iterable[str], listed: Iterable[str] | None = None
     return f"; known: {', '.join(shown)}" if shown else ""
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is read as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def in_interval(value: float, interval: str) -> bool:
     """Whether `value` lies in an interval written as in mathematics, such as `(0, 1]` or `[0, inf)`."""
     match = _INTERVAL.match(interval)

@@ -14,7 +14,6 @@ import csv
 import json
 import logging
 import os
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +23,11 @@ from typing import Any, NoReturn
 import yaml
 
 from crucible.cells import cell, text_of
+from crucible.command_line import command, option
 from crucible.configuration import flatten
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
-from crucible.options import ConfigError
+from crucible.options import ConfigError, is_number
 
 SCHEMA = 1
 HEARTBEAT_S = 15.0
@@ -120,8 +120,8 @@ class RunDirectory:
         if not file.exists():
             raise ConfigError(f"run={self.path}: no run there (it has no config.yaml)", see="README.md")
         way_on = "the command that made the run writes it again"
-        if command := self._command():
-            way_on += f": {command}"
+        if typed := self._command():
+            way_on += f": {typed}"
         text = _text(file, way_on)
         config = _parsed(file, text, lambda text: yaml.load(text, _LOADER), way_on)
         if not isinstance(config, dict):
@@ -131,10 +131,13 @@ class RunDirectory:
             raise Damaged(file, f"is cut off: it has {there} of {recorded} options", way_on)
         return config
 
+    def _resuming(self) -> str:
+        return command(option("run", self.path))
+
     def _command(self) -> str:
         """What was typed, where that is known."""
         try:
-            return shlex.join(["python", "main.py", *self.overrides()])
+            return command(*self.overrides())
         except Damaged:
             return ""
 
@@ -163,7 +166,7 @@ class RunDirectory:
         file = self.path / "summary.json"
         if not file.exists():
             return {}
-        way_on = f"python main.py run={self.path} makes it anew from config.yaml, metrics.csv and last.ckpt"
+        way_on = f"{self._resuming()} makes it anew from config.yaml, metrics.csv and last.ckpt"
         summary = _parsed(file, _text(file, way_on), json.loads, way_on)
         if not isinstance(summary, dict):
             raise Damaged(file, f"is no mapping but {_kind(summary)}", way_on)
@@ -194,7 +197,7 @@ class RunDirectory:
         """
         rows, why = self._readable_metrics()
         if why:
-            way_on = f"python main.py run={self.path} keeps the rows that can be read"
+            way_on = f"{self._resuming()} keeps the rows that can be read"
             raise Damaged(self.path / "metrics.csv", why, way_on)
         return rows
 
@@ -216,7 +219,7 @@ class RunDirectory:
             return [], "has no head"
         rows: list[dict[str, str]] = []
         for row in cells:
-            if len(row) == len(head) and all(_is_number(value) for value in row if value):
+            if len(row) == len(head) and all(is_number(value) for value in row if value):
                 rows.append(dict(zip(map(text_of, head), row, strict=True)))
         rows = [row for row in rows if row["epoch"].isdigit()]
         lost = len(cells) - len(rows) + bool(lines[-1])
@@ -613,11 +616,3 @@ def _parsed(file: Path, text: str, parse: Callable[[str], Any], way_on: str) -> 
 def _kind(value: Any) -> str:
     names = {list: "a list", dict: "a mapping", str: "a text", type(None): "nothing"}
     return names.get(type(value), "a number")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
