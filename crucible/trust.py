@@ -64,10 +64,7 @@ _PART = Kind(
     (
         (("torchvision.transforms", "timm.data.transforms", "timm.data.auto_augment"), "object"),
         (("timm.data.random_erasing", "timm.data.mixup"), "object"),
-        (
-            ("albumentations.core.composition", "albumentations"),
-            "albumentations.core.serialization.Serializable",
-        ),
+        (("albumentations",), "albumentations.core.serialization.Serializable"),
         (("torch.optim", "timm.optim"), _OPTIMIZER),
         ((*_OURS, "torch.nn", "torchvision.ops", "timm.layers"), _MODULE),
     ),
@@ -144,7 +141,7 @@ def judge(config: Mapping[str, Any], where: str, user_dir: str | Path | None = N
         )
         said = f"{found.option}={_shown(found.value)} (recorded user_dir: {_shown(recorded) if recorded else 'none'})"
         raise ConfigError(
-            f"{where} records {said}, which {reason}; nothing of it was run. If it is yours, type {_shown(again)}"
+            f"{where} records {said}, which {reason}; nothing of it was run. If it is yours, type {_printable(again)}"
             " (load_run(RUN, user_dir=...) in Python)",
             see=SEE,
         )
@@ -166,9 +163,13 @@ def vouch(config: Mapping[str, Any]) -> None:
         pass_on(typed=[*told, *new])
 
 
+def _printable(value: Any) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
 def _shown(value: Any) -> str:
     """A recorded value in a message: short, on one line, without control characters."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    text = _printable(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
