@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
 
+from crucible.masking import masked_in
 from crucible.options import ConfigError
 from lab.executors import (
     Errand,
@@ -278,6 +279,7 @@ class ClusterExecutor:
     def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> Handle:
         if self._executor is None:
             self._executor = self._start(Path(facts["folder"]))
+        hide_secrets(Path(facts["folder"]) / "submitit", planned.trial)
         self._submitted += 1
         errand = Errand(planned, facts, self._submitted)
         try:
@@ -288,6 +290,13 @@ class ClusterExecutor:
         if self._queue is not None:
             self._queue.add(job.job_id, planned.name())
         return ClusterHandle(job, errand, self._queue)
+
+
+def hide_secrets(folder: Path, trial: Mapping[str, Any] | None) -> None:
+    """Keep others out of submitit's folder where its pickles tell a job the password of a search's database."""
+    if masked_in(trial) != trial:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
 
 
 def _requeue_what_died_early(teardown: Sequence[str]) -> list[str]:

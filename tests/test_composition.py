@@ -29,22 +29,52 @@ OUTSIDE = {
 }  # fmt: skip
 
 
+def _together(size: int) -> list[tuple[str, ...]]:
+    """Sets of at most `size` techniques, such that every pair that is not refused is in one of them."""
+    allowed = set(combinations(TECHNIQUES, 2)) - set(REFUSED)
+    left, sets = set(allowed), []
+
+    def pair(a: str, b: str) -> tuple[str, str]:
+        return (a, b) if TECHNIQUES.index(a) < TECHNIQUES.index(b) else (b, a)
+
+    while left:
+        chosen = list(min(left, key=lambda names: [TECHNIQUES.index(n) for n in names]))
+        while len(chosen) < size:
+            fits = [t for t in TECHNIQUES if all(pair(t, c) in allowed for c in chosen if c != t)]
+            gain = {t: sum(pair(t, c) in left for c in chosen) for t in fits if t not in chosen}
+            if not any(gain.values()):
+                break
+            chosen.append(max(gain, key=gain.__getitem__))
+        chosen.sort(key=TECHNIQUES.index)
+        left -= set(combinations(chosen, 2))
+        sets.append(tuple(chosen))
+    return sets
+
+
+SETS = _together(4)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["one each", *nightly(*PRECISIONS)])
+@pytest.mark.parametrize("techniques", SETS, ids="+".join)
+def test_techniques_compose_four_at_a_time(techniques: tuple[str, ...], tmp_path, teacher) -> None:
+    """In these sets every pair meets that is not refused; the precision by turns."""
+    options = (*QUICK, f"trainer.precision={PRECISIONS[SETS.index(techniques) % 2]}")
+    before, after = train(composed(*techniques, teacher=teacher, options=options), tmp_path)
+    assert after < before  # nor NaN
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("first", TECHNIQUES)
 def test_a_technique_composes_with_every_other(first: str, precision: str, tmp_path, teacher) -> None:
-    """With one precision each, by turns, it is a few steps; with both, as many as a user would look at."""
+    """Alone and in each pair, for as many steps as a user would look at."""
     failed = []
-    for place, techniques in enumerate(CASES):
-        if techniques[0] != first:
-            continue
-        few = precision == "one each"
-        chosen = PRECISIONS[place % 2] if few else precision
-        options = (*(QUICK if few else FAST), f"trainer.precision={chosen}")
-        config = composed(*techniques, teacher=teacher, options=options)
-        before, after = train(config, tmp_path)
-        if not after < before:  # nor for NaN
-            failed.append(f"{'+'.join(techniques)}: {before:.3f} -> {after:.3f}")
+    for techniques in CASES:
+        if techniques[0] == first:
+            options = (*FAST, f"trainer.precision={precision}")
+            before, after = train(composed(*techniques, teacher=teacher, options=options), tmp_path)
+            if not after < before:  # nor for NaN
+                failed.append(f"{'+'.join(techniques)}: {before:.3f} -> {after:.3f}")
     assert not failed
 
 

@@ -16,6 +16,7 @@ from docs.generate import PAGE, TRAIN, refused_pairs, techniques_page, with_opti
 TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
 
 
+@pytest.mark.slow
 def test_the_table_of_techniques_is_the_generated_one() -> None:
     assert PAGE.read_text() == techniques_page(), "run python -m docs.generate"
     read, refused = refused_on_the_page(), refused_pairs()  # what the tests read is what is

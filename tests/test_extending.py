@@ -41,6 +41,7 @@ def test_a_model_and_a_data_set_of_ones_own_run(cli, tmp_path: Path) -> None:
     assert summaries(tmp_path)["baseline"]["final"]["test/acc"] > 0.9
 
 
+@pytest.mark.slow
 def test_four_techniques_of_ones_own_run_and_compose_with_built_in_ones(cli, tmp_path: Path) -> None:
     write_examples(tmp_path / "mine")
     asked = [c for c in commands() if "-m" not in c and any("technique" in o for o in c)]

@@ -314,7 +314,8 @@ def final_of(run: Path) -> dict[str, float]:
     return json.loads((run / "summary.json").read_text())["final"]
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", *nightly("32-true")])
 def test_the_calibration_error_of_a_run_is_that_of_its_record(cli, tmp_path: Path, precision: str) -> None:
     outcome = cli(
         *TINY,

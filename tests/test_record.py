@@ -33,6 +33,7 @@ def test_trained_states_are_the_recorded_ones(tmp_path: Path) -> None:
             assert now == before, case
 
 
+@pytest.mark.slow
 def test_every_recipe_has_its_recorded_identity() -> None:
     assert recipe_ids() == RECORD["recipes"]
 

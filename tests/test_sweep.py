@@ -27,6 +27,7 @@ from scipy import stats
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab import executors, planning, sweeps
+from lab.cluster import hide_secrets
 from lab.executors import LocalExecutor, Work
 from lab.experiment import Job
 from lab.planning import Planned, SweepOptions, combine, expand
@@ -566,6 +567,17 @@ def child_of(job: Any) -> int:
         ["ps", "-o", "pid=", "--ppid", job.job_id], capture_output=True, text=True, check=True
     )
     return int(listed.stdout.split()[0])
+
+
+def test_a_password_of_a_searchs_database_is_in_no_file_that_others_can_read(tmp_path: Path) -> None:
+    """submitit hands a job over in a pickle, which has to hold it"""
+    for name, storage, hidden in (
+        ("open", "sqlite:///search.db", False),
+        ("closed", "postgresql://user:secret@host/db", True),
+    ):
+        hide_secrets(tmp_path / name / "submitit", {"study": "s", "storage": storage, "trial": 0})
+        assert (tmp_path / name / "submitit").exists() == hidden
+    assert (tmp_path / "closed" / "submitit").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow
