@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, nightly, runs_in, write_images
+from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -367,3 +367,43 @@ def test_without_our_bar_there_is_no_other(cli) -> None:
     )
     assert outcome.status == 0, outcome.err
     assert "Epoch 0" not in outcome.out + outcome.err and "it/s" not in outcome.out + outcome.err
+
+
+ODD_OPTIONS = {
+    "exp_dir": "a,b [b] it's=$#{} Größe",
+    "data.module.name": "x,y [ü]",
+    "user_dir": "mi,ne [ö]=it's",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [["trainer.devices=2", "trainer.accelerator=cpu"], ["sweep=submitit", "cluster.executor=local"]],
+    ids=["two devices", "submitit"],
+)  # fmt: skip
+def test_odd_names_reach_every_process_of_a_sweep(how: list[str], shell, tmp_path: Path) -> None:
+    """folder, data, own code and arms: handed to jobs, ranks and submitit, which find and finish what there is"""
+    if "sweep=submitit" in how:
+        pytest.importorskip("submitit")
+    own = tmp_path / ODD_OPTIONS["user_dir"]
+    own.mkdir()
+    (own / "odd_model.py").write_text(
+        "from models.cifar_resnet import CifarResNet\n\n\nclass OddModel(CifarResNet):\n    pass\n"
+    )
+    named = [option(name, tmp_path / text if "dir" in name else text) for name, text in ODD_OPTIONS.items()]
+    command = [
+        "-m",
+        *TINY,
+        *named,
+        "model._target_=odd_model.OddModel",
+        "trainer.limit_train_batches=1",
+        "arm='é, \"1\"','c=[d]'",
+        *how,
+    ]
+    outcome = shell(*command)
+    assert outcome.status == 0 and "2 of 2 runs are finished" in outcome.out, outcome
+    runs = runs_in(tmp_path)
+    assert {run.parent.name for run in runs} == {"x,y [ü]"} and len(runs) == 2
+    assert {summary_of(run)["arm"] for run in runs} == {'é, "1"', "c=[d]"}
+    again = shell(*command)
+    assert again.status == 0 and not runs_in(tmp_path)[2:], again
