@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
+from conftest import ROOT, TINY, nightly, runs_in, write_images
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from crucible.command_line import command, option, parse, quoted, readable, unquoted
+from crucible.run import RunDirectory
 
 sys.path.append(str(ROOT / "benchmarks"))
 from wrong_inputs import WRONG, Wrong, arguments_of, faults, prepare
@@ -397,13 +398,14 @@ def test_odd_names_reach_every_process_of_a_sweep(how: list[str], shell, tmp_pat
         *named,
         "model._target_=odd_model.OddModel",
         "trainer.limit_train_batches=1",
-        "arm='é, \"1\"','c=[d]'",
+        option("arm", "é, [1]='x'"),
+        "seed=0,1",
         *how,
     ]
     outcome = shell(*command)
     assert outcome.status == 0 and "2 of 2 runs are finished" in outcome.out, outcome
     runs = runs_in(tmp_path)
     assert {run.parent.name for run in runs} == {"x,y [ü]"} and len(runs) == 2
-    assert {summary_of(run)["arm"] for run in runs} == {'é, "1"', "c=[d]"}
+    assert {RunDirectory(run).summary()["arm"] for run in runs} == {"é, [1]='x'"}
     again = shell(*command)
     assert again.status == 0 and not runs_in(tmp_path)[2:], again
