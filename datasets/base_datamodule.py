@@ -6,9 +6,9 @@ import copy
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from datasets.images import (
     naming,
     sample_name,
 )
+from datasets.layout import SplitName
 from datasets.samples import Samples
 from datasets.sampling import (
     EpochSampler,
@@ -132,7 +133,8 @@ class BaseDataModule(LightningDataModule):
     deciles of the values, or is the test split (`val_split=test`); without a test split, the validation
     split is what `task=test` scores (`test_is_val`). Data with a validation split of their own use that one.
     Raw data sets may have `targets` (all targets; saves reading every sample for the split), `classes` (names
-    of the classes), `names` (file names) and `content()` (bytes to fingerprint).
+    of the classes), `names` (file names) and `content()` (bytes to fingerprint). `split_folders` says what a
+    packed copy calls each split: as the folder that it stands for does.
 
     Args:
         name: of the data set, also of the folder that its runs go to.
@@ -161,6 +163,7 @@ class BaseDataModule(LightningDataModule):
         ConfigError: for options that contradict each other.
     """
 
+    split_folders: ClassVar[Mapping[Split, SplitName]] = {"train": "train", "val": "val", "test": "test"}
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None

@@ -49,6 +49,7 @@ from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
+from lab.packing import pack
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.ranks import (
     FOLLOW_S,
@@ -89,6 +90,10 @@ def run_composed(composed: DictConfig) -> int:
         checking.check(config, overrides)
         print_summary(config)
         return 0
+    if composed["task"] == "pack":
+        config = configuration.to_plain(composed)
+        checking.check(config, overrides)
+        return pack(config)
     for override in overrides:
         if (name := override.split("=", 1)[0].split(".")[0].lstrip("+~")) in SWEEP_OPTIONS:
             raise ConfigError(

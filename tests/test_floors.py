@@ -18,7 +18,7 @@ FLOORS = (
     ("augmentation", "losses", "norms", "optimizers", "callbacks"),
     ("datasets", "models"),
     ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.states", "lab.experiment"),
-    ("lab.scoring",),
+    ("lab.scoring", "lab.packing"),
     ("lab.tasks",),
     ("lab.warm", "lab.ranks", "lab.processes", "lab.remote", "lab.jobs"),
     ("lab.planning", "lab.executors", "lab.cluster", "lab.ray_engine", "lab.search", "lab.sweeps"),
@@ -39,6 +39,7 @@ LATE = {
     ("crucible/metrics.py", "torch"): "types; the report reads the table of metrics without torch",
     ("crucible/metrics.py", "torchmetrics"): "five seconds that the report does not need",
     ("reporting/files.py", "pandas"): "only for results.csv",
+    ("datasets/packed.py", "lmdb"): "optional",
 }
 LATE_OURS = {
     "crucible/__init__.py": "load_run is offered on the ground for notebooks",
