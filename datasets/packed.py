@@ -35,7 +35,9 @@ _PARTS = ("offsets", "names", "targets", "numbers")  # of the index of a split
 class PackOptions:
     """How images are packed: `pack.*` of the command line."""
 
-    size: Annotated[int | None, "[1, inf)", "short side of larger images, in pixels; null: files as they are"] = 256
+    size: Annotated[
+        int | None, "[1, inf)", "short side of larger images, in pixels; null: files as they are"
+    ] = 256
     quality: Annotated[int, "[1, 100]", "of the JPEG files that are written"] = 90
     verify: Annotated[bool, "read a finished pack whole, and say what has changed"] = False
 
@@ -136,7 +138,9 @@ class PackedRecords(Records):
             raise SampleError(f"{self.where(number)}: is not there; {_ANEW}", _SEE)
         data = bytes(value[_CHECKSUM:])
         if zlib.crc32(data) != int.from_bytes(value[:_CHECKSUM], "little"):
-            raise SampleError(f"{self.where(number)}: its bytes have changed since it was packed; {_ANEW}", _SEE)
+            raise SampleError(
+                f"{self.where(number)}: its bytes have changed since it was packed; {_ANEW}", _SEE
+            )
         return data
 
     def where(self, number: int) -> str:
@@ -151,38 +155,49 @@ def checked(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(_CHECKSUM, "little") + data
 
 
-_open: dict[str, tuple[int, Any, Any]] = {}  # by folder: process, environment, transaction
+_open: dict[tuple[int, int], tuple[int, Any, Any]] = {}  # by file: process, environment, transaction
 
 
 def _reading(folder: Path) -> Any:
     """The transaction that reads a pack in this process.
 
-    LMDB opens a file once in a process, and a forked one may not use what its parent opened.
+    LMDB opens a file once in a process, whatever it is called, and a forked process may not use what its parent
+    opened.
     """
-    place, process = os.path.realpath(folder), os.getpid()
+    try:
+        state = (folder / DATA).stat()
+    except OSError as error:
+        raise SampleError(f"{folder / DATA}: cannot be read ({error.strerror})", _SEE) from error
+    place, process = (state.st_dev, state.st_ino), os.getpid()
     if (known := _open.get(place)) is not None:
         if known[0] == process:
             return known[2]
-        known[2].abort()
-        known[1].close()  # of this process's copy; the parent's stays
+        _let_go(place)  # this process's copy; the parent's stays
     lmdb = import_lmdb()
     try:
-        environment = lmdb.open(place, readonly=True, lock=False, readahead=False, max_readers=1)
+        environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
     except lmdb.Error as error:
         raise ConfigError(f"{folder / DATA}: cannot be read ({error}); {_ANEW}", _SEE) from error
     _open[place] = process, environment, environment.begin(buffers=True)
     return _open[place][2]
 
 
+def _let_go(place: tuple[int, int]) -> None:
+    _, environment, transaction = _open.pop(place)
+    transaction.abort()
+    environment.close()
+
+
 def close(folder: Path) -> None:
     """Let go of a pack that this process has read."""
-    known = _open.pop(os.path.realpath(folder), None)
-    if known is not None:
-        known[2].abort()
-        known[1].close()
+    state = (folder / DATA).stat()
+    if (state.st_dev, state.st_ino) in _open:
+        _let_go((state.st_dev, state.st_ino))
 
 
-def index_records(splits: Mapping[SplitName, tuple[ImageFiles, np.ndarray, np.ndarray]]) -> dict[bytes, bytes]:
+def index_records(
+    splits: Mapping[SplitName, tuple[ImageFiles, np.ndarray, np.ndarray]],
+) -> dict[bytes, bytes]:
     """The records that say which image is what.
 
     Args:
@@ -227,12 +242,18 @@ class Pack:
         data = folder / DATA
         size = data.stat().st_size if data.is_file() else None
         if size is None:
-            raise ConfigError(f"{data}: no such file, but {DESCRIPTION} beside it says that it is a pack; {_ANEW}", _SEE)
+            raise ConfigError(
+                f"{data}: no such file, but {DESCRIPTION} beside it says that it is a pack; {_ANEW}", _SEE
+            )
         if size != description.size:  # a map of less than there was would end the process
-            raise ConfigError(f"{data}: has {size} bytes of {description.size}: half a copy? Copy it again", _SEE)
+            raise ConfigError(
+                f"{data}: has {size} bytes of {description.size}: half a copy? Copy it again", _SEE
+            )
         self.remarks = [f"packed copy of {description.source['name']}: {_text(description.options)}"]
         if packed < all_:
-            self.remarks.append(f"{all_ - packed} of {all_} images could not be read when it was packed (rejects.csv)")
+            self.remarks.append(
+                f"{all_ - packed} of {all_} images could not be read when it was packed (rejects.csv)"
+            )
 
     @property
     def splits(self) -> list[SplitName]:
@@ -252,7 +273,9 @@ class Pack:
             value = transaction.get(_key(split, part))
             data = b"" if value is None else bytes(value[_CHECKSUM:])
             if value is None or zlib.crc32(data) != int.from_bytes(value[:_CHECKSUM], "little"):
-                raise ConfigError(f"{self.folder / DATA}: its index is damaged ({split}/{part}); {_ANEW}", _SEE)
+                raise ConfigError(
+                    f"{self.folder / DATA}: its index is damaged ({split}/{part}); {_ANEW}", _SEE
+                )
             parts.append(np.frombuffer(data[8:], dtype=np.dtype(data[:8].decode().strip())))
         offsets, names, targets, numbers = parts
         return StoredImages(
@@ -281,8 +304,8 @@ def find_pack(folder: Path, task: str = "classification") -> Pack | None:
     if description is None:
         if (folder / DATA).is_file():
             raise ConfigError(
-                f"{folder}: holds {DATA} without {DESCRIPTION}: not a pack of Crucible's; task=pack makes one of images "
-                "in folders",
+                f"{folder}: holds {DATA} without {DESCRIPTION}: no pack of Crucible's; task=pack makes one of images in "
+                "folders",
                 _SEE,
             )
         return None

@@ -98,7 +98,10 @@ class StoredImages(ImageFiles):
         Raises:
             SampleError: where they cannot be read.
         """
-        return self.records.encoded(int(self.numbers[index]))
+        try:
+            return self.records.encoded(int(self.numbers[index]))
+        except SampleError as error:
+            raise SampleError(f"{self.names[index]}: {error}", error.see) from error
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         where = f"{self.records.where(int(self.numbers[index]))} ({self.names[index]})"

@@ -211,7 +211,9 @@ ROOT = (
 def _defaults() -> dict[str, Any]:
     file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
     defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return flatten({k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS, *PACK_OPTIONS)})
+    return flatten(
+        {k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS, *PACK_OPTIONS)}
+    )
 
 
 def completed(recorded: Config) -> Config:

@@ -398,7 +398,9 @@ class Examiner:
         trust.vouch(config)
         check_no_secret(config)
         if config["task"] in ("summary", "pack"):
-            raise ConfigError(f"task={config['task']} is one command of its own: python main.py without -m", "README.md")
+            raise ConfigError(
+                f"task={config['task']} is one command of its own: python main.py without -m", "README.md"
+            )
         if config["task"] != "train":
             raise ConfigError(
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",

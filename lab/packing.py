@@ -12,12 +12,12 @@ import fcntl
 import hashlib
 import io
 import itertools
+import os
 import shutil
 import sys
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,15 +28,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from crucible.cells import cell
-from crucible.command_line import command, option
+from crucible.command_line import option
 from crucible.configuration import Config
 from crucible.files import replacing, why_not_writable
 from crucible.machine import core_count
 from crucible.options import ConfigError, read_options
-from crucible.writing import Unwritable, unwritable
+from crucible.writing import unwritable
 from datasets.images import ImageFiles, SampleError, fingerprint
 from datasets.layout import SplitName
 from datasets.packed import (
@@ -83,9 +90,9 @@ def pack(config: Config) -> int:
     import_lmdb()
     if options.verify:
         return _verify(out)
-    splits, source = _splits(config), {}
+    _refuse_place(out, config["data"]["module"])
+    splits = _splits(config)
     raw_sets = [split.raw for split in splits.values()]
-    _refuse_place(out, [raw.root for raw in raw_sets])
     source = {
         "name": config["data"]["module"]["name"], "folder": str(config["data"]["module"].get("data_root_dir")),
         "fingerprint": fingerprint(raw_sets),
@@ -93,8 +100,7 @@ def pack(config: Config) -> int:
     wanted = Description(
         options={"size": options.size, "quality": options.quality}, source=source, task=config["data"]["task"],
         classes=list(raw_sets[0].classes), counts={name: len(split.raw) for name, split in splits.items()},
-        made={"crucible": metadata.version("crucible-lab") if _installed() else "checkout", "lmdb": metadata.version("lmdb"),
-              "pillow": metadata.version("pillow"), "begun": datetime.now(UTC).isoformat(timespec="seconds")},
+        made={**_versions(), "begun": _now()},
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
@@ -113,11 +119,12 @@ def pack(config: Config) -> int:
         return _Packing(out, wanted, splits, threads).run()
 
 
-def _installed() -> bool:
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        metadata.version("crucible-lab")
-        return True
-    return False
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("lmdb", "pillow")}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 # what is packed, and where
@@ -125,10 +132,9 @@ def _installed() -> bool:
 
 def _splits(config: Config) -> dict[SplitName, _Split]:
     """The images of the data set by the split of its folder, before anything is held out."""
-    module = dict(config["data"]["module"])
-    if "test_split" in module:
-        module["test_split"] = 0.0  # what has no folder is held out when it is read
-    data = build_data({**config, "data": {**config["data"], "module": module}})
+    data: Any = build_data(config)
+    if hasattr(data, "test_split"):
+        data.test_split = 0.0  # what has no folder is held out when it is read
     data.prepare_data()
     data.setup("fit")
     found: dict[SplitName, _Split] = {}
@@ -139,20 +145,26 @@ def _splits(config: Config) -> dict[SplitName, _Split]:
             continue
         if not isinstance(raw, ImageFiles):
             raise ConfigError(
-                f"task=pack packs image files; those of data.module.name={data.name} are {type(raw).__name__}", _SEE
+                f"task=pack packs image files; those of data.module.name={data.name} are {type(raw).__name__}",
+                _SEE,
             )
         if not len(raw):
-            raise ConfigError(f"data.module.data_root_dir: {raw.root}: the {name} split holds no images", _SEE)
+            raise ConfigError(
+                f"data.module.data_root_dir: {raw.root}: the {name} split holds no images", _SEE
+            )
         found[name] = _Split(raw, first)
         first += len(raw)
     return found
 
 
-def _refuse_place(out: Path, roots: Iterable[Path]) -> None:
-    for root in roots:
-        place = root.resolve()
-        if out == place or place in out.parents or (root.parent.resolve() == out):
-            raise ConfigError(f"out={out}: lies inside the images that are packed ({root}); name another folder", _SEE)
+def _refuse_place(out: Path, module: Mapping[str, Any]) -> None:
+    root = module.get("data_root_dir")
+    if root is not None and "://" not in root:
+        place = Path(root).expanduser().resolve()
+        if out == place or place in out.parents:
+            raise ConfigError(
+                f"out={out}: lies inside the images that are packed ({place}); name another folder", _SEE
+            )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: a file stands there; name a folder", _SEE)
     others = [] if not out.is_dir() else sorted(p.name for p in out.iterdir())
@@ -184,20 +196,17 @@ def _same(out: Path, known: Description, wanted: Description) -> None:
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold the folder; the system lets go of it with the process, however that ends."""
-    path = out / ".lock"
-    with path.open("w") as stream:
+    folder = os.open(out, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                pass  # a file system without locks
-            else:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(f"out={out}: another process is packing there", _SEE) from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            # else a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 # packing
@@ -249,7 +258,7 @@ class _Packing:
                 "trusted; another out= packs elsewhere",
                 _SEE,
             )
-        made = {**self.description.made, "done": datetime.now(UTC).isoformat(timespec="seconds")}
+        made = {**self.description.made, "done": _now()}
         done = replace(done, digests=digests, made=made)
         done.write(self.out)
         _say(f"{self.out}: {_contents(done)}, verified")
@@ -296,7 +305,9 @@ class _Packing:
         there = set(raw.targets.tolist()) if raw.classes else set()
         if len(kept) and there == (set(raw.targets[kept].tolist()) if raw.classes else set()):
             return
-        lost = "" if not len(kept) else f" of class {raw.classes[min(there - set(raw.targets[kept].tolist()))]}"
+        lost = (
+            "" if not len(kept) else f" of class {raw.classes[min(there - set(raw.targets[kept].tolist()))]}"
+        )
         raise ConfigError(
             f"the {name} split: no image{lost} could be read, the first: {next(iter(rejects.values()))}", _SEE
         )
@@ -305,10 +316,15 @@ class _Packing:
         if not rejects:
             (self.out / REJECTS).unlink(missing_ok=True)
             return
-        with replacing(self.out / REJECTS) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+        with (
+            replacing(self.out / REJECTS) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream,
+        ):
             stream.write("split,file,reason\n")
             for number, reason in rejects.items():
-                name, split = next((n, s) for n, s in self.splits.items() if s.first <= number < s.first + len(s.raw))
+                name, split = next(
+                    (n, s) for n, s in self.splits.items() if s.first <= number < s.first + len(s.raw)
+                )
                 cells = (name, split.raw.names[number - split.first], reason)
                 stream.write(",".join(_quoted(cell(text)) for text in cells) + "\n")
 
@@ -341,7 +357,11 @@ def repacked(raw: ImageFiles, index: int, size: int | None, quality: int) -> byt
         SampleError: for what cannot be read.
     """
     data = encoded(raw, index)
-    where = raw.records.where(int(raw.numbers[index])) if isinstance(raw, StoredImages) else str(raw.root / raw.names[index])
+    where = (
+        raw.records.where(int(raw.numbers[index]))
+        if isinstance(raw, StoredImages)
+        else str(raw.root / raw.names[index])
+    )
     try:
         with Image.open(io.BytesIO(data)) as head:
             grey, (width, height) = head.mode in _GREY, head.size
@@ -447,9 +467,7 @@ def _full_disk_in_a_line(out: Path) -> Iterator[None]:
 # reading back
 
 
-def _read_back(
-    found: Pack, shown: _Shown, threads: int
-) -> tuple[dict[SplitName, str], list[int]]:
+def _read_back(found: Pack, shown: _Shown, threads: int) -> tuple[dict[SplitName, str], list[int]]:
     """The digests of the splits, and the records that are not what was written."""
     digests: dict[SplitName, str] = {}
     changed: list[int] = []
@@ -493,7 +511,8 @@ def _verify(out: Path) -> int:
         return 0
     records = f"; records that have changed: {', '.join(map(str, changed[:8]))}" if changed else ""
     raise ConfigError(
-        f"{out}: not what was packed (split {', '.join(wrong)}{records}); task=pack with a new out= makes it anew", _SEE
+        f"{out}: not what was packed (split {', '.join(wrong)}{records}); task=pack with a new out= makes it anew",
+        _SEE,
     )
 
 
