@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import struct
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from crucible.files import write_atomically
 from crucible.options import ConfigError
+from crucible.pictures import Decoder, PictureError, decode, grey
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_ORIENTATION = 0x0112
 SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
 _FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
 _FILES_SIZED = 65536
@@ -79,61 +77,36 @@ def unreadable(path: str | Path, what: str, error: Exception) -> SampleError:
     )
 
 
-def load_image(path: str | Path, channels: int) -> Image.Image:
-    """One picture of any usual format as an 8-bit PIL image.
-
-    The EXIF orientation is applied (one that is not 2 to 8 means upright); 16-bit values are scaled to
-    8 bits; transparency is dropped; of an animation, the first frame is taken.
-
-    Args:
-        path: the file.
-        channels: 1 for grey (mode L), 3 for colour (mode RGB).
+def load_image(path: str | Path, channels: int, decoder: Decoder = "auto") -> Tensor:
+    """The picture in a file as uint8 (channels, height, width), as `crucible.pictures.decode` makes it.
 
     Raises:
-        SampleError: for a file that is truncated, not an image, too large to be one, or of float values.
+        SampleError: where it cannot be read, or is no picture.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
-    except Exception as error:
+        return decode(read_file(path), channels, decoder)
+    except PictureError as error:
         raise unreadable(path, " as an image", error) from error
 
 
-def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its values are floats of unknown range; convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values are wider than 16 bits")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
+def read_file(path: str | Path) -> bytes:
+    """What is in the file of a sample.
 
-
-def _orientation(image: Image.Image) -> int:
+    Raises:
+        SampleError: where it cannot be read.
+    """
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, OverflowError, EOFError, struct.error):
-        return 1  # a damaged EXIF block says nothing about the pixels
-    return value if isinstance(value, int) and 2 <= value <= 8 else 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation == 1:
-        return image
-    method = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }[orientation]
-    return image.transpose(method)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            content = os.read(descriptor, size + 1)
+            while len(content) < size and (more := os.read(descriptor, size - len(content) + 1)):
+                content += more
+            return content
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(path, " as an image", error) from error
 
 
 class Names(Sequence[str]):
@@ -172,6 +145,8 @@ class ImageFiles(Dataset):
         classes: the names of the classes.
     """
 
+    decoder: Decoder = "auto"
+
     def __init__(
         self,
         root: Path,
@@ -189,8 +164,8 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        return load_image(self.root / self.names[index], self.channels), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return load_image(self.root / self.names[index], self.channels, self.decoder), self.targets[index]
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Those of the files, as a data set of their own."""
@@ -384,8 +359,7 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
         return images
     if images.shape[1] == 1:
         return images.expand(-1, channels, -1, -1)
-    red, green, blue = images.int().unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+    return grey(images)
 
 
 _OF_OTHER_PROGRAMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"}  # not of the data

@@ -36,6 +36,7 @@ LATE = {
     ("lab/teachers.py", "timm"): "a second, only where a teacher is timm's",
     ("optimizers/__init__.py", "timm"): "only for optimizers and layers of timm's",
     ("optimizers/groups.py", "timm"): "only for networks of timm's",
+    ("crucible/pictures.py", "simplejpeg"): "optional",
     ("crucible/metrics.py", "torch"): "types; the report reads the table of metrics without torch",
     ("crucible/metrics.py", "torchmetrics"): "five seconds that the report does not need",
     ("reporting/files.py", "pandas"): "only for results.csv",
