@@ -304,7 +304,7 @@ def find_pack(folder: Path, task: str = "classification") -> Pack | None:
     if description is None:
         if (folder / DATA).is_file():
             raise ConfigError(
-                f"{folder}: holds {DATA} without {DESCRIPTION}: no pack of Crucible's; task=pack makes one of images in "
+                f"{folder}: holds {DATA} without {DESCRIPTION}: not a pack; task=pack makes one of images in "
                 "folders",
                 _SEE,
             )

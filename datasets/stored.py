@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from torch import Tensor
 
-from crucible.options import ConfigError
-from datasets.images import SCHEME, ImageFiles, Names, SampleError, load_image
+from crucible.pictures import PictureError, decode
+from datasets.images import SCHEME, ImageFiles, Names, SampleError, read_file
 
 
 class JoinedNames(Names):
@@ -103,9 +102,15 @@ class StoredImages(ImageFiles):
         except SampleError as error:
             raise SampleError(f"{self.names[index]}: {error}", error.see) from error
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        where = f"{self.records.where(int(self.numbers[index]))} ({self.names[index]})"
-        return decoded(self.encoded(index), self.channels, where), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        try:
+            return decode(self.encoded(index), self.channels, self.decoder), self.targets[index]
+        except PictureError as error:
+            raise SampleError(f"{self.where(index)}: cannot be read as an image ({error})") from error
+
+    def where(self, index: int) -> str:
+        """The image `index` and where it lies."""
+        return f"{self.names[index]} ({self.records.where(int(self.numbers[index]))})"
 
     def subset(self, indices: np.ndarray) -> StoredImages:
         names = joined(self.names).picked(indices)
@@ -119,9 +124,11 @@ class StoredImages(ImageFiles):
     def _changed(
         self, numbers: np.ndarray, names: Sequence[str], targets: np.ndarray, classes: Sequence[str]
     ) -> StoredImages:
-        return StoredImages(
+        changed = StoredImages(
             self.root, self.records, numbers, names, targets, self.channels, classes, self.digest
         )
+        changed.decoder = self.decoder
+        return changed
 
     def content(self, scheme: int = SCHEME) -> Iterator[bytes]:
         """Names, targets, the places in the store, and the digest of the store; nothing is read for it."""
@@ -137,28 +144,9 @@ def encoded(raw: ImageFiles, index: int) -> bytes:
     Raises:
         SampleError: where they cannot be read.
     """
-    if isinstance(raw, StoredImages):
-        return raw.encoded(index)
-    path = raw.root / raw.names[index]
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError(f"{path}: cannot be read ({error.strerror})") from error
+    return raw.encoded(index) if isinstance(raw, StoredImages) else read_file(raw.root / raw.names[index])
 
 
-def decoded(data: bytes, channels: int, where: str) -> Image.Image:
-    """The picture in the bytes of an image file; as `load_image` of a file.
-
-    Args:
-        data: of a file of any usual format.
-        channels: 1 or 3.
-        where: it lies, for errors.
-
-    Raises:
-        SampleError: for what is no whole image.
-    """
-    try:
-        return load_image(io.BytesIO(data), channels)  # type: ignore[arg-type]
-    except ConfigError as error:
-        reason = str(error.__cause__ or error)
-        raise SampleError(f"{where}: cannot be read as an image ({reason})") from error
+def where_is(raw: ImageFiles, index: int) -> str:
+    """Where an image lies, for an error."""
+    return raw.where(index) if isinstance(raw, StoredImages) else str(raw.root / raw.names[index])

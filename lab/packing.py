@@ -43,6 +43,7 @@ from crucible.configuration import Config
 from crucible.files import replacing, why_not_writable
 from crucible.machine import core_count
 from crucible.options import ConfigError, read_options
+from crucible.pictures import PictureError, decode, grey, shape_of
 from crucible.writing import unwritable
 from datasets.images import ImageFiles, SampleError, fingerprint
 from datasets.layout import SplitName
@@ -60,7 +61,7 @@ from datasets.packed import (
     index_records,
     read_description,
 )
-from datasets.stored import StoredImages, decoded, encoded
+from datasets.stored import StoredImages, encoded, where_is
 from lab.build import build_data
 
 REJECTS = "rejects.csv"
@@ -356,29 +357,27 @@ def repacked(raw: ImageFiles, index: int, size: int | None, quality: int) -> byt
     Raises:
         SampleError: for what cannot be read.
     """
-    data = encoded(raw, index)
-    where = (
-        raw.records.where(int(raw.numbers[index]))
-        if isinstance(raw, StoredImages)
-        else str(raw.root / raw.names[index])
-    )
+    content = encoded(raw, index)
     try:
-        with Image.open(io.BytesIO(data)) as head:
-            grey, (width, height) = head.mode in _GREY, head.size
-    except Exception:
-        grey, width, height = False, 0, 0  # decoding says why
-    picture = decoded(data, 1 if grey else 3, where)
-    if size is None or min(width, height) <= size:
-        return data
+        pixels = decode(content, 3)  # what has no whole picture is no copy either
+        if size is None or min(shape_of(content)) <= size:
+            return content
+        pixels = pixels if _has_color(content) else grey(pixels)
+    except PictureError as error:
+        raise SampleError(f"{where_is(raw, index)}: cannot be read as an image ({error})") from error
+    array = pixels.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     width, height = picture.size
-    short, long = min(width, height), max(width, height)
-    scaled = (size, int(size * long / short)) if width <= height else (int(size * long / short), size)
+    long = int(size * max(width, height) / min(width, height))
+    scaled = (size, long) if width <= height else (long, size)
     file = io.BytesIO()
     picture.resize(scaled, Image.Resampling.BILINEAR).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return file.getvalue()
 
 
-_GREY = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
+def _has_color(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.mode not in ("1", "L", "LA", "I") and not image.mode.startswith("I;16")
 
 
 def _in_order(work: Callable[[Any], Any], items: Iterator[Any], threads: int) -> Iterator[Any]:

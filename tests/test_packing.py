@@ -131,10 +131,10 @@ def test_small_files_are_copied_and_larger_ones_have_the_short_side(
     images = packed.find_pack(tmp_path / "pack").images("train", 3)
     by_name = {images.names[i]: i for i in range(len(images))}
     assert encoded(images, by_name["ant/small.png"]) == (photos / "ant" / "small.png").read_bytes()
-    assert images[by_name["ant/0.jpg"]][0].size == (38, 32)  # of 48 x 40, as torchvision's Resize
-    assert images[by_name["cat/upright.jpg"]][0].size == (32, 48)
+    assert images[by_name["ant/0.jpg"]][0].shape == (3, 32, 38)  # of 48 x 40, as torchvision's Resize
+    assert images[by_name["cat/upright.jpg"]][0].shape == (3, 48, 32)
     grey = encoded(images, by_name["bee/grey é, x.jpg"])
-    assert Image.open(_file(grey)).mode == "L" and images[by_name["bee/grey é, x.jpg"]][0].mode == "RGB"
+    assert Image.open(_file(grey)).mode == "L" and len(images[by_name["bee/grey é, x.jpg"]][0]) == 3
 
 
 def test_pack_size_null_keeps_every_file_and_an_evaluation_is_then_the_folders(
@@ -192,7 +192,7 @@ def test_a_pack_may_be_packed_again(pack, tmp_path: Path) -> None:
     assert pack().status == 0
     second = pack(size=16, root=tmp_path / "pack", out=tmp_path / "smaller")
     assert second.status == 0, second.err
-    assert packed.find_pack(tmp_path / "smaller").images("train", 3)[0][0].size == (19, 16)
+    assert packed.find_pack(tmp_path / "smaller").images("train", 3)[0][0].shape == (3, 16, 19)
 
 
 # training from it
