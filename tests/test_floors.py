@@ -41,6 +41,8 @@ LATE = {
     ("crucible/metrics.py", "torchmetrics"): "five seconds that the report does not need",
     ("reporting/files.py", "pandas"): "only for results.csv",
     ("datasets/packed.py", "lmdb"): "optional",
+    ("datasets/shards.py", "pyarrow"): "optional",
+    ("datasets/shards.py", "fsspec"): "optional",
 }
 LATE_OURS = {
     "crucible/__init__.py": "load_run is offered on the ground for notebooks",
