@@ -133,7 +133,7 @@ class PackedRecords(Records):
         self.folder = folder
 
     def encoded(self, number: int) -> bytes:
-        value = _reading(self.folder).get(number.to_bytes(8, "big"))
+        value = reading(self.folder / DATA).get(number.to_bytes(8, "big"))
         if value is None:
             raise SampleError(f"{self.where(number)}: is not there; {_ANEW}", _SEE)
         data = bytes(value[_CHECKSUM:])
@@ -158,16 +158,20 @@ def checked(data: bytes) -> bytes:
 _open: dict[tuple[int, int], tuple[int, Any, Any]] = {}  # by file: process, environment, transaction
 
 
-def _reading(folder: Path) -> Any:
-    """The transaction that reads a pack in this process.
+def reading(data: Path) -> Any:
+    """The transaction that reads an LMDB file in this process.
 
     LMDB opens a file once in a process, whatever it is called, and a forked process may not use what its parent
     opened.
+
+    Raises:
+        SampleError: where it is gone.
+        ConfigError: where it is no such file.
     """
     try:
-        state = (folder / DATA).stat()
+        state = data.stat()
     except OSError as error:
-        raise SampleError(f"{folder / DATA}: cannot be read ({error.strerror})", _SEE) from error
+        raise SampleError(f"{data}: cannot be read ({error.strerror})", _SEE) from error
     place, process = (state.st_dev, state.st_ino), os.getpid()
     if (known := _open.get(place)) is not None:
         if known[0] == process:
@@ -175,10 +179,15 @@ def _reading(folder: Path) -> Any:
         _let_go(place)  # this process's copy; the parent's stays
     lmdb = import_lmdb()
     try:
-        environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+        environment = lmdb.open(str(data), subdir=False, readonly=True, lock=False, readahead=False)
+        if (environment.info()["last_pgno"] + 1) * environment.stat()["psize"] > state.st_size:
+            environment.close()  # a map of less than there was would end the process
+            raise ConfigError(
+                f"{data}: is half a file: more is written in it than is there; copy it again", _SEE
+            )
+        _open[place] = process, environment, environment.begin(buffers=True)
     except lmdb.Error as error:
-        raise ConfigError(f"{folder / DATA}: cannot be read ({error}); {_ANEW}", _SEE) from error
-    _open[place] = process, environment, environment.begin(buffers=True)
+        raise ConfigError(f"{data}: cannot be read as LMDB ({error})", _SEE) from error
     return _open[place][2]
 
 
@@ -245,7 +254,7 @@ class Pack:
             raise ConfigError(
                 f"{data}: no such file, but {DESCRIPTION} beside it says that it is a pack; {_ANEW}", _SEE
             )
-        if size != description.size:  # a map of less than there was would end the process
+        if size != description.size:
             raise ConfigError(
                 f"{data}: has {size} bytes of {description.size}: half a copy? Copy it again", _SEE
             )
@@ -267,7 +276,7 @@ class Pack:
             split: one of `splits`.
             channels: 1 or 3.
         """
-        transaction = _reading(self.folder)
+        transaction = reading(self.folder / DATA)
         parts = []
         for part in _PARTS:
             value = transaction.get(_key(split, part))

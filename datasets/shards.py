@@ -1,5 +1,7 @@
 """Images in shards: tar files as WebDataset writes them, Parquet and Arrow files as Hugging Face's data sets are.
 
+And LMDB files of the ModelZoo (PistonY's, by torch-toolbox), to be packed anew.
+
 Nothing is streamed. An index of each tar file (which image lies where) is made once and kept; Parquet is read by the
 row group, Arrow by the row. So any image can be read by its number, and order, draws, splits and resume are those of
 files in folders. Shards may lie on object storage (`https://`, `s3://`, ... by fsspec), where an image is one request.
@@ -33,9 +35,10 @@ from datasets.classes import listed, match_classes
 from datasets.image_folder import TestFraction, several_classes
 from datasets.images import EXTENSIONS, SampleError
 from datasets.layout import SplitName, split_of
+from datasets.packed import reading
 from datasets.stored import JoinedNames, Records, StoredImages
 
-FORMATS = {".tar": "tar", ".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {".tar": "tar", ".parquet": "parquet", ".arrow": "arrow", ".lmdb": "LMDB"}
 _SEE = "docs/data.md"
 _IMAGES = tuple(extension[1:] for extension in EXTENSIONS)
 _LABELS = ("cls", "json")  # of a sample in a tar file
@@ -322,6 +325,70 @@ def _index_table(storage: Storage, place: str, image: str | None, label: str | N
     return _index(names, labels, rows, groups, table.classes(column["label"]), digest)
 
 
+def _index_lmdb(storage: Storage, place: str, image: str | None, label: str | None) -> ShardIndex:
+    """Read all records of an LMDB file of the ModelZoo's (torch-toolbox): the labels lie in them."""
+    for option, value in (("image", image), ("label", label)):
+        if value is not None:
+            raise ConfigError(f"data.module.{option}={value}: the records of {place} have no names", _SEE)
+    records = _ModelZoo(place)
+    count = records.value(b"__len__")
+    if not isinstance(count, int):
+        raise ConfigError(f"{place}: says no number of images (__len__)", _SEE)
+    labels, sizes = [], []
+    digest = hashlib.blake2b(digest_size=16)
+    for number in range(count):
+        data, target = records.sample(number)
+        labels.append(str(target))
+        sizes.append(len(data))
+        if number % max(1, count // _SAMPLED) == 0:
+            digest.update(data[:_PIECE])
+    digest.update(np.asarray(sizes).tobytes())
+    noted = records.value(b"classes")
+    classes = (
+        [n if isinstance(n, str) else ", ".join(map(str, n)) for n in noted]
+        if isinstance(noted, list)
+        else []
+    )
+    return _index([f"{n:07}" for n in range(count)], labels, range(count), sizes, classes, digest)
+
+
+class _ModelZoo:
+    """An LMDB file whose records `0`, `1`, ... are `(image file, label)`, as pyarrow serialised them up to version 11.
+
+    That form has no pickle in it where it is of bytes and numbers: a header of 16 bytes, then an Arrow stream. It is
+    read as that, and nothing else is.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = Path(place)
+        self._arrow = _pyarrow()[0]
+
+    def value(self, key: bytes) -> Any:
+        """What a key stands for; None where it is not there."""
+        content = reading(self._place).get(key)
+        if content is None:
+            return None
+        try:
+            stream = self._arrow.ipc.open_stream(self._arrow.BufferReader(bytes(content[_HEADER:])))
+            return stream.read_next_batch().column(0)[0].as_py()
+        except (self._arrow.ArrowException, StopIteration, OSError) as error:
+            raise ConfigError(
+                f"{self._place}: record {key.decode()} is not as torch-toolbox wrote it; pickled records are not read, "
+                "they may run anything: write them as files or as tar shards",
+                _SEE,
+            ) from error
+
+    def sample(self, number: int) -> tuple[bytes, int]:
+        """Image file and label."""
+        value = self.value(str(number).encode())
+        if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], bytes)):
+            raise OSError(f"record {number} holds no image and label")
+        return value[0], int(value[1])
+
+
+_HEADER = 16
+
+
 class _Table:
     """A Parquet or an Arrow file, by groups of rows."""
 
@@ -447,6 +514,8 @@ class ShardRecords(Records):
     def encoded(self, number: int) -> bytes:
         place = self._shard(number)
         try:
+            if place.endswith(".lmdb"):
+                return _ModelZoo(place).sample(int(self._offsets[number]))[0]
             if place.endswith(".tar"):
                 return self._storage.read(place, int(self._offsets[number]), int(self._sizes[number]))
             table = self.table(place)
@@ -627,7 +696,7 @@ class ShardsDataModule(BaseDataModule):
             kept = _cache() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
             if (known := ShardIndex.read(kept)) is not None:
                 return known
-            make = _index_tar if place.endswith(".tar") else _index_table
+            make = {".tar": _index_tar, ".lmdb": _index_lmdb}.get(Path(place).suffix, _index_table)
             found = make(storage, place, self.image, self.label)
             found.write(kept)
             return found

@@ -198,6 +198,7 @@ def test_a_pack_may_be_packed_again(pack, tmp_path: Path) -> None:
 # training from it
 
 
+@pytest.mark.slow
 def test_a_network_trains_from_a_pack_and_is_tested_on_it(pack, cli, photos, tmp_path: Path) -> None:
     assert pack().status == 0
     run = _train(cli, tmp_path / "pack", "data.module.num_workers=2", "trainer.max_epochs=1")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import json
 import pickle
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +22,10 @@ from PIL import Image
 
 from augmentation.policies import imagenet
 from crucible.options import ConfigError
+from datasets.image_folder import ImageFolderDataModule
 from datasets.images import SampleError
-from datasets.shards import ShardsDataModule, expanded
+from datasets.shards import ShardsDataModule, _ModelZoo, expanded
+from lab.packing import pack
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -215,12 +219,12 @@ def test_a_server_of_pieces_gives_what_the_folder_does(tars: Path, server) -> No
 def test_a_server_without_pieces_is_refused(tars: Path, server) -> None:
     address = server(tars, ranges=False)
     with pytest.raises(
-        ConfigError, match="cannot be read by the piece .* byte ranges; else copy the shards here"
+        ConfigError, match=r"cannot be read by the piece .* byte ranges; else copy the shards here"
     ):
         made(address, train_shards="set-train-000000.tar")
     with pytest.raises(ConfigError, match=r"none\.tar: no such file"):
         made(address, train_shards="none.tar")
-    with pytest.raises(ConfigError, match="train_shards is missing: what is in http.* cannot be listed"):
+    with pytest.raises(ConfigError, match=r"train_shards is missing: what is in http.* cannot be listed"):
         made(address)
 
 
@@ -311,34 +315,106 @@ def test_braces_count_and_list() -> None:
     assert expanded("s3://x/y.tar") == ["s3://x/y.tar"]
 
 
-def test_shards_become_a_pack_and_another_package_named_datasets_is_in_nobodys_way(
-    shell, tars: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("lmdb")
-    foreign = tmp_path / "site" / "datasets"
-    foreign.mkdir(parents=True)
-    (foreign / "__init__.py").write_text("raise ImportError('the package of another')\n")
-    environment = {"PYTHONPATH": str(foreign.parent)}
-    outcome = shell(
-        "task=pack", "data=webdataset", f"data.module.data_root_dir={tars}", f"out={tmp_path / 'pack'}", "pack.size=null",
-        env=environment, real=True,
-    )  # fmt: skip
-    assert outcome.status == 0, outcome.err
-    assert "30 train, 6 test images" in outcome.out
-    from datasets.image_folder import ImageFolderDataModule
+def as_torch_toolbox_did(value: Any) -> bytes:
+    """`pyarrow.serialize((bytes, int))`, `(int)` or `([texts])` of versions up to 11, made by today's."""
+    pa = pytest.importorskip("pyarrow")
 
-    options = {
+    def union(kinds: dict[str, Any], codes: list[int], places: list[int]) -> Any:
+        children = [pa.nulls(0), *kinds.values()]
+        types, offsets = pa.array(codes, pa.int8()), pa.array(places, pa.int32())
+        return pa.UnionArray.from_dense(types, offsets, children, ["0", *kinds], list(range(len(children))))
+
+    if isinstance(value, int):
+        whole = union({"2": pa.array([value])}, [1], [0])
+    else:
+        if isinstance(value, tuple):
+            inner = union({"4": pa.array([value[0]]), "2": pa.array([value[1]])}, [1, 2], [0, 0])
+        else:
+            inner = union({"5": pa.array(value)}, [1] * len(value), list(range(len(value))))
+        whole = union({"12": pa.ListArray.from_arrays([0, len(inner)], inner)}, [1], [0])
+    sink = pa.BufferOutputStream()
+    batch = pa.record_batch([whole], names=["list"])
+    with pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return bytes(16) + sink.getvalue().to_pybytes()
+
+
+# what pyarrow 11.0.0 makes of (a beginning of a JPEG, 7), compressed by zlib
+RECORDED = (
+    "c-oayOHRW;4D}>w6Vea{C?!CE@()lTE#<#}%dn^fQYE_R0XP5)4$&iU0G2%f3yy*a_KZ`7Q6z+`8ISGfXU{kV_$?XANB~G>`4B)A"
+    "D&XM>ML1{!S|08W@91Xz{+(rLg%O^c?6Yun5s<L`(0dvX)k~(Z6AUnqr~N@4&ryM2GOpbL_`*7=#)UEZT8y)Cy;2RT$-ds;{t;Bq"
+    "bQ9fqUe_+vCGKa<X;H11^YeIzIXrNg1H>I}Z#u`JoVt-iJ&Z8^sWGAqlj0g<Tw=t-4qf%alHXtFL?t<n`ssNMh2|v*purOh6cgBv"
+    "${$W9?4up1>CsHb{I;U-4b%$f+|PHO^dXJ!MjE(?bw1ms5l@W##E7S?Z&~*ZeBZ#6xW+xo#Ee`2#Q$aIoT7x7?vj0E7_*&9)%B+Q"
+    "S}+~X$l1C1`a)wdT3TL-SJ&2?8=G6(JG*<y{=s4E==daUcTT%!=NFe(*Ei~p`Tvyk58a4J<p"
+)
+
+
+def test_lmdb_files_of_the_modelzoo_are_read_without_pickle(tmp_path: Path) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    for split, first, count in (("train", 0, 30), ("test", 100, 6)):
+        values = {str(n): as_torch_toolbox_did((picture(first + n), (first + n) % 3)) for n in range(count)}
+        values |= {"__len__": as_torch_toolbox_did(count), "classes": as_torch_toolbox_did(NAMES)}
+        with (
+            lmdb.open(str(tmp_path / f"{split}.lmdb"), subdir=False, map_size=1 << 24) as environment,
+            environment.begin(write=True) as out,
+        ):
+            for key, value in values.items():
+                out.put(key.encode(), value)
+    module = made(tmp_path, num_workers=2)
+    assert module.class_names == NAMES and len(module.samples("test")) == 6
+    write_tar(tmp_path / "tars" / "train.tar", 0, 30)
+    for a, b in zip(
+        batches(module), batches(made(tmp_path / "tars", test_shards=None, test_split=0.0)), strict=True
+    ):
+        assert torch.equal(a.input, b.input) and torch.equal(a.target, b.target)
+    recorded = zlib.decompress(base64.b85decode(RECORDED))
+    with (
+        lmdb.open(str(tmp_path / "one.lmdb"), subdir=False, map_size=1 << 20) as environment,
+        environment.begin(write=True) as out,
+    ):
+        out.put(b"0", recorded)
+        out.put(b"1", pickle.dumps((b"x", 1)))
+    records = _ModelZoo(str(tmp_path / "one.lmdb"))
+    assert records.sample(0) == (b"\xff\xd8\xff" + bytes(range(60)), 7)
+    with pytest.raises(
+        ConfigError, match="record 1 is not as torch-toolbox wrote it; pickled records are not read"
+    ):
+        records.sample(1)
+
+
+def test_shards_become_a_pack_with_the_same_batches(tars: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lmdb")
+    module = {
+        "_target_": "datasets.shards.ShardsDataModule",
         "name": "x",
-        "batch_size": 4,
-        "num_workers": 0,
-        "val_split": 0.2,
-        "data_root_dir": str(tmp_path / "pack"),
+        "data_root_dir": str(tars),
+        "num_workers": "auto",
     }
+    out = str(tmp_path / "pack")
+    options = {"size": None, "quality": 90, "verify": False}
+    assert pack({"out": out, "pack": options, "data": {"module": module, "task": "classification"}}) == 0
     policies = {
         "train_transforms": imagenet.BaselineTransform(size=12),
         "test_transforms": imagenet.TestTransform(size=12),
     }
-    packed = ImageFolderDataModule(**options, **policies)
+    packed = ImageFolderDataModule(
+        name="x", batch_size=4, num_workers=0, val_split=0.2, data_root_dir=out, **policies
+    )
     packed.check()
-    for a, b in zip(packed.train_dataloader(), made(tars).train_dataloader(), strict=True):
+    for a, b in zip(batches(packed), batches(made(tars)), strict=True):
         assert torch.equal(a.input, b.input) and torch.equal(a.target, b.target)
+
+
+@pytest.mark.slow
+def test_another_package_named_datasets_is_in_nobodys_way(shell, tmp_path: Path) -> None:
+    root = write_tables(tmp_path / "tables", "parquet")
+    foreign = tmp_path / "site" / "datasets"
+    foreign.mkdir(parents=True)
+    (foreign / "__init__.py").write_text("raise ImportError('the package of another')\n")
+    run = shell(
+        "data=parquet", f"data.module.data_root_dir={root}", "data.module.batch_size=8", "data.input_size=16",
+        "data.module.num_workers=1", "model=cifar_resnet", "logger.wandb=null", "callbacks.plots=null",
+        "trainer.max_epochs=1", env={"PYTHONPATH": str(foreign.parent)}, real=True,
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    assert "order and resume are exact, as of files" in " ".join(run.out.split())
