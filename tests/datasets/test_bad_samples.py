@@ -60,7 +60,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_is_wrong_with_a_file_it_is_named_with_its_split(images: Path, damage: str) -> None:
-    module = ImageFolderDataModule(name="x", data_root_dir=str(images), batch_size=4, num_workers=0)
+    module = ImageFolderDataModule(
+        name="x", data_root_dir=str(images), batch_size=4, num_workers=0, cache="none"
+    )
     module.check()
     file = images / "val" / "b" / "2.jpg"
     DAMAGES[damage](file)
