@@ -384,7 +384,8 @@ class BaseDataModule(LightningDataModule):
                 raw.decoder = self.decoder
             if isinstance(raw, ImageFiles):
                 if id(raw) not in done:
-                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, self.data_path)
+                    beside = Path(self.data_root_dir).expanduser() if self.data_root_dir else raw.root
+                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, beside)
                 setattr(self, role, done[id(raw)][1])
 
     def _relabelled(

@@ -1,7 +1,7 @@
 """Pictures of one size, decoded once: a file that every process of the machine maps, beside the data or in a cache.
 
-Only originals that all have one size are kept. A policy that crops at random needs the whole photograph, in another size
-each: what pays there is a pre-resized copy (`task=pack`), not a cache.
+Only originals that all have one size are kept. A policy that crops at random needs whole photographs, each of another
+size: what pays there is a pre-resized copy (`task=pack`), not a cache.
 """
 
 from __future__ import annotations

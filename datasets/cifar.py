@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torchvision import datasets as torchvision_datasets
 
-from crucible.files import missing, replacing
+from crucible.files import missing
 from crucible.options import ConfigError
 from crucible.pictures import Shape
 from datasets.base_datamodule import BaseDataModule
-from datasets.image_folder import class_folders, images_to_score
 from datasets.cache import OnError, OtherShape, decoded
+from datasets.image_folder import class_folders, images_to_score
 from datasets.images import Arrays, ImageFiles, with_channels
 from datasets.layout import split_folder
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from torchvision.transforms import v2
 
 from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment, resized
+from crucible.corrections import Correction
 
 _ATTEMPTS = 10  # at a crop that fits, as torchvision's RandomResizedCrop
 
@@ -65,6 +66,15 @@ class _ImagenetPolicy(PhotographPolicy):
         common: what every policy for photographs takes.
     """
 
+    corrections: ClassVar = (
+        Correction(
+            "data.module.train_transforms",
+            2,
+            lambda config: True,
+            "crops were resized by PIL, and drawn with the flip one by one",
+        ),
+    )
+
     def __init__(
         self,
         *,
@@ -91,12 +101,13 @@ class BaselineTransform(_ImagenetPolicy):
     defaults = {"min_area": 0.08, "flip": 0.5}
     crop_draws = 2 + 2 * _ATTEMPTS
 
-    def build_transform(self) -> None:
+    def build_transform(self) -> Callable[[Any], Any] | None:
         self.shift_and_flip_batch()
+        return None
 
     def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
         """uint8 (C, H, W) to (C, size, size): a random part of it, resized."""
-        top, left, height, width = crop_box(*pixels.shape[1:], draws, self.options["min_area"])
+        top, left, height, width = crop_box(pixels.shape[1], pixels.shape[2], draws, self.options["min_area"])
         return resized(pixels[:, top : top + height, left : left + width], self.size, self.size)
 
 

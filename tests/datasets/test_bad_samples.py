@@ -172,7 +172,7 @@ def test_a_damaged_copy_of_decoded_images_is_made_again(tmp_path: Path) -> None:
         module.setup("fit")
         return module.train_dataset.inputs
 
-    whole = pixels()
+    whole = pixels().clone()  # of the mapped file
     for damaged in (b"", b"nonsense", None):
         for file in (tmp_path / ".decoded").glob("*.npy"):
             if damaged is None:
