@@ -21,6 +21,7 @@ NOT_SEMANTIC = {
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
+    "data.module.cache", "data.module.decoder", "data.module.on_error",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file",
     "data.module.train_shards", "data.module.val_shards", "data.module.test_shards", "data.module.classes_file",
     "model.seed", "model.metrics",

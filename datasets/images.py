@@ -7,7 +7,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -146,6 +146,7 @@ class ImageFiles(Dataset):
     """
 
     decoder: Decoder = "auto"
+    lie_elsewhere = False  # not in files of their own
 
     def __init__(
         self,
@@ -156,6 +157,9 @@ class ImageFiles(Dataset):
         classes: Sequence[str] = (),
     ) -> None:
         self.root = root
+        self._folder = os.fspath(
+            root
+        )  # joining paths as objects costs a tenth of what reading a small picture does
         self.names = names if isinstance(names, Names) else Names(names)
         self.targets = np.asarray(targets)
         self.channels = channels
@@ -165,7 +169,30 @@ class ImageFiles(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        return load_image(self.root / self.names[index], self.channels, self.decoder), self.targets[index]
+        return self.read(index), self.targets[index]
+
+    def read(self, index: int) -> Tensor:
+        """The picture, uint8 (channels, height, width).
+
+        Raises:
+            SampleError: where it cannot be read, or is no picture.
+        """
+        try:
+            return decode(self.encoded(index), self.channels, self.decoder)
+        except PictureError as error:
+            raise unreadable(self.where(index), " as an image", error) from error
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            SampleError: where they cannot be read.
+        """
+        return read_file(f"{self._folder}/{self.names[index]}")
+
+    def where(self, index: int) -> str:
+        """Where the image lies, for an error."""
+        return f"{self._folder}/{self.names[index]}"
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Those of the files, as a data set of their own."""
@@ -199,7 +226,7 @@ class ImageFiles(Dataset):
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
         for part in (str((SCHEME, str(self.root.absolute()), len(self))).encode(), *self.names.content()):
             key.update(part)
-        kept = _cache()
+        kept = cache_folder("fingerprints")
         with contextlib.suppress(OSError):
             if len(digest := (kept / key.hexdigest()).read_bytes()) == 16:
                 return digest
@@ -223,11 +250,11 @@ class ImageFiles(Dataset):
         return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
 
 
-def _cache() -> Path:
-    """Where digests of files are kept."""
+def cache_folder(kind: str) -> Path:
+    """Where a user's things of a kind are kept that can be made again."""
     with contextlib.suppress(RuntimeError):  # a user without a home
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / "fingerprints"
-    return Path(tempfile.gettempdir()) / "crucible" / "fingerprints"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / kind
+    return Path(tempfile.gettempdir()) / "crucible" / kind
 
 
 def _state(path: Path) -> os.stat_result:
@@ -266,33 +293,62 @@ class Arrays(Dataset):
         inputs: (N, C, ...) uint8 or float.
         targets: (N,) int64 or float32.
         classes: the names of the classes.
+        lacking: why it could not be read, of each sample whose input is not there; taking one is an error.
     """
 
+    source: ImageFiles | None = None  # the files that it was decoded from, where they are what the data are
+
     def __init__(
-        self, inputs: Tensor, targets: np.ndarray | Sequence[int], classes: Sequence[str] = ()
+        self,
+        inputs: Tensor,
+        targets: np.ndarray | Sequence[int],
+        classes: Sequence[str] = (),
+        lacking: Mapping[int, str] | None = None,
     ) -> None:
         self.inputs = inputs
         self.targets = np.asarray(targets)
         self.classes = list(classes)
+        self.lacking = dict(lacking or {})
+        self._lacking = np.asarray(sorted(self.lacking), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if index in self.lacking:
+            raise SampleError(self.lacking[index])
         return self.inputs[index], self.targets[index]
+
+    @property
+    def names(self) -> Names | None:
+        """Of the files, where they are known."""
+        return None if self.source is None else self.source.names
+
+    def lacks(self, indices: np.ndarray) -> bool:
+        """Whether one of them could not be read."""
+        return len(self._lacking) > 0 and bool(np.isin(indices, self._lacking).any())
 
     def subset(self, indices: np.ndarray) -> Arrays:
         """Those of the samples, as a data set of their own."""
-        return Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        chosen = Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        if self.lacking:
+            lacking = {n: self.lacking[i] for n, i in enumerate(indices.tolist()) if i in self.lacking}
+            chosen = Arrays(chosen.inputs, chosen.targets, chosen.classes, lacking)
+        if self.source is not None:
+            chosen.source = self.source.subset(indices)
+        return chosen
 
     def relabelled(self, numbers: np.ndarray, classes: Sequence[str]) -> Arrays:
         """The same samples with `numbers[label]` for each label; those of negative numbers are left out."""
         targets = numbers[self.targets]
-        changed = Arrays(self.inputs, targets, classes)
+        changed = Arrays(self.inputs, targets, classes, self.lacking)
         return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
 
-    def content(self) -> Iterator[bytes | memoryview]:
-        """What makes these data: all of them."""
+    def content(self, scheme: int = SCHEME) -> Iterator[bytes | memoryview]:
+        """What makes these data: all of them, or the files that they come from."""
+        if self.source is not None:
+            yield from self.source.content(scheme)
+            return
         yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
         yield self.inputs.contiguous().view(-1).view(torch.uint8).numpy().data
         yield self.targets.tobytes()
@@ -335,7 +391,7 @@ def fingerprint(datasets: Iterable[Any], scheme: int = SCHEME) -> str:
         digest.update(b"none" if dataset is None else str(len(dataset)).encode())
         if dataset is None:
             continue
-        if isinstance(dataset, ImageFiles):
+        if isinstance(dataset, (ImageFiles, Arrays)):
             parts: Iterable[Any] = dataset.content(scheme)
         else:
             parts = dataset.content() if hasattr(dataset, "content") else _content(dataset)

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -33,7 +32,7 @@ from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.classes import listed, match_classes
 from datasets.image_folder import TestFraction, several_classes
-from datasets.images import EXTENSIONS, SampleError
+from datasets.images import EXTENSIONS, SampleError, cache_folder
 from datasets.layout import SplitName, split_of
 from datasets.packed import reading
 from datasets.stored import JoinedNames, Records, StoredImages
@@ -693,7 +692,7 @@ class ShardsDataModule(BaseDataModule):
         try:
             state = storage.state(place)
             key = json.dumps([1, place, state, self.image, self.label])
-            kept = _cache() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+            kept = cache_folder("shards") / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
             if (known := ShardIndex.read(kept)) is not None:
                 return known
             make = {".tar": _index_tar, ".lmdb": _index_lmdb}.get(Path(place).suffix, _index_table)
@@ -773,11 +772,3 @@ def _chained(parts: Sequence[JoinedNames]) -> JoinedNames:
     ends = np.cumsum([0, *(len(b) for b in joined)])
     shifted = [o[1:] + e for o, e in zip(offsets, ends, strict=False)]
     return JoinedNames(np.concatenate([[0], *shifted]).astype(np.int64), np.concatenate(joined))
-
-
-def _cache() -> Path:
-    """Where indices are kept."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        return Path(home or Path.home() / ".cache") / "crucible" / "shards"
-    return Path(tempfile.gettempdir()) / "crucible" / "shards"

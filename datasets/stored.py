@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from crucible.pictures import PictureError, decode
-from datasets.images import SCHEME, ImageFiles, Names, SampleError, read_file
+from datasets.images import SCHEME, ImageFiles, Names, SampleError
 
 
 class JoinedNames(Names):
@@ -75,6 +72,8 @@ class StoredImages(ImageFiles):
         digest: what the images contain, of the whole store; it stands for their bytes in the fingerprint.
     """
 
+    lie_elsewhere = True
+
     def __init__(
         self,
         root: Path,
@@ -92,24 +91,12 @@ class StoredImages(ImageFiles):
         self.digest = digest
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of the image file `index`.
-
-        Raises:
-            SampleError: where they cannot be read.
-        """
         try:
             return self.records.encoded(int(self.numbers[index]))
         except SampleError as error:
             raise SampleError(f"{self.names[index]}: {error}", error.see) from error
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        try:
-            return decode(self.encoded(index), self.channels, self.decoder), self.targets[index]
-        except PictureError as error:
-            raise SampleError(f"{self.where(index)}: cannot be read as an image ({error})") from error
-
     def where(self, index: int) -> str:
-        """The image `index` and where it lies."""
         return f"{self.names[index]} ({self.records.where(int(self.numbers[index]))})"
 
     def subset(self, indices: np.ndarray) -> StoredImages:
@@ -136,17 +123,3 @@ class StoredImages(ImageFiles):
         yield self.targets.tobytes()
         yield self.numbers.tobytes()
         yield self.digest.encode()
-
-
-def encoded(raw: ImageFiles, index: int) -> bytes:
-    """The bytes of an image file, wherever it lies.
-
-    Raises:
-        SampleError: where they cannot be read.
-    """
-    return raw.encoded(index) if isinstance(raw, StoredImages) else read_file(raw.root / raw.names[index])
-
-
-def where_is(raw: ImageFiles, index: int) -> str:
-    """Where an image lies, for an error."""
-    return raw.where(index) if isinstance(raw, StoredImages) else str(raw.root / raw.names[index])

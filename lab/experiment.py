@@ -216,6 +216,11 @@ def _corrections(config: Config) -> list[Correction]:
         *technique_kinds(model.get("stages")),
         find_target(model["_target_"], "model._target_"),
         find_target(module["_target_"], "data.module._target_"),
+        *(
+            find_target(module[role]["_target_"], f"data.module.{role}._target_")
+            for role in ("train_transforms", "test_transforms")
+            if (module.get(role) or {}).get("_target_")
+        ),
     ]
     own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
     return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]

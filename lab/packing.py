@@ -61,7 +61,7 @@ from datasets.packed import (
     index_records,
     read_description,
 )
-from datasets.stored import StoredImages, encoded, where_is
+from datasets.stored import StoredImages
 from lab.build import build_data
 
 REJECTS = "rejects.csv"
@@ -136,6 +136,7 @@ def _splits(config: Config) -> dict[SplitName, _Split]:
     data: Any = build_data(config)
     if hasattr(data, "test_split"):
         data.test_split = 0.0  # what has no folder is held out when it is read
+    data.cache = "none"
     data.prepare_data()
     data.setup("fit")
     found: dict[SplitName, _Split] = {}
@@ -357,14 +358,14 @@ def repacked(raw: ImageFiles, index: int, size: int | None, quality: int) -> byt
     Raises:
         SampleError: for what cannot be read.
     """
-    content = encoded(raw, index)
+    content = raw.encoded(index)
     try:
         pixels = decode(content, 3)  # what has no whole picture is no copy either
         if size is None or min(shape_of(content)) <= size:
             return content
         pixels = pixels if _has_color(content) else grey(pixels)
     except PictureError as error:
-        raise SampleError(f"{where_is(raw, index)}: cannot be read as an image ({error})") from error
+        raise SampleError(f"{raw.where(index)}: cannot be read as an image ({error})") from error
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     width, height = picture.size

@@ -27,7 +27,6 @@ from datasets.image_folder import ImageFolderDataModule
 from datasets.image_regression import ImageRegressionDataModule
 from datasets.imagenet import ImagenetDataModule
 from datasets.images import SampleError
-from datasets.stored import encoded
 
 lmdb = pytest.importorskip("lmdb")
 
@@ -39,6 +38,7 @@ def made(cls: Any, root: Path, **options: Any) -> Any:
         "name": "photos",
         "batch_size": 4,
         "num_workers": 0,
+        "cache": "none",
         "val_split": 0.25,
         "data_root_dir": str(root),
     }
@@ -130,10 +130,10 @@ def test_small_files_are_copied_and_larger_ones_have_the_short_side(
     assert pack().status == 0
     images = packed.find_pack(tmp_path / "pack").images("train", 3)
     by_name = {images.names[i]: i for i in range(len(images))}
-    assert encoded(images, by_name["ant/small.png"]) == (photos / "ant" / "small.png").read_bytes()
+    assert images.encoded(by_name["ant/small.png"]) == (photos / "ant" / "small.png").read_bytes()
     assert images[by_name["ant/0.jpg"]][0].shape == (3, 32, 38)  # of 48 x 40, as torchvision's Resize
     assert images[by_name["cat/upright.jpg"]][0].shape == (3, 48, 32)
-    grey = encoded(images, by_name["bee/grey é, x.jpg"])
+    grey = images.encoded(by_name["bee/grey é, x.jpg"])
     assert Image.open(_file(grey)).mode == "L" and len(images[by_name["bee/grey é, x.jpg"]][0]) == 3
 
 
@@ -356,7 +356,7 @@ def test_the_map_grows_with_the_pack(pack, tmp_path: Path, monkeypatch) -> None:
 def _flip(folder: Path, name: str) -> None:
     images = packed.find_pack(folder).images("train", 3)
     index = next(i for i in range(len(images)) if images.names[i] == name)
-    data = encoded(images, index)
+    data = images.encoded(index)
     packed.close(folder)
     file = folder / "data.mdb"
     content = bytearray(file.read_bytes())
@@ -437,7 +437,9 @@ def test_the_command_packs_and_trains_and_refuses_what_would_do_nothing(
         "task=pack", "data=image_folder", f"data.module.data_root_dir={photos}", f"out={out}", "pack.size=32"
     )
     assert outcome.status == 0 and "32 train images" in outcome.out, outcome.err
-    run = _train(cli, out, "data.module.num_workers=2", "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+    run = _train(
+        cli, out, "data.module.num_workers=2", "trainer.max_epochs=1", "trainer.limit_train_batches=1"
+    )
     assert run.status == 0, run.err
     refused = cli("task=pack", "data=digits", "out=x")
     assert refused.status == 2

@@ -85,7 +85,7 @@ def write_tables(root: Path, kind: str) -> Path:
 
 
 def made(root: Path | str | None, **options: Any) -> ShardsDataModule:
-    settings = {"name": "shards", "batch_size": 4, "num_workers": 0, "val_split": 0.2}
+    settings = {"name": "shards", "batch_size": 4, "num_workers": 0, "cache": "none", "val_split": 0.2}
     settings |= {
         "train_transforms": imagenet.BaselineTransform(size=12),
         "test_transforms": imagenet.TestTransform(size=12),
@@ -398,7 +398,7 @@ def test_shards_become_a_pack_with_the_same_batches(tars: Path, tmp_path: Path) 
         "test_transforms": imagenet.TestTransform(size=12),
     }
     packed = ImageFolderDataModule(
-        name="x", batch_size=4, num_workers=0, val_split=0.2, data_root_dir=out, **policies
+        name="x", batch_size=4, num_workers=0, cache="none", val_split=0.2, data_root_dir=out, **policies
     )
     packed.check()
     for a, b in zip(batches(packed), batches(made(tars)), strict=True):
