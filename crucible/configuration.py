@@ -17,11 +17,14 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "summary_depth",
+    "summary_depth", "out", "pack",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
-    "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
+    "data.module.cache", "data.module.decoder", "data.module.on_error",
+    "data.module.pin_memory", "data.module.seed", "data.module.csv_file",
+    "data.module.train_shards", "data.module.val_shards", "data.module.test_shards", "data.module.classes_file",
+    "model.seed", "model.metrics",
     "model.init_from", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
     "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
 }  # fmt: skip

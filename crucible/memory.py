@@ -92,3 +92,20 @@ def shared_memory_free() -> float:
     except (OSError, AttributeError):
         return float("inf")
     return stat.f_bavail * stat.f_frsize
+
+
+def memory_free() -> float:
+    """Bytes of memory that new data may take, on this machine and in this control group; infinite where unknown."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024.0
+    except (OSError, ValueError, KeyError, IndexError):
+        return float("inf")
+    for file, _ in _counters():
+        try:
+            # version 2 of control groups; the word "max" is no bound
+            most, used = (int((file.parent / f"memory.{n}").read_text()) for n in ("max", "current"))
+        except (OSError, ValueError):
+            continue
+        free = min(free, max(0, most - used))
+    return free

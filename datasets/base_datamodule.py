@@ -6,13 +6,14 @@ import copy
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from augmentation.policies.base import Policy
@@ -23,6 +24,8 @@ from crucible.keyed import stream_key
 from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
+from crucible.pictures import Decoder, installed
+from datasets.cache import Cache, OnError, in_memory
 from datasets.classes import listed, match_classes, read_class_map
 from datasets.images import (
     SCHEME,
@@ -30,11 +33,13 @@ from datasets.images import (
     ImageFiles,
     Relabelled,
     SampleError,
+    cache_folder,
     fingerprint,
     image_files,
     naming,
     sample_name,
 )
+from datasets.layout import SplitName
 from datasets.samples import Samples
 from datasets.sampling import (
     EpochSampler,
@@ -49,6 +54,7 @@ from datasets.sampling import (
 Split = Literal["train", "val", "test", "predict"]
 log = logging.getLogger("crucible")
 _MOST_WORKERS = 16
+_OF_DEVICE = 0.25  # of a device's free memory, which cache=auto may fill with data
 _IN_USE = 3  # batches that have left the queue: in the step, on their way to the device, and the next
 
 
@@ -78,6 +84,7 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
                         "docs/extending.md",
                     )
                 self._match_labels()
+                self._read_fast()
             except BaseException:
                 self._set_up = "no"
                 raise
@@ -132,7 +139,8 @@ class BaseDataModule(LightningDataModule):
     deciles of the values, or is the test split (`val_split=test`); without a test split, the validation
     split is what `task=test` scores (`test_is_val`). Data with a validation split of their own use that one.
     Raw data sets may have `targets` (all targets; saves reading every sample for the split), `classes` (names
-    of the classes), `names` (file names) and `content()` (bytes to fingerprint).
+    of the classes), `names` (file names) and `content()` (bytes to fingerprint). `split_folders` says what a
+    packed copy calls each split: as the folder that it stands for does.
 
     Args:
         name: of the data set, also of the folder that its runs go to.
@@ -154,6 +162,10 @@ class BaseDataModule(LightningDataModule):
         num_classes: expected classes; null: as many as are found, which it then holds.
         input_channels: channels of the images, 1 or 3.
         predict_dir: folder of unlabelled images for `task=predict`; null: the test split.
+        cache: where pictures of one size are kept, decoded once; none: they are decoded each time. The numbers are
+            the same. `auto` takes what fits.
+        decoder: of JPEG files; auto takes the quickest that is installed. The pixels are the same.
+        on_error: what a sample that cannot be read does: end the run, or be skipped, counted and reported.
         class_map: a YAML file `{name there: class of the network}` for testing on a folder whose classes have
             other names; null as the class leaves one out. Training takes none.
 
@@ -161,6 +173,7 @@ class BaseDataModule(LightningDataModule):
         ConfigError: for options that contradict each other.
     """
 
+    split_folders: ClassVar[Mapping[Split, SplitName]] = {"train": "train", "val": "val", "test": "test"}
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
@@ -197,6 +210,9 @@ class BaseDataModule(LightningDataModule):
         input_channels: Annotated[int, "[1, inf)"] = 3,
         predict_dir: str | None = None,
         class_map: str | None = None,
+        cache: Cache = "auto",
+        decoder: Decoder = "auto",
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__()
         if fold >= folds:
@@ -223,6 +239,9 @@ class BaseDataModule(LightningDataModule):
         self.input_channels = input_channels
         self.predict_dir = predict_dir
         self.class_map = class_map
+        self.cache: Cache = cache
+        self.decoder: Decoder = decoder
+        self.on_error: OnError = on_error
         self.trained_classes: list[str] | None = None
         self.elsewhere = False
         self.left_out: frozenset[int] = frozenset()  # samples that train no more, as in `Batch.index`
@@ -231,6 +250,10 @@ class BaseDataModule(LightningDataModule):
         self._divided: tuple[Any, np.ndarray, np.ndarray] | None = None
         self._unlabelled: ImageFiles | None = None
         self._on_device: dict[tuple[str, torch.device], Policy] = {}
+        self._stores: dict[
+            tuple[int, torch.device], Tensor
+        ] = {}  # inputs on a device, by the array that they are of
+        self._of_phase: dict[str, Samples] = {}  # what the loaders of each split read
 
     # Checks, before anything else is built
 
@@ -350,6 +373,30 @@ class BaseDataModule(LightningDataModule):
             if found and (found != known or class_map):
                 if id(raw) not in done:
                     done[id(raw)] = raw, self._relabelled(raw, found, known, class_map)
+                setattr(self, role, done[id(raw)][1])
+
+    def _read_fast(self) -> None:
+        """Tell the files their decoder, and decode what is to be kept in memory."""
+        if self.decoder == "simplejpeg" and installed() is None:
+            raise ConfigError(
+                "data.module.decoder=simplejpeg: is not installed; pip install -e '.[fast]', or decoder=auto"
+            )
+        done: dict[int, Any] = {}
+        for role in ("train_dataset", "val_dataset", "test_dataset"):
+            raw = getattr(self, role)
+            if hasattr(raw, "decoder"):
+                raw.decoder = self.decoder
+            if isinstance(raw, ImageFiles):
+                if id(raw) not in done:
+                    root = self.data_root_dir or ""
+                    beside = (
+                        cache_folder("decoded")
+                        if "://" in root
+                        else Path(root).expanduser()
+                        if root
+                        else raw.root
+                    )
+                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, beside)
                 setattr(self, role, done[id(raw)][1])
 
     def _relabelled(
@@ -473,6 +520,10 @@ class BaseDataModule(LightningDataModule):
                 f"data.module.batch_size={self.batch_size} on {world} devices makes batches of {whole}: "
                 f"{self.name} has only {len(samples)} training samples"
             )
+        if self.on_error == "skip":
+            samples.let_unreadable("replace")
+        self._keep_on_device(samples)
+        self._of_phase["train"] = samples
         return self._loader(samples, self._training_order(samples, rank, self._start(len(samples), whole)))
 
     def _training_order(self, samples: Samples, rank: int, start: tuple[int, int]) -> EpochSampler:
@@ -497,12 +548,16 @@ class BaseDataModule(LightningDataModule):
     def training_batch(self, epoch: int, batch: int) -> list[Batch]:
         """One batch of the training as each rank's loader delivered it, read once more."""
         samples = self.samples("train")
+        if self.on_error == "skip":
+            samples.let_unreadable("replace")
         orders = (self._training_order(samples, rank, (epoch, batch)) for rank in range(self._place()[1]))
         return [samples[next(iter(order))] for order in orders]
 
     def training_batches(self, epoch: int, count: int) -> Iterator[Batch]:
         """The first `count` batches of an epoch once more, at most all of them; apart from the training's loader."""
         samples, (rank, world) = self.samples("train"), self._place()
+        if self.on_error == "skip":
+            samples.let_unreadable("replace")
         sampler = EpochSampler(
             len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
             left_out=self._places_left_out(samples),
@@ -523,7 +578,13 @@ class BaseDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         samples, (rank, world) = self.samples(split), self._place()
-        samples.skips = split == "predict" and not samples.keeps  # one bad image loses its own row only
+        if split == "predict":
+            samples.let_unreadable("blank")  # one bad image loses its own row only
+        elif self.on_error == "skip":
+            samples.let_unreadable("drop")
+        if split != "predict":
+            self._keep_on_device(samples)
+        self._of_phase[split] = samples
         if len(samples) < world:
             raise ConfigError(
                 f"trainer.devices: {self.name} has {len(samples)} {split} samples, fewer than {world} devices"
@@ -599,6 +660,62 @@ class BaseDataModule(LightningDataModule):
             log.warning("%s", remark)
         return workers, prefetch
 
+    # Data that lie on the device
+
+    def _keep_on_device(self, samples: Samples) -> None:
+        """Let the loader deliver no inputs, where they are taken from a copy on the device."""
+        asked = self.cache == "device"
+        if not samples.keeps:
+            if asked:
+                raise ConfigError(
+                    f"data.module.cache=device: the {samples.split} samples need work of their own on the CPU "
+                    f"({type(samples.policy).__name__}, or data that are not in memory); cache=auto takes what fits"
+                )
+            return
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if not asked and (self.cache != "auto" or device.type != "cuda"):
+            return
+        inputs = samples.raw.inputs
+        if (id(inputs), device) not in self._stores and device.type == "cuda":
+            free, part = torch.cuda.mem_get_info(device)[0], 0.5 if asked else _OF_DEVICE
+            if inputs.nbytes > free * part:
+                if asked:
+                    raise ConfigError(
+                        f"data.module.cache=device: the {samples.split} samples take {inputs.nbytes / 2**30:.1f} GiB, "
+                        f"half of what {device} has free is {free * part / 2**30:.1f}; cache=memory keeps them here"
+                    )
+                return
+        samples.without_input = True
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on the device; inputs that are kept there are taken from the copy by `batch.index`."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if not isinstance(moved, Batch) or len(moved.input) == len(moved.index):
+            return moved
+        inputs = self._stages_samples().raw.inputs
+        store = self._stores.get((id(inputs), device))
+        if store is None:
+            with torch.inference_mode(False):  # evaluation may come first; training reads it, too
+                store = self._stores[id(inputs), device] = inputs.to(device)
+        return moved._replace(input=store[moved.index])
+
+    def _stages_samples(self) -> Samples:
+        """Those that the trainer's present loop takes its batches from."""
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.testing:
+            return self._of_phase["test"]
+        return self._of_phase["val" if trainer.validating or trainer.sanity_checking or trainer.evaluating
+                              else "train"]  # fmt: skip
+
+    def unread(self) -> dict[Split, list[int]]:
+        """The samples of each split that were skipped so far in this process, as in `Batch.index`."""
+        found: dict[Split, list[int]] = {}
+        for split, samples in self._of_phase.items():
+            if samples.unread is not None and split != "predict":
+                found[split] = samples.unread.nonzero().flatten().tolist()  # type: ignore[index]
+        return found
+
     # Resume: the order is a function of the epoch, so that two counters are the whole state
 
     def state_dict(self) -> dict[str, int]:
@@ -655,4 +772,5 @@ class BaseDataModule(LightningDataModule):
                 policy.to(device)
             self._on_device[stage, device] = policy
         key = torch.full((), stream_key(self.seed, "batch", epoch), dtype=torch.int64, device=device)
-        return batch._replace(input=policy(batch.input, batch.index, key))
+        # what the loader put together may have a pixel's channels together
+        return batch._replace(input=policy(batch.input.contiguous(), batch.index, key))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
-from crucible.files import missing, replacing
+from crucible.files import missing
 from crucible.options import ConfigError
+from crucible.pictures import Shape
 from datasets.base_datamodule import BaseDataModule
+from datasets.cache import OnError, OtherShape, decoded
 from datasets.image_folder import class_folders, images_to_score
 from datasets.images import Arrays, ImageFiles, with_channels
 from datasets.layout import split_folder
@@ -77,15 +77,18 @@ class _CifarDataModule(BaseDataModule):
 
     def setup(self, stage: str) -> None:
         root = self.data_path
+        beside = None if self.cache == "none" else root
         if (root / self.source.base_folder).is_dir():
             self.train_dataset, self.test_dataset = (self._original(root, train) for train in (True, False))
         elif self.elsewhere:
             images, self.remarks = images_to_score(root, self.input_channels, self.trained_classes or ())
-            self.hold_out_test(decoded(images, root), 0.0)
+            self.hold_out_test(_all_decoded(images, beside, self.on_error), 0.0)
         else:
             train = class_folders(split_folder(root, "train"), self.input_channels)
             test = class_folders(split_folder(root, "test"), self.input_channels, train.classes)
-            self.train_dataset, self.test_dataset = decoded(train, root), decoded(test, root)
+            self.train_dataset, self.test_dataset = (
+                _all_decoded(files, beside, self.on_error) for files in (train, test)
+            )
 
     def _original(self, root: Path, train: bool) -> Arrays:
         try:
@@ -120,43 +123,11 @@ class CIFAR100DataModule(_CifarDataModule):
     source = torchvision_datasets.CIFAR100
 
 
-def decoded(files: ImageFiles, root: Path) -> Arrays:
-    """All images in one array, kept in `root/.decoded` for the next run where that can be written."""
-    key = hashlib.blake2b(digest_size=8)
-    for name in files.names:
-        status = (files.root / name).stat()
-        # a copy that keeps size and time of writing still has another time of change
-        key.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
-    cache = root / ".decoded" / f"{files.root.name}-{key.hexdigest()}-{files.channels}.npy"
-    shape = (len(files), files.channels, _SIDE, _SIDE)
-    images = _kept(cache, shape)
-    if images is None:
-        images = np.empty(shape, dtype=np.uint8)
-        for i in range(len(files)):
-            image = files[i][0]
-            if image.size != (_SIDE, _SIDE):
-                raise ConfigError(
-                    f"data.module.data_root_dir: {files.root / files.names[i]} has {image.width}x"
-                    f"{image.height} pixels, not {_SIDE}x{_SIDE}; other sizes work with data=image_folder"
-                )
-            images[i] = np.asarray(image).reshape(_SIDE, _SIDE, -1).transpose(2, 0, 1)
-        _keep(cache, images)
-    return Arrays(torch.from_numpy(images), files.targets, files.classes)
-
-
-def _kept(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """What an earlier run decoded; None where there is nothing, or it is damaged."""
+def _all_decoded(files: ImageFiles, beside: Path | None, on_error: OnError) -> Arrays:
+    """The images in memory, whatever `data.module.cache` says: `none` keeps no copy for the next run."""
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
-
-
-def _keep(path: Path, images: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as stream:
-            np.save(stream, images)
-    except OSError:
-        return  # a read-only or full disk only costs the time to decode again
+        return decoded(files, Shape(_SIDE, _SIDE), beside, on_error)
+    except OtherShape as error:
+        raise ConfigError(
+            f"data.module.data_root_dir: {error}; other sizes work with data=image_folder"
+        ) from None

@@ -13,6 +13,7 @@ from datasets.base_datamodule import BaseDataModule
 from datasets.classes import match_classes
 from datasets.images import ImageFiles, image_files, subfolders
 from datasets.layout import SplitName, find_layout, split_of
+from datasets.packed import find_pack
 
 TestFraction = Annotated[float, "[0, 1)", "fraction held out as the test split where there is none; 0: none"]
 
@@ -87,6 +88,9 @@ def images_to_score(
         known: the network's classes.
         order: of preference.
     """
+    if (pack := find_pack(root)) is not None:
+        split = next(s for s in order if s in pack.splits)
+        return pack.images(split, channels), [*pack.remarks, f"its {split} split"]
     found = find_layout(root, known, training=False)
     if not found.splits:
         return class_folders(found.base, channels, found_classes(found.base)), found.remarks
@@ -128,6 +132,10 @@ class ImageFolderDataModule(BaseDataModule):
             )
             self.hold_out_test(images, self.test_split)
             return
+        if (pack := find_pack(self.data_path)) is not None:
+            self.remarks = pack.remarks
+            self._set({split: pack.images(split, self.input_channels) for split in pack.splits})
+            return
         found = find_layout(self.data_path)
         self.remarks = found.remarks
 
@@ -143,10 +151,15 @@ class ImageFolderDataModule(BaseDataModule):
                 f"{', '.join(found.splits.values())}"
             )
         train = read("train")
-        if "test" in found.splits:
-            self.train_dataset, self.test_dataset = train, read("test", train.classes)
+        others: list[SplitName] = [split for split in ("test", "val") if split in found.splits]
+        self._set({"train": train, **{split: read(split, train.classes) for split in others}})
+
+    def _set(self, splits: dict[SplitName, ImageFiles]) -> None:
+        train = splits["train"]
+        if "test" in splits:
+            self.train_dataset, self.test_dataset = train, splits["test"]
         else:
             self.hold_out_test(train, self.test_split)
-        if "val" in found.splits:
-            self.val_dataset = read("val", train.classes)
+        if "val" in splits:
+            self.val_dataset = splits["val"]
         several_classes(train)

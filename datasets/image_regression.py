@@ -16,6 +16,7 @@ from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.image_folder import TestFraction
 from datasets.images import ImageFiles
+from datasets.packed import find_pack
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -48,6 +49,10 @@ class ImageRegressionDataModule(BaseDataModule):
 
     def setup(self, stage: str) -> None:
         root = self.data_path
+        if (pack := find_pack(root, "regression")) is not None:
+            self.remarks = pack.remarks
+            self.hold_out_test(pack.images("train", self.input_channels), self.test_split)
+            return
         names, values = self._read(root)
         targets = np.asarray(values, dtype=np.float32)
         self.hold_out_test(ImageFiles(root, names, targets, self.input_channels), self.test_split)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from crucible.files import write_atomically
 from crucible.options import ConfigError
+from crucible.pictures import Decoder, PictureError, decode, grey
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_ORIENTATION = 0x0112
 SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
 _FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
 _FILES_SIZED = 65536
@@ -79,61 +77,36 @@ def unreadable(path: str | Path, what: str, error: Exception) -> SampleError:
     )
 
 
-def load_image(path: str | Path, channels: int) -> Image.Image:
-    """One picture of any usual format as an 8-bit PIL image.
-
-    The EXIF orientation is applied (one that is not 2 to 8 means upright); 16-bit values are scaled to
-    8 bits; transparency is dropped; of an animation, the first frame is taken.
-
-    Args:
-        path: the file.
-        channels: 1 for grey (mode L), 3 for colour (mode RGB).
+def load_image(path: str | Path, channels: int, decoder: Decoder = "auto") -> Tensor:
+    """The picture in a file as uint8 (channels, height, width), as `crucible.pictures.decode` makes it.
 
     Raises:
-        SampleError: for a file that is truncated, not an image, too large to be one, or of float values.
+        SampleError: where it cannot be read, or is no picture.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
-    except Exception as error:
+        return decode(read_file(path), channels, decoder)
+    except PictureError as error:
         raise unreadable(path, " as an image", error) from error
 
 
-def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its values are floats of unknown range; convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values are wider than 16 bits")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
+def read_file(path: str | Path) -> bytes:
+    """What is in the file of a sample.
 
-
-def _orientation(image: Image.Image) -> int:
+    Raises:
+        SampleError: where it cannot be read.
+    """
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, OverflowError, EOFError, struct.error):
-        return 1  # a damaged EXIF block says nothing about the pixels
-    return value if isinstance(value, int) and 2 <= value <= 8 else 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    if orientation == 1:
-        return image
-    method = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }[orientation]
-    return image.transpose(method)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            content = os.read(descriptor, size + 1)
+            while len(content) < size and (more := os.read(descriptor, size - len(content) + 1)):
+                content += more
+            return content
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(path, " as an image", error) from error
 
 
 class Names(Sequence[str]):
@@ -172,6 +145,9 @@ class ImageFiles(Dataset):
         classes: the names of the classes.
     """
 
+    decoder: Decoder = "auto"
+    lie_elsewhere = False  # not in files of their own
+
     def __init__(
         self,
         root: Path,
@@ -181,6 +157,9 @@ class ImageFiles(Dataset):
         classes: Sequence[str] = (),
     ) -> None:
         self.root = root
+        self._folder = os.fspath(
+            root
+        )  # joining paths as objects costs a tenth of what reading a small picture does
         self.names = names if isinstance(names, Names) else Names(names)
         self.targets = np.asarray(targets)
         self.channels = channels
@@ -189,8 +168,31 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
-        return load_image(self.root / self.names[index], self.channels), self.targets[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        return self.read(index), self.targets[index]
+
+    def read(self, index: int) -> Tensor:
+        """The picture, uint8 (channels, height, width).
+
+        Raises:
+            SampleError: where it cannot be read, or is no picture.
+        """
+        try:
+            return decode(self.encoded(index), self.channels, self.decoder)
+        except PictureError as error:
+            raise unreadable(self.where(index), " as an image", error) from error
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            SampleError: where they cannot be read.
+        """
+        return read_file(f"{self._folder}/{self.names[index]}")
+
+    def where(self, index: int) -> str:
+        """Where the image lies, for an error."""
+        return f"{self._folder}/{self.names[index]}"
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Those of the files, as a data set of their own."""
@@ -224,7 +226,7 @@ class ImageFiles(Dataset):
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
         for part in (str((SCHEME, str(self.root.absolute()), len(self))).encode(), *self.names.content()):
             key.update(part)
-        kept = _cache()
+        kept = cache_folder("fingerprints")
         with contextlib.suppress(OSError):
             if len(digest := (kept / key.hexdigest()).read_bytes()) == 16:
                 return digest
@@ -248,11 +250,11 @@ class ImageFiles(Dataset):
         return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
 
 
-def _cache() -> Path:
-    """Where digests of files are kept."""
+def cache_folder(kind: str) -> Path:
+    """Where a user's things of a kind are kept that can be made again."""
     with contextlib.suppress(RuntimeError):  # a user without a home
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / "fingerprints"
-    return Path(tempfile.gettempdir()) / "crucible" / "fingerprints"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crucible" / kind
+    return Path(tempfile.gettempdir()) / "crucible" / kind
 
 
 def _state(path: Path) -> os.stat_result:
@@ -291,33 +293,62 @@ class Arrays(Dataset):
         inputs: (N, C, ...) uint8 or float.
         targets: (N,) int64 or float32.
         classes: the names of the classes.
+        lacking: why it could not be read, of each sample whose input is not there; taking one is an error.
     """
 
+    source: ImageFiles | None = None  # the files that it was decoded from, where they are what the data are
+
     def __init__(
-        self, inputs: Tensor, targets: np.ndarray | Sequence[int], classes: Sequence[str] = ()
+        self,
+        inputs: Tensor,
+        targets: np.ndarray | Sequence[int],
+        classes: Sequence[str] = (),
+        lacking: Mapping[int, str] | None = None,
     ) -> None:
         self.inputs = inputs
         self.targets = np.asarray(targets)
         self.classes = list(classes)
+        self.lacking = dict(lacking or {})
+        self._lacking = np.asarray(sorted(self.lacking), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        if index in self.lacking:
+            raise SampleError(self.lacking[index])
         return self.inputs[index], self.targets[index]
+
+    @property
+    def names(self) -> Names | None:
+        """Of the files, where they are known."""
+        return None if self.source is None else self.source.names
+
+    def lacks(self, indices: np.ndarray) -> bool:
+        """Whether one of them could not be read."""
+        return len(self._lacking) > 0 and bool(np.isin(indices, self._lacking).any())
 
     def subset(self, indices: np.ndarray) -> Arrays:
         """Those of the samples, as a data set of their own."""
-        return Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        chosen = Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        if self.lacking:
+            lacking = {n: self.lacking[i] for n, i in enumerate(indices.tolist()) if i in self.lacking}
+            chosen = Arrays(chosen.inputs, chosen.targets, chosen.classes, lacking)
+        if self.source is not None:
+            chosen.source = self.source.subset(indices)
+        return chosen
 
     def relabelled(self, numbers: np.ndarray, classes: Sequence[str]) -> Arrays:
         """The same samples with `numbers[label]` for each label; those of negative numbers are left out."""
         targets = numbers[self.targets]
-        changed = Arrays(self.inputs, targets, classes)
+        changed = Arrays(self.inputs, targets, classes, self.lacking)
         return changed.subset(np.flatnonzero(targets >= 0)) if (targets < 0).any() else changed
 
-    def content(self) -> Iterator[bytes | memoryview]:
-        """What makes these data: all of them."""
+    def content(self, scheme: int = SCHEME) -> Iterator[bytes | memoryview]:
+        """What makes these data: all of them, or the files that they come from."""
+        if self.source is not None:
+            yield from self.source.content(scheme)
+            return
         yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
         yield self.inputs.contiguous().view(-1).view(torch.uint8).numpy().data
         yield self.targets.tobytes()
@@ -360,7 +391,7 @@ def fingerprint(datasets: Iterable[Any], scheme: int = SCHEME) -> str:
         digest.update(b"none" if dataset is None else str(len(dataset)).encode())
         if dataset is None:
             continue
-        if isinstance(dataset, ImageFiles):
+        if isinstance(dataset, (ImageFiles, Arrays)):
             parts: Iterable[Any] = dataset.content(scheme)
         else:
             parts = dataset.content() if hasattr(dataset, "content") else _content(dataset)
@@ -384,8 +415,7 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
         return images
     if images.shape[1] == 1:
         return images.expand(-1, channels, -1, -1)
-    red, green, blue = images.int().unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
+    return grey(images)
 
 
 _OF_OTHER_PROGRAMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"}  # not of the data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -13,15 +13,22 @@ from torch.utils.data import Dataset
 
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
-from crucible.keyed import keyed_rng, stream_key
+from crucible.keyed import keyed_rng, keyed_uniform, stream_key
 from datasets.images import Arrays, SampleError, naming, sample_name
 from datasets.sampling import KeyedBatch
 
+OnUnreadable = Literal["raise", "blank", "replace", "drop"]
 _BLANK = 64  # pixels a side
+_STAND_INS = 32  # that are tried for one sample
 
 
 class Samples(Dataset):
     """Some samples of a raw data set with a policy's sample part; an item is a whole batch.
+
+    A sample that cannot be read is dealt with by `on_unreadable`: an error (`raise`); a blank of the number
+    -1 - index (`blank`, for predictions); another sample of the split in its place, drawn by the key of (seed, epoch,
+    index), so that batches keep their size and no other sample changes (`replace`, for training); or a batch without it
+    (`drop`, for evaluation). All but `raise` mark it in `unread`.
 
     Args:
         raw: gives `(input, target)` by number.
@@ -41,7 +48,9 @@ class Samples(Dataset):
         self.stream = stream
         self.seed = seed
         self.split = split
-        self.skips = False  # what cannot be read is a blank of the number -1 - index, instead of an error
+        self.on_unreadable: OnUnreadable = "raise"
+        self.unread: Tensor | None = None  # (len(raw),) uint8 that loader workers share; 1: could not be read
+        self.without_input = False  # the inputs lie where the batches go, which need no copy of them
 
     def __len__(self) -> int:
         return len(self.raw) if self.indices is None else len(self.indices)
@@ -51,32 +60,90 @@ class Samples(Dataset):
         """Whether the samples lie in memory and need no work of their own."""
         return isinstance(self.raw, Arrays) and self.policy.keeps(self.raw.inputs)
 
+    def let_unreadable(self, be: OnUnreadable) -> None:
+        """Deal with what cannot be read in this way from now on, and mark it in `unread`."""
+        self.on_unreadable = be
+        self.unread = torch.zeros(len(self.raw), dtype=torch.uint8).share_memory_()
+
     def __getitem__(self, batch: KeyedBatch) -> Batch:
         epoch, places = batch
         indices = np.asarray(places, dtype=np.int64)
         if self.indices is not None:
             indices = self.indices[indices]
-        index = torch.from_numpy(indices)
-        if self.keeps:
-            return Batch(self.raw.inputs[index], _targets(self.raw.targets[indices]), index)
-        if self.skips:
-            return self._readable(epoch, indices)
-        inputs, targets = zip(*(self._sample(epoch, i) for i in indices.tolist()), strict=True)
-        for place, input in enumerate(inputs):
-            if input.shape != inputs[0].shape:
-                self._refuse_shape(input, inputs[0], indices[place], indices[0])
-        return Batch(torch.stack(inputs), _targets(np.asarray(targets)), index)
+        if self.keeps and not self.raw.lacks(indices):
+            index = torch.from_numpy(indices)
+            inputs = self.raw.inputs[:0] if self.without_input else self.raw.inputs[index]
+            return Batch(inputs, _targets(self.raw.targets[indices]), index)
+        return self._made(epoch, indices)
 
-    def _readable(self, epoch: int, indices: np.ndarray) -> Batch:
-        read: dict[int, tuple[Tensor, Any]] = {}
-        for index in indices.tolist():
-            with suppress(SampleError):
-                read[index] = self._sample(epoch, index)
-        blank = torch.zeros_like(next(iter(read.values()))[0]) if read else self.policy.sample(self._blank())
-        inputs = [read[i][0] if i in read else blank for i in indices.tolist()]
-        targets = [read[i][1] if i in read else self.raw.targets[i] for i in indices.tolist()]
-        index = [i if i in read else -1 - i for i in indices.tolist()]
-        return Batch(torch.stack(inputs), _targets(np.asarray(targets)), torch.tensor(index))
+    def _made(self, epoch: int, indices: np.ndarray) -> Batch:
+        inputs, used, targets, numbers = None, 0, [], []
+        blanks: list[int] = []
+        for wanted, draws in zip(indices.tolist(), self._draws(epoch, indices), strict=True):
+            index, found = wanted, None
+            try:
+                found = self._sample(epoch, wanted, draws)
+            except SampleError:
+                if self.on_unreadable == "raise":
+                    raise
+                self._mark(wanted)
+                if self.on_unreadable == "drop":
+                    continue
+                if self.on_unreadable == "replace":
+                    index, found = self._stand_in(epoch, wanted)
+            if found is None:
+                blanks.append(used)
+                targets.append(self.raw.targets[wanted])
+                numbers.append(-1 - wanted)
+            else:
+                input, target = found
+                if inputs is None:
+                    inputs, first = _room(len(indices), input), index
+                elif input.shape != inputs.shape[1:] or input.dtype != inputs.dtype:
+                    self._refuse_shape(input, inputs[0], index, first)
+                inputs[used] = input
+                targets.append(target)
+                numbers.append(index)
+            used += 1
+        if inputs is None:
+            if not blanks:
+                raise SampleError(f"{self.why_unreadable(int(indices[0]))}; nor can the others of its batch")
+            inputs = _room(len(indices), self.policy.sample(self._blank()))
+        inputs[blanks] = 0
+        inputs = inputs[:0] if self.without_input and self.keeps else inputs[:used]
+        return Batch(inputs, _targets(np.asarray(targets)), torch.tensor(numbers))
+
+    def _draws(self, epoch: int, indices: np.ndarray) -> Iterator[Sequence[float] | None]:
+        """The random numbers of each sample; None where the policy makes its own."""
+        if not (count := self.policy.draws):
+            return iter([None if count is None else ()] * len(indices))
+        key = stream_key(self.seed, self.stream, epoch)
+        return iter(keyed_uniform(key, torch.from_numpy(indices), count).tolist())
+
+    def _sample(self, epoch: int, index: int, draws: Sequence[float] | None) -> tuple[Tensor, Any]:
+        with naming(self.raw, index, self.split):
+            input, target = self.raw[index]
+            if draws is not None:
+                return self.policy.from_draws(input, draws), target
+            with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
+                return self.policy.sample(input), target
+
+    def _stand_in(self, epoch: int, index: int) -> tuple[int, tuple[Tensor, Any]]:
+        key = stream_key(self.seed, "stand-in", epoch)
+        for draw in keyed_uniform(key, torch.tensor([index]), _STAND_INS)[0].tolist():
+            place = int(draw * len(self))
+            other = place if self.indices is None else int(self.indices[place])
+            try:
+                return other, self._sample(epoch, other, next(self._draws(epoch, np.array([other]))))
+            except SampleError:
+                self._mark(other)
+        raise SampleError(
+            f"{self.why_unreadable(index)}; nor can {_STAND_INS} others, drawn to take its place"
+        )
+
+    def _mark(self, index: int) -> None:
+        if self.unread is not None:
+            self.unread[index] = 1
 
     def _blank(self) -> Image.Image:
         return Image.new("L" if getattr(self.raw, "channels", 3) == 1 else "RGB", (_BLANK, _BLANK))
@@ -84,7 +151,7 @@ class Samples(Dataset):
     def why_unreadable(self, index: int) -> str:
         """What is wrong with the sample `index` of the raw data; empty where it can be read."""
         try:
-            self._sample(0, index)
+            self._sample(0, index, next(self._draws(0, np.array([index]))))
         except SampleError as error:
             return str(error)
         return ""
@@ -92,16 +159,23 @@ class Samples(Dataset):
     def _refuse_shape(self, input: Tensor, other: Tensor, index: int, others: int) -> NoReturn:
         names = [sample_name(self.raw, int(i)) for i in (index, others)]
         shapes = ["x".join(map(str, x.shape)) for x in (input, other)]
+        if input.dtype != other.dtype:
+            shapes = [
+                f"{s} {str(x.dtype).removeprefix('torch.')}"
+                for s, x in zip(shapes, (input, other), strict=True)
+            ]
         raise SampleError(
             f"sample {names[0]} of the {self.split} split is {shapes[0]}, {names[1]} is {shapes[1]}: all samples of a "
             f"batch have one shape; a policy with a size (data.module.train_transforms, test_transforms) makes it so"
         )
 
-    def _sample(self, epoch: int, index: int) -> tuple[Tensor, Any]:
-        with naming(self.raw, index, self.split):
-            input, target = self.raw[index]
-            with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
-                return self.policy.sample(input), target
+
+def _room(count: int, input: Tensor) -> Tensor:
+    """Space for so many inputs like this one, a pixel's channels together where they are in it."""
+    if input.ndim == 3 and input.stride(0) == 1 < input.stride(2):
+        channels, height, width = input.shape
+        return torch.empty((count, height, width, channels), dtype=input.dtype).permute(0, 3, 1, 2)
+    return torch.empty((count, *input.shape), dtype=input.dtype)
 
 
 def _targets(values: np.ndarray) -> Tensor:

@@ -32,6 +32,7 @@ from crucible.options import (
     suggest,
 )
 from crucible.technique import Setting, Step, assemble, read_techniques
+from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
@@ -80,13 +81,14 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
-Task = Literal["train", "test", "predict", "summary"]  # those of trained weights are in `lab.tasks`
+Task = Literal["train", "test", "predict", "summary", "pack"]  # those of trained weights are in `lab.tasks`
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
 SWEEP_OPTIONS = (
     "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
     "cluster", "ray", "search",
 )  # fmt: skip
+PACK_OPTIONS = ("out", "pack")  # of task=pack (`lab.packing`); no fact of a run either
 LONG_RUN_STEPS = 5000
 
 _Count = Annotated[int, "[1, inf)"]
@@ -98,7 +100,7 @@ ROOT_TYPES: dict[str, Any] = {
     "task": Task, "summary_depth": _Count, "seed": _SEED, "arm": str | None, "metrics": list[str], "fresh": bool,
     "test_after_training": bool, "reproducible": bool, "ckpt_path": str | None, "user_dir": str | None,
     "data_dir": str | None, "exp_dir": str, "on_nonfinite": OnNonfinite,
-    "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count,
+    "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count, "out": str | None,
 }  # fmt: skip
 DATA_TYPES: dict[str, Any] = {
     "task": Literal["classification", "regression"], "num_classes": _Count | None, "input_channels": _Count,
@@ -166,6 +168,10 @@ def _can_end_early(config: Config) -> bool:
     return config["trainer"].get("max_time") is not None or bool(_others_callbacks(config))
 
 
+def _packs(config: Config) -> bool:
+    return config["task"] == "pack" and not config["pack"]["verify"]
+
+
 NEEDED = (
     Needed(
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
@@ -185,12 +191,19 @@ NEEDED = (
     Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
+    Needed("out", lambda config: config["task"] == "pack", "task=pack, or a recorded run: run=RUN task=test|predict"),
+    Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
+    Needed("pack.size", _packs, "task=pack, without pack.verify", 256),
+    Needed(
+        "pack.quality", lambda config: _packs(config) and config["pack"]["size"] is not None,
+        "task=pack with a pack.size, without pack.verify", 90,
+    ),
 )  # fmt: skip
 
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
     "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer",
-    "checkpoint", "callbacks", "logger", "techniques",
+    "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS,
 )  # fmt: skip
 
 
@@ -198,7 +211,9 @@ ROOT = (
 def _defaults() -> dict[str, Any]:
     file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
     defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return flatten({k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS)})
+    return flatten(
+        {k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS, *PACK_OPTIONS)}
+    )
 
 
 def completed(recorded: Config) -> Config:
@@ -275,6 +290,8 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
     for name, annotation in ROOT_TYPES.items():
         if name in config:  # what was recorded before there was one has none
             check_value(name, config[name], annotation)
+    if "pack" in config:
+        check_arguments(PackOptions, config["pack"], "pack")
     _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
     _check_checkpoint(config["checkpoint"])
@@ -305,6 +322,7 @@ def _check_groups(config: Config) -> None:
         "checkpoint",
         "callbacks",
         "logger",
+        *(["pack"] if "pack" in config else []),
     )
     for name in groups:
         if not isinstance(node := select(config, name), Mapping) and (

@@ -31,7 +31,7 @@ from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
-from lab.config import SWEEP_OPTIONS, model_options, network_options, run_length
+from lab.config import PACK_OPTIONS, SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.states import check_state
 from lab.summary import check_input, check_samples
 from lab.teachers import settle_teacher
@@ -216,6 +216,11 @@ def _corrections(config: Config) -> list[Correction]:
         *technique_kinds(model.get("stages")),
         find_target(model["_target_"], "model._target_"),
         find_target(module["_target_"], "data.module._target_"),
+        *(
+            find_target(module[role]["_target_"], f"data.module.{role}._target_")
+            for role in ("train_transforms", "test_transforms")
+            if (module.get(role) or {}).get("_target_")
+        ),
     ]
     own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
     return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]
@@ -393,8 +398,14 @@ class Examiner:
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
+        for option in PACK_OPTIONS:
+            config.pop(option, None)
         trust.vouch(config)
         check_no_secret(config)
+        if config["task"] in ("summary", "pack"):
+            raise ConfigError(
+                f"task={config['task']} is one command of its own: python main.py without -m", "README.md"
+            )
         if config["task"] != "train":
             raise ConfigError(
                 f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",

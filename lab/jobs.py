@@ -49,6 +49,7 @@ from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
+from lab.packing import pack
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.ranks import (
     FOLLOW_S,
@@ -89,6 +90,10 @@ def run_composed(composed: DictConfig) -> int:
         checking.check(config, overrides)
         print_summary(config)
         return 0
+    if composed["task"] == "pack":
+        config = configuration.to_plain(composed)
+        checking.check(config, overrides)
+        return pack(config)
     for override in overrides:
         if (name := override.split("=", 1)[0].split(".")[0].lstrip("+~")) in SWEEP_OPTIONS:
             raise ConfigError(
@@ -474,7 +479,8 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
 _OWN = ("run", "task", "ckpt_path", "out", "user_dir")
 # what may be typed beside run=RUN: for training what leaves the result as it is
 _WHILE_TRAINING = (
-    "data.module.data_root_dir", "data.module.csv_file", "data.module.num_workers", "data.module.prefetch_factor",
+    "data.module.data_root_dir", "data.module.csv_file", "data.module.train_shards", "data.module.val_shards",
+    "data.module.test_shards", "data.module.classes_file", "data.module.num_workers", "data.module.prefetch_factor",
     "data.module.persistent_workers", "data.module.pin_memory", "trainer.accelerator", "trainer.strategy",
     "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
     "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "test_after_training",

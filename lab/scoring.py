@@ -25,6 +25,12 @@ from lab.experiment import identity
 _NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
 
 
+# what says which data they are
+_PLACES = (
+    "data_root_dir", "csv_file", "train_shards", "val_shards", "test_shards", "classes_file", "class_map", "_target_",
+)  # fmt: skip
+
+
 class DataToScore(NamedTuple):
     """The data that a run's weights are to be scored on.
 
@@ -59,7 +65,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     recorded = checking.completed(as_recorded)
     before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
-    moved = any(now.get(n) != before.get(n) for n in ("data_root_dir", "csv_file", "class_map", "_target_"))
+    moved = any(now.get(n) != before.get(n) for n in _PLACES)
     classes, source = trained_classes(run, recorded, checkpoint)
     options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
     data = _data(config, classes, elsewhere=False)

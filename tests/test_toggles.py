@@ -31,6 +31,10 @@ ALONE: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "rollback_lr": (0.5, {}, [{"on_nonfinite": "rollback"}]),
     "rollback_limit": (2, {}, [{"on_nonfinite": "rollback"}]),
     "summary_depth": (3, {}, [{"task": "summary"}]),
+    "out": ("PACK", {}, [{"task": "pack"}]),
+    "pack.verify": (True, {}, [{"task": "pack"}]),
+    "pack.size": (64, {}, [{"task": "pack"}]),
+    "pack.quality": (80, {}, [{"task": "pack"}]),
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as v2F
 
 from crucible.keyed import keyed_uniform
+from crucible.pictures import grey
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
 Finite = Annotated[list[float] | None, "(-inf, inf)", "a value a channel"]
@@ -47,6 +48,15 @@ class Policy(nn.Module):
         """
         return image if isinstance(image, Tensor) else v2F.pil_to_tensor(image)
 
+    @property
+    def draws(self) -> int | None:
+        """Random numbers that `from_draws` takes for a sample; None: `sample` alone makes it, with draws of its own."""
+        return 0 if type(self).sample is Policy.sample else None
+
+    def from_draws(self, image: Image.Image | Tensor, draws: Sequence[float]) -> Tensor:
+        """As `sample`, from `draws`, uniform in [0, 1): a loader makes those of a whole batch at once."""
+        return self.sample(image)
+
     def keeps(self, input: Tensor) -> bool:
         """Whether `sample` would hand on such a tensor unchanged, so that a loader may skip it."""
         return type(self).sample is Policy.sample
@@ -80,8 +90,9 @@ class Policy(nn.Module):
 class ImagePolicy(Policy):
     """A policy for 2-D images. A subclass says in `defaults` which options it uses, and builds `transform`.
 
-    Shifts, flips and cutout act on the batch where nothing but exact pixel moves is needed, at a
-    hundredth of the cost per image; whatever resamples or recolours acts on the sample.
+    The sample part crops and resizes (`resample`), on tensors, so that it is the same whatever decoded the picture;
+    shifts, flips and cutout act on the batch, at a hundredth of the cost per image. A policy that builds a
+    `transform` has that as its sample part instead.
 
     Args:
         own: the options of the subclass by name; None means the policy's own default.
@@ -91,6 +102,7 @@ class ImagePolicy(Policy):
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
+    crop_draws: ClassVar[int] = 0  # random numbers that `resample` takes
 
     def __init__(
         self,
@@ -112,8 +124,17 @@ class ImagePolicy(Policy):
         self.transform: Callable[[Any], Any] | None = self.build_transform()
 
     def build_transform(self) -> Callable[[Any], Any] | None:
-        """The sample part on a PIL image; None: only a resize, where the size differs."""
+        """The sample part on a PIL image; None: `resample`."""
         return None
+
+    def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
+        """uint8 (C, H, W) to (C, size, size): the whole picture resized.
+
+        Args:
+            pixels: of the picture.
+            draws: `crop_draws` numbers, uniform in [0, 1).
+        """
+        return resized(pixels, self.size, self.size)
 
     def shift_and_flip_batch(self) -> None:
         """Let the batch part do `padding` and `flip`."""
@@ -121,17 +142,32 @@ class ImagePolicy(Policy):
 
     def sample(self, image: Image.Image | Tensor) -> Tensor:
         """`image` (PIL, or uint8 (C, H, W)) to uint8 (channels, size, size)."""
-        if isinstance(image, Tensor) and self.keeps(image):
-            return image
+        if self.transform is None:
+            return self.from_draws(image, torch.rand(self.crop_draws).tolist())
         # always by PIL: torchvision's results on PIL images and on tensors differ
-        picture = v2F.to_pil_image(image) if isinstance(image, Tensor) else image
-        if self.channels is not None and len(picture.getbands()) != self.channels:
-            picture = picture.convert("L" if self.channels == 1 else "RGB")
-        if self.transform is not None:
-            picture = self.transform(picture)
-        elif picture.size != (self.size, self.size):
-            picture = v2F.resize(picture, [self.size, self.size], InterpolationMode.BILINEAR)
-        return v2F.pil_to_tensor(picture)
+        picture = self._with_channels(v2F.to_pil_image(image) if isinstance(image, Tensor) else image)
+        return v2F.pil_to_tensor(self.transform(picture))
+
+    @property
+    def draws(self) -> int | None:
+        whole = self.transform is None and type(self).sample is ImagePolicy.sample
+        return self.crop_draws if whole else None
+
+    def from_draws(self, image: Image.Image | Tensor, draws: Sequence[float]) -> Tensor:
+        return self.resample(self._pixels(image), draws)
+
+    def _pixels(self, image: Image.Image | Tensor) -> Tensor:
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or len(image) not in (1, 3):
+            picture = v2F.to_pil_image(image) if isinstance(image, Tensor) else image
+            return v2F.pil_to_tensor(self._with_channels(picture))
+        if self.channels is None or len(image) == self.channels:
+            return image
+        return grey(image) if self.channels == 1 else image.expand(3, -1, -1)
+
+    def _with_channels(self, picture: Image.Image) -> Image.Image:
+        if self.channels is None or len(picture.getbands()) == self.channels:
+            return picture
+        return picture.convert("L" if self.channels == 1 else "RGB")
 
     def keeps(self, input: Tensor) -> bool:
         if self.transform is not None or input.dtype != torch.uint8:
@@ -175,6 +211,16 @@ class PhotographPolicy(ImagePolicy):
         super().__init__({**own, **shared}, **common)
 
 
+def resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (C, H, W) at another size: bilinear with antialias, by the kernel that torchvision takes for tensors.
+
+    It takes a crop that is a view as it is. PIL's resize of the same name differs by one level here and there.
+    """
+    if pixels.shape[1:] == (height, width):
+        return pixels
+    return F.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True)[0]
+
+
 def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) -> Tensor:
     """Shift each image by up to `by` pixels along each axis, filling with 0, and mirror it left to right.
 
@@ -187,6 +233,8 @@ def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) ->
         flip_chance: probability of the mirror image.
     """
     n, c, h, w = input.shape
+    if by == 0:
+        return torch.where(draws[:, 2, None, None, None] < flip_chance, input.flip(3), input)
     offset = (draws[:, :2] * (2 * by + 1)).long()
     x = torch.arange(w, device=input.device)
     rows = offset[:, :1] + torch.arange(h, device=input.device)

@@ -5,12 +5,57 @@ An option that a policy has no use for must be left null.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
+from torch import Tensor
 from torchvision.transforms import v2
 
-from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment
+from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment, resized
+from crucible.corrections import Correction
+
+_ATTEMPTS = 10  # at a crop that fits, as torchvision's RandomResizedCrop
+
+
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def crop_box(
+    height: int,
+    width: int,
+    draws: Sequence[float],
+    min_area: float,
+    aspects: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random part of a picture, distributed as that of torchvision's RandomResizedCrop (Szegedy, arXiv 1409.4842).
+
+    Its area is uniform between `min_area` and 1 of the picture's, the logarithm of its width over its height uniform
+    between those of `aspects`, its place uniform. Where none of ten fits, it is the largest central one.
+
+    Args:
+        height: of the picture in pixels.
+        width: of the picture.
+        draws: 22, uniform in [0, 1): row, column, then ten pairs of area and aspect.
+        min_area: fraction of the picture.
+        aspects: the least and the greatest width over height.
+    """
+    low, high = math.log(aspects[0]), math.log(aspects[1])
+    for attempt in range(_ATTEMPTS):
+        area = height * width * (min_area + (1 - min_area) * draws[2 + 2 * attempt])
+        aspect = math.exp(low + (high - low) * draws[3 + 2 * attempt])
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return Box(int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1)), h, w)
+    h = min(height, round(width / aspects[0]))
+    w = min(width, round(height * aspects[1]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -20,6 +65,15 @@ class _ImagenetPolicy(PhotographPolicy):
         min_area: the random crop covers at least this fraction of the picture.
         common: what every policy for photographs takes.
     """
+
+    corrections: ClassVar = (
+        Correction(
+            "data.module.train_transforms",
+            2,
+            lambda config: True,
+            "crops were resized by PIL, and drawn with the flip one by one",
+        ),
+    )
 
     def __init__(
         self,
@@ -42,12 +96,19 @@ class _ImagenetPolicy(PhotographPolicy):
 
 
 class BaselineTransform(_ImagenetPolicy):
-    """Random resized crops (8 to 100 % of the area, aspect 3:4 to 4:3) and flips."""
+    """Random resized crops (8 to 100 % of the area, aspect 3:4 to 4:3) and, on the device, flips."""
 
     defaults = {"min_area": 0.08, "flip": 0.5}
+    crop_draws = 2 + 2 * _ATTEMPTS
 
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip()
+    def build_transform(self) -> Callable[[Any], Any] | None:
+        self.shift_and_flip_batch()
+        return None
+
+    def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
+        """uint8 (C, H, W) to (C, size, size): a random part of it, resized."""
+        top, left, height, width = crop_box(pixels.shape[1], pixels.shape[2], draws, self.options["min_area"])
+        return resized(pixels[:, top : top + height, left : left + width], self.size, self.size)
 
 
 class BaselineCutoutTransform(BaselineTransform):
@@ -56,7 +117,7 @@ class BaselineCutoutTransform(BaselineTransform):
     defaults = {"min_area": 0.08, "flip": 0.5, "cutout_size": 112}
 
 
-class AutoAugmentTransform(_ImagenetPolicy):
+class AutoAugmentTransform(BaselineTransform):
     """The baseline and the AutoAugment policy found on ImageNet."""
 
     defaults = {"min_area": 0.08, "flip": 0.5}
@@ -65,7 +126,7 @@ class AutoAugmentTransform(_ImagenetPolicy):
         return self.crop_and_flip(auto_augment(v2.AutoAugmentPolicy.IMAGENET))
 
 
-class RandAugmentTransform(_ImagenetPolicy):
+class RandAugmentTransform(BaselineTransform):
     """The baseline and RandAugment (2 operations at 9 of 30)."""
 
     defaults = {"min_area": 0.08, "flip": 0.5, "num_ops": 2, "magnitude": 9}
@@ -79,5 +140,16 @@ class TestTransform(_ImagenetPolicy):
 
     __test__ = False  # not a test case, whatever its name looks like to pytest
 
-    def build_transform(self) -> Callable[[Any], Any]:
-        return v2.Compose([v2.Resize(round(self.size / 0.875)), v2.CenterCrop(self.size)])
+    def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
+        """uint8 (C, H, W) to (C, size, size)."""
+        height, width = pixels.shape[1:]
+        short = round(self.size / 0.875)
+        if height < width:
+            height, width = short, short * width // height
+        else:
+            height, width = short * height // width, short
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        return resized(pixels, height, width)[:, top : top + self.size, left : left + self.size]
+
+    def keeps(self, input: Tensor) -> bool:
+        return False  # even of the right size, its border is cut off

@@ -60,7 +60,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_whatever_is_wrong_with_a_file_it_is_named_with_its_split(images: Path, damage: str) -> None:
-    module = ImageFolderDataModule(name="x", data_root_dir=str(images), batch_size=4, num_workers=0)
+    module = ImageFolderDataModule(
+        name="x", data_root_dir=str(images), batch_size=4, num_workers=0, cache="none"
+    )
     module.check()
     file = images / "val" / "b" / "2.jpg"
     DAMAGES[damage](file)
@@ -170,7 +172,7 @@ def test_a_damaged_copy_of_decoded_images_is_made_again(tmp_path: Path) -> None:
         module.setup("fit")
         return module.train_dataset.inputs
 
-    whole = pixels()
+    whole = pixels().clone()  # of the mapped file
     for damaged in (b"", b"nonsense", None):
         for file in (tmp_path / ".decoded").glob("*.npy"):
             if damaged is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from datasets.images import (
     Arrays,
@@ -18,11 +19,19 @@ from datasets.images import (
     SampleError,
     fingerprint,
     image_files,
-    load_image,
     with_channels,
 )
+from datasets.images import load_image as pixels_of
 
 EXIF_ORIENTATION = 0x0112
+
+
+def load_image(path, channels):
+    """By both decoders, which agree to the pixel."""
+    pixels = pixels_of(path, channels, "pil")
+    assert torch.equal(pixels, pixels_of(path, channels, "auto"))
+    assert pixels.dtype == torch.uint8 and len(pixels) == channels
+    return to_pil_image(pixels)
 
 
 @pytest.fixture
