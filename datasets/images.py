@@ -147,6 +147,7 @@ class ImageFiles(Dataset):
 
     decoder: Decoder = "auto"
     lie_elsewhere = False  # not in files of their own
+    lenient = False  # whether a file that cannot be read is one without content, for `content`
 
     def __init__(
         self,
@@ -208,7 +209,7 @@ class ImageFiles(Dataset):
         yield from self.names.content()
         yield self.targets.tobytes()
         if scheme == 1:
-            sizes = [_state(path).st_size for path in self._spread(_FILES_READ)]
+            sizes = [_state(path, self.lenient).st_size for path in self._spread(_FILES_READ)]
             yield np.asarray(sizes, dtype=np.int64).tobytes()
         else:
             yield self._of_the_files()
@@ -220,7 +221,7 @@ class ImageFiles(Dataset):
     def _of_the_files(self) -> bytes:
         """A digest of sizes and content; kept for files whose time, size and place have not changed."""
         paths = self._spread(_FILES_SIZED)
-        states = [_state(path) for path in paths]
+        states = [_state(path, self.lenient) for path in paths]
         sizes = np.asarray([s.st_size for s in states], dtype=np.int64)
         stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
@@ -233,7 +234,7 @@ class ImageFiles(Dataset):
         whole = len(paths) == len(self) and int(sizes.sum()) <= _READ_WHOLE
         content = hashlib.blake2b(sizes.tobytes(), digest_size=16)
         with ThreadPoolExecutor(_READERS) as pool:
-            read = partial(_digest, whole=whole)
+            read = partial(_digest, whole=whole, lenient=self.lenient)
             for part in pool.map(read, paths if whole else self._spread(_FILES_READ)):
                 content.update(part)
         newest = max((s.st_ctime_ns for s in states), default=0)
@@ -257,17 +258,21 @@ def cache_folder(kind: str) -> Path:
     return Path(tempfile.gettempdir()) / "crucible" / kind
 
 
-def _state(path: Path) -> os.stat_result:
+def _state(path: Path, lenient: bool) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
+        if lenient:
+            return os.stat_result([0] * os.stat_result.n_fields)
         raise unreadable(path, "", error) from error
 
 
-def _digest(path: Path, whole: bool) -> bytes:
+def _digest(path: Path, whole: bool, lenient: bool) -> bytes:
     try:
         return _digest_of(path, whole)
     except OSError as error:
+        if lenient:
+            return b""
         raise unreadable(path, "", error) from error
 
 
