@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 from torchvision.transforms import v2
 
-from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment
+from augmentation.policies.base import (
+    AUGMIX,
+    RAND_AUGMENT,
+    RESAMPLING,
+    AutomaticAugMix,
+    AutomaticAutoAugment,
+    AutomaticRandAugment,
+    AutomaticTrivialAugment,
+    PhotographPolicy,
+)
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -56,22 +65,29 @@ class BaselineCutoutTransform(BaselineTransform):
     defaults = {"min_area": 0.08, "flip": 0.5, "cutout_size": 112}
 
 
-class AutoAugmentTransform(_ImagenetPolicy):
+class AutoAugmentTransform(BaselineTransform, AutomaticAutoAugment):
     """The baseline and the AutoAugment policy found on ImageNet."""
 
-    defaults = {"min_area": 0.08, "flip": 0.5}
-
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(auto_augment(v2.AutoAugmentPolicy.IMAGENET))
+    defaults = {"min_area": 0.08, "flip": 0.5, **RESAMPLING}
+    found_on = "imagenet"
 
 
-class RandAugmentTransform(_ImagenetPolicy):
+class RandAugmentTransform(BaselineTransform, AutomaticRandAugment):
     """The baseline and RandAugment (2 operations at 9 of 30)."""
 
-    defaults = {"min_area": 0.08, "flip": 0.5, "num_ops": 2, "magnitude": 9}
+    defaults = {"min_area": 0.08, "flip": 0.5, **RAND_AUGMENT}
 
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(rand_augment(self.options))
+
+class TrivialAugmentTransform(BaselineTransform, AutomaticTrivialAugment):
+    """The baseline and TrivialAugment Wide (one operation at any of 31 strengths)."""
+
+    defaults = {"min_area": 0.08, "flip": 0.5, **RESAMPLING}
+
+
+class AugMixTransform(BaselineTransform, AutomaticAugMix):
+    """The baseline and AugMix (3 chains of 1 to 3 operations, severity 3); its consistency loss is a technique."""
+
+    defaults = {"min_area": 0.08, "flip": 0.5, **AUGMIX}
 
 
 class TestTransform(_ImagenetPolicy):
