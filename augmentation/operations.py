@@ -32,6 +32,8 @@ KERNELS = (
     "identity", "affine", "brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast",
     "equalize", "invert",
 )  # fmt: skip
+AFFINE = KERNELS.index("affine")
+MOST_PLACES = 1 << 22  # numbers of pixels that a CPU keeps ready, 32 MiB
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
@@ -72,7 +74,7 @@ def _numbers(cell: Cell, height: int, width: int) -> tuple[int, list[float]]:
     if name in GEOMETRIC:
         matrix = torch.tensor(inverse_affine(cell, height, width))
         half = torch.tensor([0.5 * width] * 3 + [0.5 * height] * 3)
-        return KERNELS.index("affine"), (matrix / half).tolist()
+        return AFFINE, (matrix / half).tolist()
     if name in ("Brightness", "Color", "Contrast", "Sharpness"):
         factor = 1.0 + magnitude
         return KERNELS.index(name.lower()), [factor, 1.0 - factor]
@@ -111,6 +113,9 @@ class Operations(nn.Module):
         padded = [numbers + [0.0] * (6 - len(numbers)) for _, numbers in rows]
         self.register_buffer("kernel", torch.tensor([kernel for kernel, _ in rows]), persistent=False)
         self.register_buffer("numbers", torch.tensor(padded), persistent=False)
+        moving = sum(kernel == AFFINE for kernel, _ in rows)
+        self._keeps_places = interpolation == "nearest" and moving * height * width <= MOST_PLACES
+        self._places: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor, cells: Tensor) -> Tensor:
         """The images, each changed by its cells one after the other.
@@ -145,25 +150,57 @@ class Operations(nn.Module):
             counts = kernels.bincount(minlength=len(KERNELS)).tolist()
             if counts[0] == n:
                 continue
-            images, numbers = images[permutation], self.numbers[layer[permutation]]
+            images, layer = images.index_select(0, permutation), layer[permutation]
+            numbers = self.numbers[layer]
             order = permutation if order is None else order[permutation]
             parts, start = [], 0
             for number, count in enumerate(counts):
-                if count:
-                    stop = start + count
-                    part = images[start:stop]
-                    parts.append(self._run(number, part, numbers[start:stop]) if number else part)
-                    start = stop
+                stop = start + count
+                part = images[start:stop]
+                if count and number == AFFINE and self._keeps_places:
+                    part = self._moved(part, layer[start:stop])
+                elif count and number:
+                    part = self._run(number, part, numbers[start:stop])
+                parts.append(part)
+                start = stop
             images = torch.cat(parts)
         if order is None:
             return images
-        return torch.empty_like(images).index_copy_(0, order, images)
+        return images.index_select(0, order.argsort())  # index_copy_ goes byte by byte
 
     def _run(self, number: int, images: Tensor, numbers: Tensor) -> Tensor:
-        if KERNELS[number] == "affine":
+        if number == AFFINE:
             return affine(images, numbers, self.interpolation, self.fill)
         first, second = (numbers[:, i].view(-1, 1, 1, 1) for i in (0, 1))
         return _POINTWISE[number](images, first, second)
+
+    def _moved(self, images: Tensor, cells: Tensor) -> Tensor:
+        """As `affine` at the nearest pixel, by the places that are kept: a fifth of its time for small images."""
+        n, c, h, w = images.shape
+        if self._places is None:
+            self._places = self._all_places(h, w)
+        rows, places = self._places
+        place = places[rows[cells]][:, None].expand(n, c, h * w)
+        # pixel 0 is what was outside
+        pixels = F.pad(images.reshape(n, c, h * w), (1, 0), value=self.fill)
+        return pixels.gather(2, place).view(n, c, h, w)
+
+    def _all_places(self, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """For each cell of the table a row, and the rows: (moving cells, H * W) int64, the pixels' places."""
+        moving = self.kernel == AFFINE
+        grid = _grid(self.numbers[moving], h, w)
+        pixels = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w).expand(len(grid), 1, h, w)
+        places = F.grid_sample(pixels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        return moving.cumsum(0) - 1, places.view(len(grid), h * w).long()
+
+
+def _grid(numbers: Tensor, h: int, w: int) -> Tensor:
+    """(N, H, W, 2) float32: where each pixel comes from, from -1 to 1 between the outer edges."""
+    x = torch.arange(w, device=numbers.device, dtype=torch.float32) - (w - 1) / 2
+    y = (torch.arange(h, device=numbers.device, dtype=torch.float32) - (h - 1) / 2)[:, None]
+    a, b, c, d, e, f = numbers.view(-1, 6, 1, 1).unbind(1)
+    # in this order of sums it is torchvision's matrix product to the last bit, on which halves depend
+    return torch.stack((x * a + y * b + c, x * d + y * e + f), dim=-1)
 
 
 def affine(images: Tensor, numbers: Tensor, interpolation: Interpolation, fill: int) -> Tensor:
@@ -175,12 +212,7 @@ def affine(images: Tensor, numbers: Tensor, interpolation: Interpolation, fill: 
         interpolation: of a position between pixels.
         fill: level outside of the image.
     """
-    h, w = images.shape[2:]
-    x = torch.arange(w, device=images.device, dtype=torch.float32) - (w - 1) / 2
-    y = (torch.arange(h, device=images.device, dtype=torch.float32) - (h - 1) / 2)[:, None]
-    a, b, c, d, e, f = numbers.view(-1, 6, 1, 1).unbind(1)
-    # in this order of sums it is torchvision's matrix product to the last bit, on which halves depend
-    grid = torch.stack((x * a + y * b + c, x * d + y * e + f), dim=-1)
+    grid = _grid(numbers, *images.shape[2:])
     source = images.float()
     if fill:
         source = torch.cat((source, torch.ones_like(source[:, :1])), dim=1)
@@ -247,7 +279,8 @@ def posterize(images: Tensor, mask: Tensor, _: Tensor) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor, _: Tensor) -> Tensor:
     """Levels from the threshold on are inverted."""
-    return torch.where(images >= threshold.to(torch.uint8), ~images, images)
+    # a fifth of the time of `where` on a CPU
+    return images ^ ((images >= threshold.to(torch.uint8)).to(torch.uint8) * 255)
 
 
 def autocontrast(images: Tensor, *_: Tensor) -> Tensor:
@@ -261,12 +294,16 @@ def autocontrast(images: Tensor, *_: Tensor) -> Tensor:
 def equalize(images: Tensor, *_: Tensor) -> Tensor:
     """The levels of each channel are spread so that each is about as frequent; as in PIL."""
     n, c, h, w = images.shape
-    row = torch.arange(n * c, device=images.device)[:, None] * LEVELS
+    row = torch.arange(n * c, device=images.device, dtype=torch.int32)[:, None] * LEVELS
     place = (images.reshape(n * c, h * w) + row).view(-1)
-    # in one dimension, where it is deterministic on request
-    ones = torch.ones(1, dtype=torch.int32, device=images.device).expand(place.shape)
-    zeros = torch.zeros(n * c * LEVELS, dtype=torch.int32, device=images.device)
-    counts = zeros.scatter_add(0, place, ones).view(n * c, LEVELS)
+    if images.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = place.bincount(minlength=n * c * LEVELS)
+    else:
+        # in one dimension, where it is deterministic on request; bincount would wait
+        ones = torch.ones(1, dtype=torch.int32, device=images.device).expand(place.shape)
+        zeros = torch.zeros(n * c * LEVELS, dtype=torch.int32, device=images.device)
+        counts = zeros.scatter_add(0, place.long(), ones)
+    counts = counts.to(torch.int32).view(n * c, LEVELS)
     below = counts.cumsum(1, dtype=torch.int32)
     last = counts.gather(1, below.argmax(dim=1, keepdim=True))  # of the highest level that there is
     step = (h * w - last).div(255, rounding_mode="floor").to(torch.int32)
@@ -274,7 +311,7 @@ def equalize(images: Tensor, *_: Tensor) -> Tensor:
     levels = (below - counts + step.div(2, rounding_mode="floor")).div(step.clamp(min=1), rounding_mode="floor")
     same = torch.arange(LEVELS, device=images.device, dtype=torch.int32)
     table = torch.where(step == 0, same, levels.clamp(0, 255)).to(torch.uint8)
-    return table.view(-1)[place].view(n, c, h, w)
+    return table.view(-1).index_select(0, place).view(n, c, h, w)
 
 
 def invert(images: Tensor, *_: Tensor) -> Tensor:
