@@ -222,6 +222,8 @@ def _corrections(config: Config) -> list[Correction]:
             if (module.get(role) or {}).get("_target_")
         ),
     ]
+    if policy := module.get("train_transforms"):
+        owners.append(find_target(policy["_target_"], "data.module.train_transforms._target_"))
     own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
     return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from inspect import isclass
 
+from augmentation.augmix import AugMixConsistency
 from augmentation.distortions import Distort
 from augmentation.manifold_mixup import ManifoldMixup
 from augmentation.mixing import Mix
@@ -23,8 +24,8 @@ from optimizers.lookahead import Lookahead
 from optimizers.sam import Sam
 
 TECHNIQUES: tuple[type[Technique], ...] = (
-    Norm, ActivationSwap, BlurDownsampling, PowerGrad, LabelSmoothing, Distil, Distort, Mix, ManifoldMixup,
-    UndecayNorm, LayerDecay, GradientCentralization, Lookahead, Sam, Averaging,
+    Norm, ActivationSwap, BlurDownsampling, PowerGrad, LabelSmoothing, Distil, Distort,
+    AugMixConsistency, Mix, ManifoldMixup, UndecayNorm, LayerDecay, GradientCentralization, Lookahead, Sam, Averaging,
 )  # fmt: skip
 
 

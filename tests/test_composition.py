@@ -23,8 +23,8 @@ PRECISIONS = ("32-true", "bf16-mixed")
 COSTLIEST = nightly("sam", "distillation", "online_norm", "switchable_norm", "ghost_norm")
 # what acts outside of the network, so that the compiler is given the plain one
 OUTSIDE = {
-    "color_jitter", "cutmix", "cutout", "ema", "gradient_centralization", "gradient_clipping", "label_smoothing",
-    "layer_decay", "logit_stats", "lookahead", "mixup_cutmix", "random_erasing", "random_rotation", "swa",
+    "augmix", "color_jitter", "cutmix", "cutout", "ema", "gradient_centralization", "gradient_clipping",
+    "label_smoothing", "layer_decay", "logit_stats", "lookahead", "mixup_cutmix", "random_erasing", "random_rotation", "swa",
     "undecay_norm",
 }  # fmt: skip
 

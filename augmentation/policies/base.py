@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as v2F
 
+from augmentation.automatic import AugMix, Automatic, AutoAugment, rand_augment, trivial_augment
+from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
 from crucible.pictures import grey
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
 Finite = Annotated[list[float] | None, "(-inf, inf)", "a value a channel"]
 Pixels = Annotated[int | None, "[0, inf)"]
+SHIFT_AND_CUTOUT = 5  # a sample's draws for these; what comes later draws behind them
 
 
 class Policy(nn.Module):
@@ -91,14 +93,14 @@ class ImagePolicy(Policy):
     """A policy for 2-D images. A subclass says in `defaults` which options it uses, and builds `transform`.
 
     The sample part crops and resizes (`resample`), on tensors, so that it is the same whatever decoded the picture;
-    shifts, flips and cutout act on the batch, at a hundredth of the cost per image. A policy that builds a
-    `transform` has that as its sample part instead.
+        shifts, flips, the operations of automatic augmentation and cutout act on the batch, at a tenth to a hundredth
+        of the cost per image. A policy that builds a `transform` has that as its sample part instead.
 
-    Args:
-        own: the options of the subclass by name; None means the policy's own default.
-        size: height and width of the output in pixels.
-        channels: 1 makes grey images, 3 colour ones; null leaves them as they come.
-        normalisation: mean and std, a value a channel, on the scale 0 to 1.
+        Args:
+            own: the options of the subclass by name; None means the policy's own default.
+            size: height and width of the output in pixels.
+            channels: 1 makes grey images, 3 colour ones; null leaves them as they come.
+            normalisation: mean and std, a value a channel, on the scale 0 to 1.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -122,6 +124,12 @@ class ImagePolicy(Policy):
         self.cutout_size: int = self.options.get("cutout_size", 0)
         self.shift_by, self.flip_chance = 0, 0.0
         self.transform: Callable[[Any], Any] | None = self.build_transform()
+        self.automatic: Automatic | None = self.build_automatic()
+        self.batch_draws = SHIFT_AND_CUTOUT + (0 if self.automatic is None else self.automatic.draws)
+
+    def build_automatic(self) -> Automatic | None:
+        """What is drawn for each image, in the batch part."""
+        return None
 
     def build_transform(self) -> Callable[[Any], Any] | None:
         """The sample part on a PIL image; None: `resample`."""
@@ -175,13 +183,23 @@ class ImagePolicy(Policy):
         return input.shape[-2:] == (self.size, self.size) and self.channels in (None, input.shape[-3])
 
     def batch(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
-        """uint8 (N, C, size, size) to normalised float32 of the same shape, shifted, flipped and cut out."""
-        random = bool(self.shift_by or self.flip_chance or self.cutout_size)
-        draws = keyed_uniform(key, index, 5) if random else torch.empty(0)
+        """uint8 (N, C, size, size) to normalised float32 of the same shape, augmented and cut out."""
+        output = self.normalize(self.augment(input, index, key))
+        if not self.cutout_size:
+            return output
+        draws = keyed_uniform(key, index, SHIFT_AND_CUTOUT)
+        return cutout(output, draws[:, 3:], self.cutout_size)
+
+    def augment(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """uint8 (N, C, size, size) to the same: shifted, flipped, and changed by the drawn operations."""
+        if not (self.shift_by or self.flip_chance or self.automatic is not None):
+            return input
+        draws = keyed_uniform(key, index, self.batch_draws)
         if self.shift_by or self.flip_chance:
             input = shift_and_flip(input, draws[:, :3], self.shift_by, self.flip_chance)
-        output = self.normalize(input)
-        return cutout(output, draws[:, 3:], self.cutout_size) if self.cutout_size else output
+        if self.automatic is not None:
+            input = self.automatic(input, draws[:, SHIFT_AND_CUTOUT:])
+        return input
 
 
 class PhotographPolicy(ImagePolicy):
@@ -191,8 +209,17 @@ class PhotographPolicy(ImagePolicy):
         own: the options of the subclass by name.
         flip: probability of the mirror image.
         cutout_size: side of the square that is cut out, in pixels (paper: 16 for CIFAR-10, 8 for CIFAR-100).
-        num_ops: operations of RandAugment.
+        num_ops: operations of RandAugment that an image gets.
         magnitude: strength of RandAugment's operations, of 30.
+        magnitude_std: its spread, drawn for each operation and rounded to 0 to 30 (timm's mstd, on its scale of 10).
+        prob: chance of each of RandAugment's operations.
+        severity: largest strength of AugMix's operations, of 10.
+        mixture_width: chains that AugMix mixes.
+        chain_depth: operations of a chain; 0: 1 to 3, drawn for each.
+        all_ops: AugMix with brightness, colour, contrast and sharpness, which its paper leaves out as they overlap
+            with the corruptions of ImageNet-C.
+        interpolation: where the automatic policies move pixels by parts of one.
+        fill: level of what was outside of the image there, 0 to 255.
         common: what every image policy takes.
     """
 
@@ -203,12 +230,73 @@ class PhotographPolicy(ImagePolicy):
         *,
         flip: Annotated[float | None, "[0, 1]"] = None,
         cutout_size: Pixels = None,
-        num_ops: Annotated[int | None, "[1, inf)"] = None,
+        num_ops: Annotated[int | None, "[1, 16]"] = None,
         magnitude: Annotated[int | None, "[0, 30]"] = None,
+        magnitude_std: Annotated[float | None, "[0, inf)"] = None,
+        prob: Annotated[float | None, "[0, 1]"] = None,
+        severity: Annotated[int | None, "[1, 10]"] = None,
+        mixture_width: Annotated[int | None, "[1, 16]"] = None,
+        chain_depth: Annotated[int | None, "[0, 16]"] = None,
+        all_ops: bool | None = None,
+        interpolation: Literal["nearest", "bilinear"] | None = None,
+        fill: Annotated[int | None, "[0, 255]"] = None,
         **common: Any,
     ) -> None:
-        shared = {"flip": flip, "cutout_size": cutout_size, "num_ops": num_ops, "magnitude": magnitude}
+        shared = {
+            "flip": flip, "cutout_size": cutout_size, "num_ops": num_ops, "magnitude": magnitude,
+            "magnitude_std": magnitude_std, "prob": prob, "severity": severity, "mixture_width": mixture_width,
+            "chain_depth": chain_depth, "all_ops": all_ops, "interpolation": interpolation, "fill": fill,
+        }  # fmt: skip
         super().__init__({**own, **shared}, **common)
+
+    def chosen(self, *names: str) -> dict[str, Any]:
+        """Options by name, and those of resampling."""
+        return {name: self.options[name] for name in (*names, "interpolation", "fill")}
+
+
+RESAMPLING = {"interpolation": "nearest", "fill": 0}
+RAND_AUGMENT = {"num_ops": 2, "magnitude": 9, "magnitude_std": 0.0, "prob": 1.0, **RESAMPLING}
+AUGMIX = {
+    "severity": 3, "mixture_width": 3, "chain_depth": 0, "all_ops": False, "interpolation": "bilinear", "fill": 0,
+}  # fmt: skip
+ON_BATCHES = Correction(
+    "data.module.train_transforms._target_", 2, lambda config: True,
+    "its operations were those for PIL images, whose pixels differ, and drawn otherwise",
+)  # fmt: skip
+
+
+class AutomaticAutoAugment(PhotographPolicy):
+    """A policy with AutoAugment."""
+
+    corrections: ClassVar = (ON_BATCHES,)
+    found_on: ClassVar[Literal["cifar10", "imagenet"]]
+
+    def build_automatic(self) -> Automatic:
+        return AutoAugment(self.size, self.found_on, **self.chosen())
+
+
+class AutomaticRandAugment(PhotographPolicy):
+    """A policy with RandAugment."""
+
+    corrections: ClassVar = (ON_BATCHES,)
+
+    def build_automatic(self) -> Automatic:
+        return rand_augment(self.size, **self.chosen("num_ops", "magnitude", "magnitude_std", "prob"))
+
+
+class AutomaticTrivialAugment(PhotographPolicy):
+    """A policy with TrivialAugment."""
+
+    def build_automatic(self) -> Automatic:
+        return trivial_augment(self.size, **self.chosen())
+
+
+class AutomaticAugMix(PhotographPolicy):
+    """A policy with AugMix."""
+
+    def build_automatic(self) -> Automatic:
+        chosen = self.chosen("severity", "mixture_width", "chain_depth", "all_ops")
+        return AugMix(self.size, self.size, **chosen)
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -264,13 +352,3 @@ def cutout(input: Tensor, draws: Tensor, size: int) -> Tensor:
     rows, columns = inside(input.shape[2], draws[:, 0]), inside(input.shape[3], draws[:, 1])
     # masked_fill would return channels_last input in another memory format
     return input * ~(rows[:, :, None] & columns[:, None, :])[:, None]
-
-
-def auto_augment(policy: v2.AutoAugmentPolicy) -> v2.AutoAugment:
-    """AutoAugment (Cubuk et al., arXiv 1805.09501)."""
-    return v2.AutoAugment(policy, interpolation=InterpolationMode.NEAREST)
-
-
-def rand_augment(options: Mapping[str, Any]) -> v2.RandAugment:
-    """RandAugment (Cubuk et al., arXiv 1909.13719): `num_ops` operations at `magnitude` of 30."""
-    return v2.RandAugment(options["num_ops"], options["magnitude"], interpolation=InterpolationMode.NEAREST)

@@ -5,12 +5,19 @@ An option that a policy has no use for must be left null.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
-from torchvision.transforms import v2
-
-from augmentation.policies.base import PhotographPolicy, Pixels, auto_augment, rand_augment
+from augmentation.policies.base import (
+    AUGMIX,
+    RAND_AUGMENT,
+    RESAMPLING,
+    AutomaticAugMix,
+    AutomaticAutoAugment,
+    AutomaticRandAugment,
+    AutomaticTrivialAugment,
+    PhotographPolicy,
+    Pixels,
+)
 
 
 class _CifarPolicy(PhotographPolicy):
@@ -26,25 +33,14 @@ class _CifarPolicy(PhotographPolicy):
     ) -> None:
         super().__init__({"padding": padding}, size=size, **common)
 
-    def crop_and_flip(self, *further: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Crop and flip each sample, for policies whose `further` operations must come after."""
-        return v2.Compose(
-            [
-                v2.Resize((self.size, self.size)),
-                v2.RandomCrop(self.size, padding=self.options["padding"]),
-                v2.RandomHorizontalFlip(self.options["flip"]),
-                *further,
-            ]
-        )
+    def build_transform(self) -> None:
+        self.shift_and_flip_batch()
 
 
 class BaselineTransform(_CifarPolicy):
     """Random shifts (padding 4) and flips, on the device."""
 
     defaults = {"padding": 4, "flip": 0.5}
-
-    def build_transform(self) -> None:
-        self.shift_and_flip_batch()
 
 
 class BaselineCutoutTransform(BaselineTransform):
@@ -53,22 +49,29 @@ class BaselineCutoutTransform(BaselineTransform):
     defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16}
 
 
-class AutoAugmentTransform(_CifarPolicy):
+class AutoAugmentTransform(_CifarPolicy, AutomaticAutoAugment):
     """Shifts, flips, the AutoAugment policy found on CIFAR-10, and cutout, as in its paper."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16}
-
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(auto_augment(v2.AutoAugmentPolicy.CIFAR10))
+    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RESAMPLING}
+    found_on = "cifar10"
 
 
-class RandAugmentTransform(_CifarPolicy):
+class RandAugmentTransform(_CifarPolicy, AutomaticRandAugment):
     """Shifts, flips, RandAugment (2 operations at 9 of 30), and cutout, as in its paper."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, "num_ops": 2, "magnitude": 9}
+    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RAND_AUGMENT}
 
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(rand_augment(self.options))
+
+class TrivialAugmentTransform(_CifarPolicy, AutomaticTrivialAugment):
+    """Shifts, flips, TrivialAugment Wide (one operation at any of 31 strengths), and cutout, as in its paper."""
+
+    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RESAMPLING}
+
+
+class AugMixTransform(_CifarPolicy, AutomaticAugMix):
+    """Shifts, flips and AugMix (3 chains of 1 to 3 operations, severity 3); its consistency loss is a technique."""
+
+    defaults = {"padding": 4, "flip": 0.5, **AUGMIX}
 
 
 class TestTransform(_CifarPolicy):

@@ -6,13 +6,22 @@ An option that a policy has no use for must be left null.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from torch import Tensor
-from torchvision.transforms import v2
 
-from augmentation.policies.base import PhotographPolicy, auto_augment, rand_augment, resized
+from augmentation.policies.base import (
+    AUGMIX,
+    RAND_AUGMENT,
+    RESAMPLING,
+    AutomaticAugMix,
+    AutomaticAutoAugment,
+    AutomaticRandAugment,
+    AutomaticTrivialAugment,
+    PhotographPolicy,
+    resized,
+)
 from crucible.corrections import Correction
 
 _ATTEMPTS = 10  # at a crop that fits, as torchvision's RandomResizedCrop
@@ -84,16 +93,6 @@ class _ImagenetPolicy(PhotographPolicy):
     ) -> None:
         super().__init__({"min_area": min_area}, size=size, **common)
 
-    def crop_and_flip(self, *further: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """A random resized crop and a flip of each sample, then the `further` operations."""
-        return v2.Compose(
-            [
-                v2.RandomResizedCrop(self.size, scale=(self.options["min_area"], 1.0)),
-                v2.RandomHorizontalFlip(self.options["flip"]),
-                *further,
-            ]
-        )
-
 
 class BaselineTransform(_ImagenetPolicy):
     """Random resized crops (8 to 100 % of the area, aspect 3:4 to 4:3) and, on the device, flips."""
@@ -101,9 +100,8 @@ class BaselineTransform(_ImagenetPolicy):
     defaults = {"min_area": 0.08, "flip": 0.5}
     crop_draws = 2 + 2 * _ATTEMPTS
 
-    def build_transform(self) -> Callable[[Any], Any] | None:
+    def build_transform(self) -> None:
         self.shift_and_flip_batch()
-        return None
 
     def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
         """uint8 (C, H, W) to (C, size, size): a random part of it, resized."""
@@ -117,22 +115,29 @@ class BaselineCutoutTransform(BaselineTransform):
     defaults = {"min_area": 0.08, "flip": 0.5, "cutout_size": 112}
 
 
-class AutoAugmentTransform(BaselineTransform):
+class AutoAugmentTransform(BaselineTransform, AutomaticAutoAugment):
     """The baseline and the AutoAugment policy found on ImageNet."""
 
-    defaults = {"min_area": 0.08, "flip": 0.5}
-
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(auto_augment(v2.AutoAugmentPolicy.IMAGENET))
+    defaults = {"min_area": 0.08, "flip": 0.5, **RESAMPLING}
+    found_on = "imagenet"
 
 
-class RandAugmentTransform(BaselineTransform):
+class RandAugmentTransform(BaselineTransform, AutomaticRandAugment):
     """The baseline and RandAugment (2 operations at 9 of 30)."""
 
-    defaults = {"min_area": 0.08, "flip": 0.5, "num_ops": 2, "magnitude": 9}
+    defaults = {"min_area": 0.08, "flip": 0.5, **RAND_AUGMENT}
 
-    def build_transform(self) -> Callable[[Any], Any]:
-        return self.crop_and_flip(rand_augment(self.options))
+
+class TrivialAugmentTransform(BaselineTransform, AutomaticTrivialAugment):
+    """The baseline and TrivialAugment Wide (one operation at any of 31 strengths)."""
+
+    defaults = {"min_area": 0.08, "flip": 0.5, **RESAMPLING}
+
+
+class AugMixTransform(BaselineTransform, AutomaticAugMix):
+    """The baseline and AugMix (3 chains of 1 to 3 operations, severity 3); its consistency loss is a technique."""
+
+    defaults = {"min_area": 0.08, "flip": 0.5, **AUGMIX}
 
 
 class TestTransform(_ImagenetPolicy):
