@@ -24,8 +24,8 @@ COSTLIEST = nightly("sam", "distillation", "online_norm", "switchable_norm", "gh
 # what acts outside of the network, so that the compiler is given the plain one
 OUTSIDE = {
     "augmix", "color_jitter", "cutmix", "cutout", "ema", "gradient_centralization", "gradient_clipping",
-    "label_smoothing", "layer_decay", "logit_stats", "lookahead", "mixup_cutmix", "random_erasing", "random_rotation", "swa",
-    "undecay_norm",
+    "label_smoothing", "layer_decay", "logit_stats", "lookahead", "mixup_cutmix", "random_erasing",
+    "random_rotation", "swa", "undecay_norm",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.automatic import AugMix, Automatic, AutoAugment, rand_augment, trivial_augment
+from augmentation.automatic import AugMix, AutoAugment, Automatic, rand_augment, trivial_augment
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
 from crucible.pictures import grey
