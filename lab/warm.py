@@ -64,12 +64,15 @@ class WarmParent:
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.environment = dict(os.environ if environment is None else environment)
-        self.ended: dict[int, int] = {}
-        self._answers: list[dict[str, Any]] = []
+        self._running: dict[
+            int, Started
+        ] = {}  # by number, which the system gives to others once they have ended
+        self._answers: list[Started | str] = []  # to requests: what was started, or why nothing was
         self._alive = True
         paths = [str(ROOT), *_paths(self.environment)]
         told = {**self.environment, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-        told.setdefault("OPENBLAS_NUM_THREADS", "1")  # else it starts threads when it is loaded
+        # else these start threads when they are loaded, pandas loading pyarrow where it is there
+        told = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false", **told}
         if not hasattr(os, "fork") or not hasattr(socket, "SOCK_SEQPACKET"):
             raise Cold("this system forks no processes")
         try:
@@ -121,9 +124,9 @@ class WarmParent:
             if not self._receive(None):
                 raise Cold("the warm parent has died")
         answer = self._answers.pop(0)
-        if "refused" in answer:
-            raise Cold(answer["refused"])
-        return Started(self, answer["pid"])
+        if isinstance(answer, str):
+            raise Cold(answer)
+        return answer
 
     def _check(self, environment: Mapping[str, str]) -> None:
         if not self._alive:
@@ -152,25 +155,28 @@ class WarmParent:
             return False
         answer = json.loads(message)
         if "ended" in answer:
-            self.ended[answer["ended"]] = answer["status"]
+            self._running.pop(answer["ended"]).returncode = answer["status"]
+        elif "pid" in answer:
+            started = self._running[answer["pid"]] = Started(self, answer["pid"])
+            self._answers.append(started)
         else:
-            self._answers.append(answer)
+            self._answers.append(answer["refused"])
         return True
 
-    def status_of(self, pid: int, timeout: float | None) -> int | None:
-        """The exit status of a process, negative for a signal, after at most `timeout` seconds; None: it runs."""
+    def wait_for(self, started: Started, timeout: float | None) -> None:
+        """Return when the process has ended and its status is known, or after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while pid not in self.ended:
+        while started.returncode is None:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not self._receive(left) and self._alive:
-                return None
-            if not self._alive and pid not in self.ended:
-                if _gone(pid):
-                    return UNKNOWN
-                if left is not None and left <= 0:
-                    return None
-                time.sleep(0.05 if left is None else min(0.05, left))
-        return self.ended[pid]
+                return
+            if not self._alive and started.returncode is None:
+                if _gone(started.pid):
+                    started.returncode = UNKNOWN
+                elif left is not None and left <= 0:
+                    return
+                else:
+                    time.sleep(0.05 if left is None else min(0.05, left))
 
 
 class Started:
@@ -182,8 +188,7 @@ class Started:
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
-        if self.returncode is None:
-            self.returncode = self._parent.status_of(self.pid, 0.0)
+        self._parent.wait_for(self, 0.0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -192,8 +197,7 @@ class Started:
         Raises:
             subprocess.TimeoutExpired: after `timeout` seconds.
         """
-        if self.returncode is None:
-            self.returncode = self._parent.status_of(self.pid, timeout)
+        self._parent.wait_for(self, timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         return self.returncode

@@ -111,6 +111,23 @@ def test_waiting_ends_in_time(start: Start) -> None:
     assert process.wait(60) == -signal.SIGKILL
 
 
+def test_a_number_that_the_system_gives_again_is_another_process(start: Start) -> None:
+    """in a sweep of thousands of jobs a running one was taken for an earlier one that had ended"""
+    last, first = Path("/proc/sys/kernel/ns_last_pid"), start("pass")
+    assert first.wait(60) == 0
+    if not os.access(last, os.W_OK):
+        pytest.skip("the system's next process number is root's to set")
+    for _ in range(50):  # other processes may start meanwhile
+        last.write_text(str(first.pid - 1))
+        again = start("time.sleep(60)")
+        running = again.poll() is None
+        os.killpg(again.pid, signal.SIGKILL)
+        assert running and again.wait(60) == -signal.SIGKILL
+        if again.pid == first.pid:
+            return
+    pytest.skip("the number was not given again")
+
+
 def test_what_libraries_have_read_already_needs_a_real_start(start: Start) -> None:
     with pytest.raises(Cold, match="MKL_NUM_THREADS"):
         start("pass", environment={"MKL_NUM_THREADS": "3"})
