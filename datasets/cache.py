@@ -133,7 +133,8 @@ def _one_shape(files: ImageFiles) -> Shape:
 
 def _check_room(files: ImageFiles, shape: Shape, cache: Cache, beside: Path) -> None:
     needed = len(files) * files.channels * shape.height * shape.width
-    disk = shutil.disk_usage(_place(beside, "").parent if beside.is_dir() else Path.cwd()).free
+    folder = _place(beside, "")
+    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
     parts = (OF_DISK, OF_MEMORY) if cache == "auto" else (0.5, 0.5)
     room = min(disk * parts[0], memory_free() * parts[1], MOST if cache == "auto" else float("inf"))
     if needed > room:

@@ -75,7 +75,8 @@ def unreadable(path: str | Path, what: str, error: Exception) -> SampleError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = reason.replace(repr(str(path)), "it") or type(error).__name__
     return SampleError(
-        f"{path}: cannot be read{what} ({reason}); replace or remove it, then give the command again"
+        f"{path}: cannot be read{what} ({reason}); replace or remove it, then give the command again, "
+        "or leave such samples out with data.module.on_error=skip"
     )
 
 
