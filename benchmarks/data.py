@@ -63,12 +63,8 @@ def passes(
     """A pass over the first batches of a loader, whose workers live on."""
 
     def run() -> None:
-        seen = 0
-        for batch in loader:
+        for batch in itertools.islice(loader, batches):
             after(batch)
-            seen += 1
-            if seen == batches:
-                break
 
     return run
 
@@ -272,14 +268,15 @@ def main() -> None:
     decoder = "simplejpeg" if installed() else "PIL (simplejpeg is not installed)"
     report(
         "# Delivering pictures: our loaders against torchvision's ImageFolder with PIL\n\n"
-        f"{provenance()}- Decoder: {decoder}; {args.workers} workers, batches of {args.batch_size}, passes of "
-        f"{args.batches} batches\n- Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
+        f"{provenance()}- Decoder: {decoder}; {args.workers} workers, batches of {args.batch_size}, "
+        f"passes of {args.batches} batches\n"
+        f"- Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
         "| what | theirs | ours | ratio, 95 % interval | goal |\n| --- | ---: | ---: | ---: | ---: |\n"
-        + "\n".join(lines) + "\n\n"
-        "Theirs and ours are medians; a ratio is the median of the pairs'. uint8 in memory at the end on both sides; our "
-        "flip, which belongs to the device, is done on the CPU within the time.",
+        + "\n".join(lines)
+        + "\n\nTheirs and ours are medians; a ratio is the median of the pairs'. uint8 in memory at the end on both "
+        "sides; our flip, which belongs to the device, is done on the CPU within the time.",
         args.out,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -50,9 +50,16 @@ def turned() -> bytes:
     return saved(picture(), exif=exif.tobytes())
 
 
+def sixteen_bits() -> bytes:
+    return saved(Image.fromarray(np.arange(SIDE * 64, dtype=np.uint16).reshape(SIDE, 64) * 21), "PNG")
+
+
 def bomb_png() -> bytes:
-    body = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    header = b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(bytes(100)), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
 
 
 def bomb_jpeg() -> bytes:
@@ -69,7 +76,7 @@ def damaged() -> bytes:
     return bytes(content)
 
 
-def corrupt_name(content: bytes) -> Callable[[Path], object]:
+def holding(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
@@ -79,27 +86,27 @@ def no_permission(path: Path) -> None:
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "plain JPEG": ("jpg", corrupt_name(saved(picture()))),
-    "truncated JPEG": ("jpg", corrupt_name(saved(picture())[:-300])),
-    "JPEG without its last 2 bytes": ("jpg", corrupt_name(saved(picture())[:-2])),
-    "12 bytes changed inside a JPEG": ("jpg", corrupt_name(damaged())),
-    "header only": ("jpg", corrupt_name(saved(picture())[:200])),
-    "empty": ("jpg", corrupt_name(b"")),
-    "a text called .jpg": ("jpg", corrupt_name(b"not a picture")),
-    "CMYK JPEG": ("jpg", corrupt_name(saved(picture().convert("CMYK")))),
-    "grey JPEG": ("jpg", corrupt_name(saved(picture().convert("L")))),
-    "progressive JPEG": ("jpg", corrupt_name(saved(picture(), progressive=True))),
-    "EXIF orientation 6": ("jpg", corrupt_name(turned())),
-    "1x1": ("jpg", corrupt_name(saved(Image.new("RGB", (1, 1), (9, 90, 200))))),
-    "PNG called .jpg": ("jpg", corrupt_name(saved(picture(), "PNG"))),
-    "16-bit PNG": ("png", corrupt_name(saved(Image.fromarray(np.arange(SIDE * 64, dtype=np.uint16).reshape(SIDE, 64) * 21), "PNG"))),
-    "palette with transparency": ("png", corrupt_name(saved(picture().quantize(16), "PNG", transparency=0))),
-    "RGBA": ("png", corrupt_name(saved(picture().convert("RGBA"), "PNG"))),
-    "float TIFF": ("tif", corrupt_name(saved(Image.fromarray(np.ones((SIDE, 64), np.float32)), "TIFF"))),
-    "animated GIF": ("gif", corrupt_name(saved(picture(), "GIF", save_all=True, append_images=[picture(1)]))),
-    "animated WebP": ("webp", corrupt_name(saved(picture(), "WEBP", save_all=True, append_images=[picture(1)]))),
-    "PNG of 50,000 x 50,000 (header)": ("png", corrupt_name(bomb_png())),
-    "JPEG of 60,000 x 60,000 (header)": ("jpg", corrupt_name(bomb_jpeg())),
+    "plain JPEG": ("jpg", holding(saved(picture()))),
+    "truncated JPEG": ("jpg", holding(saved(picture())[:-300])),
+    "JPEG without its last 2 bytes": ("jpg", holding(saved(picture())[:-2])),
+    "12 bytes changed inside a JPEG": ("jpg", holding(damaged())),
+    "header only": ("jpg", holding(saved(picture())[:200])),
+    "empty": ("jpg", holding(b"")),
+    "a text called .jpg": ("jpg", holding(b"not a picture")),
+    "CMYK JPEG": ("jpg", holding(saved(picture().convert("CMYK")))),
+    "grey JPEG": ("jpg", holding(saved(picture().convert("L")))),
+    "progressive JPEG": ("jpg", holding(saved(picture(), progressive=True))),
+    "EXIF orientation 6": ("jpg", holding(turned())),
+    "1x1": ("jpg", holding(saved(Image.new("RGB", (1, 1), (9, 90, 200))))),
+    "PNG called .jpg": ("jpg", holding(saved(picture(), "PNG"))),
+    "16-bit PNG": ("png", holding(sixteen_bits())),
+    "palette with transparency": ("png", holding(saved(picture().quantize(16), "PNG", transparency=0))),
+    "RGBA": ("png", holding(saved(picture().convert("RGBA"), "PNG"))),
+    "float TIFF": ("tif", holding(saved(Image.fromarray(np.ones((SIDE, 64), np.float32)), "TIFF"))),
+    "animated GIF": ("gif", holding(saved(picture(), "GIF", save_all=True, append_images=[picture(1)]))),
+    "animated WebP": ("webp", holding(saved(picture(), "WEBP", save_all=True, append_images=[picture(1)]))),
+    "PNG of 50,000 x 50,000 (header)": ("png", holding(bomb_png())),
+    "JPEG of 60,000 x 60,000 (header)": ("jpg", holding(bomb_jpeg())),
     "dangling link": ("jpg", lambda path: path.symlink_to("nowhere.jpg")),
     "a folder called .jpg": ("jpg", Path.mkdir),
     "no permission to read": ("jpg", no_permission),
@@ -161,9 +168,10 @@ def main() -> None:
     report(
         "# Broken and odd image files, and what is done with each\n\n"
         f"{provenance()}- Pillow {Image.__version__}, simplejpeg {version}\n\n"
-        "The cells under `raise` are what was read (channels x height x width, and the mean of its pixels), or the reason in "
-        "the error, which names the file and ends the run.\n\n"
-        "| file | PIL, `raise` | simplejpeg, `raise` | `skip` |\n| --- | --- | --- | --- |\n" + "\n".join(lines) + "\n\n"
+        "The cells under `raise` are what was read (channels x height x width, and the mean of its pixels), or the "
+        "reason in the error, which names the file and ends the run.\n\n"
+        "| file | PIL, `raise` | simplejpeg, `raise` | `skip` |\n| --- | --- | --- | --- |\n"
+        + "\n".join(lines) + "\n\n"
         "No decoder can tell that bytes inside a JPEG have changed: `task=pack` keeps a checksum of each record.",
         args.out,
     )  # fmt: skip
