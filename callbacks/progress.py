@@ -16,6 +16,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from callbacks.unreadable import skipped
 from crucible.training import watched
 
 REDRAW_S = 0.1
@@ -99,6 +100,8 @@ class Progress(ProgressBar):
         if self._validated:
             parts.append(_split(values, "val"))
         parts += [f"lr {self._rate:.3g}", self._speed(trainer.world_size)]
+        if unread := skipped(trainer):
+            parts.append(f"unreadable {unread}")
         done, epochs = trainer.current_epoch + 1, watched(pl_module).epochs
         if done < epochs < math.inf:
             an_epoch = (time.monotonic() - self._fit_started) / (done - self._first_epoch)

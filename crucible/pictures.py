@@ -136,9 +136,10 @@ def _fast(module: Any, content: bytes, channels: int, least: Shape | None) -> Te
         ).permute(2, 0, 1)
     except (ValueError, PictureError):
         return None
-    if len(pixels) < channels:
+    found = 1 if colors == "Gray" else 3
+    if found < channels:
         pixels = pixels.expand(channels, -1, -1)
-    elif len(pixels) > channels:
+    elif found > channels:
         pixels = grey(pixels)
     return pixels if orientation == 1 else _turned(pixels, orientation)
 

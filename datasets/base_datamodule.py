@@ -387,6 +387,8 @@ class BaseDataModule(LightningDataModule):
             if hasattr(raw, "decoder"):
                 raw.decoder = self.decoder
             if isinstance(raw, ImageFiles):
+                raw.lenient = self.on_error == "skip"
+            if isinstance(raw, ImageFiles):
                 if id(raw) not in done:
                     root = self.data_root_dir or ""
                     beside = (
@@ -470,26 +472,32 @@ class BaseDataModule(LightningDataModule):
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""
-        if split == "predict" and self.predict_dir is not None and self.trained_classes is not None:
-            return Samples(
-                self._images_to_predict(), None, self.test_transforms, "evaluate", self.seed, split
-            )
+        raw, indices = self._raw(split)
+        policy, stream = (
+            (self.train_transforms, "augment") if split == "train" else (self.test_transforms, "evaluate")
+        )
+        samples = Samples(raw, indices, policy, stream, self.seed, split)
+        if self.on_error == "skip":
+            samples.on_unreadable = "replace" if split == "train" else "drop"
+        return samples
+
+    def _raw(self, split: Split) -> tuple[Any, np.ndarray | None]:
+        """The raw data set that a split is in, and its numbers there; None: all."""
+        if split == "predict" and self.predict_dir is not None:
+            if self.trained_classes is None:
+                self._load()
+            return self._images_to_predict(), None
         self._load()
         if split == "train":
             whole = self.val_dataset is not None or (self.val_split == "test" and self.folds == 1)
-            kept = None if whole else self._division()[0]
-            return Samples(self.train_dataset, kept, self.train_transforms, "augment", self.seed, split)
-        if split == "predict" and self.predict_dir is not None:
-            raw, indices = self._images_to_predict(), None
-        elif split != "val" and self.test_dataset is not None:
-            raw, indices = self.test_dataset, None
-        elif self.val_dataset is not None:
-            raw, indices = self.val_dataset, None
-        elif self.val_split == "test":
-            raw, indices = self.test_dataset, None
-        else:
-            raw, indices = self.train_dataset, self._division()[1]
-        return Samples(raw, indices, self.test_transforms, "evaluate", self.seed, split)
+            return self.train_dataset, None if whole else self._division()[0]
+        if split != "val" and self.test_dataset is not None:
+            return self.test_dataset, None
+        if self.val_dataset is not None:
+            return self.val_dataset, None
+        if self.val_split == "test":
+            return self.test_dataset, None
+        return self.train_dataset, self._division()[1]
 
     def _images_to_predict(self) -> ImageFiles:
         if self._unlabelled is None:
@@ -520,8 +528,7 @@ class BaseDataModule(LightningDataModule):
                 f"data.module.batch_size={self.batch_size} on {world} devices makes batches of {whole}: "
                 f"{self.name} has only {len(samples)} training samples"
             )
-        if self.on_error == "skip":
-            samples.let_unreadable("replace")
+        self._count_unreadable(samples)
         self._keep_on_device(samples)
         self._of_phase["train"] = samples
         return self._loader(samples, self._training_order(samples, rank, self._start(len(samples), whole)))
@@ -548,16 +555,12 @@ class BaseDataModule(LightningDataModule):
     def training_batch(self, epoch: int, batch: int) -> list[Batch]:
         """One batch of the training as each rank's loader delivered it, read once more."""
         samples = self.samples("train")
-        if self.on_error == "skip":
-            samples.let_unreadable("replace")
         orders = (self._training_order(samples, rank, (epoch, batch)) for rank in range(self._place()[1]))
         return [samples[next(iter(order))] for order in orders]
 
     def training_batches(self, epoch: int, count: int) -> Iterator[Batch]:
         """The first `count` batches of an epoch once more, at most all of them; apart from the training's loader."""
         samples, (rank, world) = self.samples("train"), self._place()
-        if self.on_error == "skip":
-            samples.let_unreadable("replace")
         sampler = EpochSampler(
             len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
             left_out=self._places_left_out(samples),
@@ -579,10 +582,9 @@ class BaseDataModule(LightningDataModule):
     def _evaluation_loader(self, split: Split) -> DataLoader:
         samples, (rank, world) = self.samples(split), self._place()
         if split == "predict":
-            samples.let_unreadable("blank")  # one bad image loses its own row only
-        elif self.on_error == "skip":
-            samples.let_unreadable("drop")
-        if split != "predict":
+            samples.on_unreadable = "blank"  # one bad image loses its own row only
+        else:
+            self._count_unreadable(samples)
             self._keep_on_device(samples)
         self._of_phase[split] = samples
         if len(samples) < world:
@@ -642,7 +644,7 @@ class BaseDataModule(LightningDataModule):
         free = shared_memory_free()
         if not workers or len(sampler) == 0 or free == float("inf"):
             return wanted
-        one = samples[(0, [0])]
+        one = samples.example()
         batch = self.batch_size * sum(tensor.nbytes for tensor in one)
         processes = 1 if self.trainer is None else self.trainer.num_devices
         room = int(free / 2 / processes / batch) - _IN_USE
@@ -659,6 +661,10 @@ class BaseDataModule(LightningDataModule):
             self.remarks.append(remark)
             log.warning("%s", remark)
         return workers, prefetch
+
+    def _count_unreadable(self, samples: Samples) -> None:
+        if self.on_error == "skip":
+            samples.mark_unreadable()
 
     # Data that lie on the device
 
@@ -708,13 +714,10 @@ class BaseDataModule(LightningDataModule):
         return self._of_phase["val" if trainer.validating or trainer.sanity_checking or trainer.evaluating
                               else "train"]  # fmt: skip
 
-    def unread(self) -> dict[Split, list[int]]:
-        """The samples of each split that were skipped so far in this process, as in `Batch.index`."""
-        found: dict[Split, list[int]] = {}
-        for split, samples in self._of_phase.items():
-            if samples.unread is not None and split != "predict":
-                found[split] = samples.unread.nonzero().flatten().tolist()  # type: ignore[index]
-        return found
+    def unread(self, split: Split) -> Tensor | None:
+        """Which samples of a split this process has skipped, (of the raw data,) uint8; None where none may be."""
+        samples = self._of_phase.get(split)
+        return None if samples is None else samples.unread
 
     # Resume: the order is a function of the epoch, so that two counters are the whole state
 

@@ -13,12 +13,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from crucible.files import replacing, why_not_writable
 from crucible.machine import core_count
@@ -35,7 +36,8 @@ OF_DISK, OF_MEMORY = (
     0.25,
 )  # parts of what is free that cache=auto takes; half where it is asked for by name
 _LOOKED_AT = 32  # files whose headers say whether it is worth a try
-_CHUNK = 256
+_CHUNK = 512
+_MOST_WORKERS, _WORTH_WORKERS = 8, 4096
 _SMALL = 64  # pixels a side up to which a batch is one gather, quicker with the channels apart
 log = logging.getLogger("crucible")
 
@@ -111,10 +113,9 @@ class _Not(Exception):
 class OtherShape(_Not):
     """A picture is not of the size that all should have."""
 
-    def __init__(self, path: str, found: Shape, wanted: Shape) -> None:
-        super().__init__(
-            f"{path} has {found.width}x{found.height} pixels, not {wanted.width}x{wanted.height}"
-        )
+
+def _differs(path: str, found: Shape, wanted: Shape) -> str:
+    return f"{path} has {found.width}x{found.height} pixels, not {wanted.width}x{wanted.height}"
 
 
 def _one_shape(files: ImageFiles) -> Shape:
@@ -123,7 +124,7 @@ def _one_shape(files: ImageFiles) -> Shape:
         with contextlib.suppress(PictureError, SampleError):  # decoding them will say it
             found = shape_of(files.encoded(i))
             if found != (shape := shape or found):
-                raise OtherShape(files.where(i), found, shape)
+                raise OtherShape(_differs(files.where(i), found, shape))
     if shape is None:
         raise _Not(f"no picture in {files.root} can be read")
     return shape
@@ -131,7 +132,8 @@ def _one_shape(files: ImageFiles) -> Shape:
 
 def _check_room(files: ImageFiles, shape: Shape, cache: Cache, beside: Path) -> None:
     needed = len(files) * files.channels * shape.height * shape.width
-    disk = shutil.disk_usage(_place(beside, "").parent if beside.is_dir() else Path.cwd()).free
+    folder = _place(beside, "")
+    disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
     parts = (OF_DISK, OF_MEMORY) if cache == "auto" else (0.5, 0.5)
     room = min(disk * parts[0], memory_free() * parts[1], MOST if cache == "auto" else float("inf"))
     if needed > room:
@@ -151,27 +153,50 @@ def _arrays(files: ImageFiles, images: np.ndarray, lacking: dict[int, str], shap
     return Arrays(inputs, files.targets, files.classes, lacking)
 
 
-def _decode(files: ImageFiles, shape: Shape, on_error: OnError) -> tuple[np.ndarray, dict[int, str]]:
-    images = np.zeros(_layout(len(files), files.channels, shape), dtype=np.uint8)
-    lacking: dict[int, str] = {}
-    channels_first = max(shape) <= _SMALL
+class _Chunks(Dataset):
+    """The pictures by the chunk; of each what could be decoded, and what is wrong with the others."""
 
-    def fill(begin: int) -> None:
-        for i in range(begin, min(begin + _CHUNK, len(files))):
+    def __init__(self, files: ImageFiles, shape: Shape) -> None:
+        self.files = files
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // _CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[Tensor, dict[int, str], str]:
+        """Pixels, why by number, and the first picture of another size."""
+        begin = chunk * _CHUNK
+        end = min(begin + _CHUNK, len(self.files))
+        pixels = np.zeros(_layout(end - begin, self.files.channels, self.shape), dtype=np.uint8)
+        lacking: dict[int, str] = {}
+        channels_first = max(self.shape) <= _SMALL
+        for i in range(begin, end):
             try:
-                pixels = files.read(i).numpy()
+                found = self.files.read(i).numpy()
             except SampleError as error:
-                if on_error == "raise":
-                    raise
                 lacking[i] = str(error)
                 continue
-            if pixels.shape[1:] != shape:
-                raise OtherShape(files.where(i), Shape(*pixels.shape[1:]), shape)
-            images[i] = pixels if channels_first else pixels.transpose(1, 2, 0)
+            if found.shape[1:] != self.shape:
+                return torch.empty(0), {}, _differs(self.files.where(i), Shape(*found.shape[1:]), self.shape)
+            pixels[i - begin] = found if channels_first else found.transpose(1, 2, 0)
+        return torch.from_numpy(pixels), lacking, ""
 
-    with ThreadPoolExecutor(min(4, core_count())) as pool:
-        for _ in pool.map(fill, range(0, len(files), _CHUNK)):
-            pass
+
+def _decode(files: ImageFiles, shape: Shape, on_error: OnError) -> tuple[np.ndarray, dict[int, str]]:
+    images = np.empty(_layout(len(files), files.channels, shape), dtype=np.uint8)
+    lacking: dict[int, str] = {}
+    # processes: a small picture is decoded in less time than threads take to hand the interpreter on
+    workers = min(_MOST_WORKERS, core_count()) if len(files) >= _WORTH_WORKERS else 0
+    chunks = DataLoader(
+        _Chunks(files, shape), batch_size=None, num_workers=workers, generator=torch.Generator()
+    )
+    for number, (pixels, unread, other) in enumerate(chunks):
+        if other:
+            raise OtherShape(other)
+        if unread and on_error == "raise":
+            raise SampleError(next(iter(unread.values())))
+        images[number * _CHUNK : number * _CHUNK + len(pixels)] = pixels.numpy()
+        lacking.update(unread)
     return images, lacking
 
 

@@ -47,11 +47,9 @@ def class_folders(
     names: list[str] = []
     targets: list[np.ndarray] = []
     for label in range(len(known)):
-        files = [
-            f"{found[i]}/{file}"
-            for i in np.flatnonzero(numbers == label)
-            for file in image_files(folder / found[i])
-        ]
+        files: list[str] = []
+        for i in np.flatnonzero(numbers == label):
+            files += image_files(folder / found[i], f"{found[i]}/")
         if within is not None:
             files = [file for file in files if split_of(file.split("/")[1]) == within]
         if not files and classes is None:

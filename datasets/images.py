@@ -23,11 +23,13 @@ from crucible.options import ConfigError
 from crucible.pictures import Decoder, PictureError, decode, grey
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SUFFIXES = frozenset(EXTENSIONS)
 SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
 _FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
 _FILES_SIZED = 65536
 _READ_WHOLE = 256 << 20  # bytes in all
 _PIECE = 16 << 10  # bytes; four of a large file
+_AT_ONCE = 1 << 16  # names that are copied in one go
 _READERS = 8  # threads: on a network drive each file waits for its answer
 _SETTLED_S = 2.0  # a file that was just written may be written again within its time stamp's tick
 
@@ -73,7 +75,8 @@ def unreadable(path: str | Path, what: str, error: Exception) -> SampleError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = reason.replace(repr(str(path)), "it") or type(error).__name__
     return SampleError(
-        f"{path}: cannot be read{what} ({reason}); replace or remove it, then give the command again"
+        f"{path}: cannot be read{what} ({reason}); replace or remove it, then give the command again, "
+        "or leave such samples out with data.module.on_error=skip"
     )
 
 
@@ -113,10 +116,31 @@ class Names(Sequence[str]):
     """Many strings in two arrays; workers that read them copy no pages, as they would of a list."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(name) for name in encoded], out=self._offsets[1:])
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        names = names if isinstance(names, list) else list(names)
+        joined = np.frombuffer(os.fsencode("\0".join(names)), dtype=np.uint8)
+        ends = np.flatnonzero(joined == 0)
+        if len(ends) != max(0, len(names) - 1):
+            raise ValueError("a name has a null character")
+        self._offsets = np.zeros(len(names) + 1, dtype=np.int64)
+        if names:
+            self._offsets[1:-1] = ends - np.arange(len(ends))
+            self._offsets[-1] = len(joined) - len(ends)
+        self._bytes = joined[joined != 0]
+
+    def take(self, indices: np.ndarray) -> Names:
+        """Those of the names, in this order."""
+        chosen = Names([])
+        lengths = np.diff(self._offsets)[indices]
+        chosen._offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        chosen._bytes = np.empty(chosen._offsets[-1], dtype=np.uint8)
+        for begin in range(0, len(indices), _AT_ONCE):
+            part = slice(begin, begin + _AT_ONCE)
+            first, size = chosen._offsets[begin], lengths[part]
+            shift = np.repeat(self._offsets[indices[part]] - chosen._offsets[:-1][part], size)
+            chosen._bytes[first : first + len(shift)] = self._bytes[
+                shift + np.arange(first, first + len(shift))
+            ]
+        return chosen
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -147,6 +171,7 @@ class ImageFiles(Dataset):
 
     decoder: Decoder = "auto"
     lie_elsewhere = False  # not in files of their own
+    lenient = False  # whether a file that cannot be read is one without content, for `content`
 
     def __init__(
         self,
@@ -196,7 +221,7 @@ class ImageFiles(Dataset):
 
     def subset(self, indices: np.ndarray) -> ImageFiles:
         """Those of the files, as a data set of their own."""
-        names = [self.names[i] for i in indices.tolist()]
+        names = self.names.take(indices)
         return ImageFiles(self.root, names, self.targets[indices], self.channels, self.classes)
 
     def content(self, scheme: int = SCHEME) -> Iterator[bytes]:
@@ -208,7 +233,7 @@ class ImageFiles(Dataset):
         yield from self.names.content()
         yield self.targets.tobytes()
         if scheme == 1:
-            sizes = [_state(path).st_size for path in self._spread(_FILES_READ)]
+            sizes = [_state(path, self.lenient).st_size for path in self._spread(_FILES_READ)]
             yield np.asarray(sizes, dtype=np.int64).tobytes()
         else:
             yield self._of_the_files()
@@ -220,7 +245,7 @@ class ImageFiles(Dataset):
     def _of_the_files(self) -> bytes:
         """A digest of sizes and content; kept for files whose time, size and place have not changed."""
         paths = self._spread(_FILES_SIZED)
-        states = [_state(path) for path in paths]
+        states = [_state(path, self.lenient) for path in paths]
         sizes = np.asarray([s.st_size for s in states], dtype=np.int64)
         stamps = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states]
         key = hashlib.blake2b(np.asarray(stamps, dtype=np.uint64).tobytes(), digest_size=16)
@@ -233,7 +258,7 @@ class ImageFiles(Dataset):
         whole = len(paths) == len(self) and int(sizes.sum()) <= _READ_WHOLE
         content = hashlib.blake2b(sizes.tobytes(), digest_size=16)
         with ThreadPoolExecutor(_READERS) as pool:
-            read = partial(_digest, whole=whole)
+            read = partial(_digest, whole=whole, lenient=self.lenient)
             for part in pool.map(read, paths if whole else self._spread(_FILES_READ)):
                 content.update(part)
         newest = max((s.st_ctime_ns for s in states), default=0)
@@ -257,17 +282,21 @@ def cache_folder(kind: str) -> Path:
     return Path(tempfile.gettempdir()) / "crucible" / kind
 
 
-def _state(path: Path) -> os.stat_result:
+def _state(path: Path, lenient: bool) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
+        if lenient:
+            return os.stat_result([0] * os.stat_result.n_fields)
         raise unreadable(path, "", error) from error
 
 
-def _digest(path: Path, whole: bool) -> bytes:
+def _digest(path: Path, whole: bool, lenient: bool) -> bytes:
     try:
         return _digest_of(path, whole)
     except OSError as error:
+        if lenient:
+            return b""
         raise unreadable(path, "", error) from error
 
 
@@ -370,7 +399,8 @@ class Relabelled(Dataset):
         self.targets = numbers[targets][self.kept]
         self.classes = list(classes)
         if (names := getattr(raw, "names", None)) is not None:
-            self.names = [names[i] for i in self.kept.tolist()]
+            take = getattr(names, "take", None)
+            self.names = take(self.kept) if take else [names[i] for i in self.kept.tolist()]
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -440,22 +470,28 @@ def _is_image(name: str) -> bool:
     return not _passed_over(name) and name.lower().endswith(EXTENSIONS)
 
 
-def image_files(folder: Path) -> list[str]:
-    """The images below `folder`, relative to it, sorted; hidden files and folders are passed over."""
+def image_files(folder: Path, called: str = "") -> list[str]:
+    """The images below `folder`, relative to it, sorted; hidden files and folders are passed over.
+
+    Args:
+        folder: is searched.
+        called: stands before each name.
+    """
     found: list[str] = []
     pending = [""]
     while pending:
         relative = pending.pop()
+        before = called + relative
         with _listed(folder / relative) as entries:
             for entry in entries:
-                if _passed_over(entry.name):
-                    continue
-                name = f"{relative}/{entry.name}" if relative else entry.name
+                name = entry.name
                 if entry.is_dir():
-                    pending.append(name)
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(name)
-    return sorted(found)
+                    if not _passed_over(name):
+                        pending.append(f"{relative}{name}/")
+                elif name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != ".":
+                    found.append(before + name)
+    found.sort()
+    return found
 
 
 def _listed(folder: Path) -> Any:

@@ -28,7 +28,7 @@ class Samples(Dataset):
     A sample that cannot be read is dealt with by `on_unreadable`: an error (`raise`); a blank of the number
     -1 - index (`blank`, for predictions); another sample of the split in its place, drawn by the key of (seed, epoch,
     index), so that batches keep their size and no other sample changes (`replace`, for training); or a batch without it
-    (`drop`, for evaluation). All but `raise` mark it in `unread`.
+    (`drop`, for evaluation).
 
     Args:
         raw: gives `(input, target)` by number.
@@ -60,9 +60,8 @@ class Samples(Dataset):
         """Whether the samples lie in memory and need no work of their own."""
         return isinstance(self.raw, Arrays) and self.policy.keeps(self.raw.inputs)
 
-    def let_unreadable(self, be: OnUnreadable) -> None:
-        """Deal with what cannot be read in this way from now on, and mark it in `unread`."""
-        self.on_unreadable = be
+    def mark_unreadable(self) -> None:
+        """Mark what cannot be read in `unread` from now on, whichever process reads it."""
         self.unread = torch.zeros(len(self.raw), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, batch: KeyedBatch) -> Batch:
@@ -75,6 +74,16 @@ class Samples(Dataset):
             inputs = self.raw.inputs[:0] if self.without_input else self.raw.inputs[index]
             return Batch(inputs, _targets(self.raw.targets[indices]), index)
         return self._made(epoch, indices)
+
+    def example(self) -> Batch:
+        """A batch of one sample: the first, or the first of some that can be read where others are passed over."""
+        for place in range(min(len(self), _STAND_INS)):
+            try:
+                return self[0, [place]]
+            except SampleError:
+                if self.on_unreadable == "raise":
+                    raise
+        return self[0, [0]]
 
     def _made(self, epoch: int, indices: np.ndarray) -> Batch:
         inputs, used, targets, numbers = None, 0, [], []

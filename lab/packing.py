@@ -156,6 +156,7 @@ def _splits(config: Config) -> dict[SplitName, _Split]:
             raise ConfigError(
                 f"data.module.data_root_dir: {raw.root}: the {name} split holds no images", _SEE
             )
+        raw.lenient = True  # what cannot be read is a reject, and stops nothing
         found[name] = _Split(raw, first)
         first += len(raw)
     return found

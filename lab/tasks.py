@@ -31,6 +31,7 @@ from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
+from callbacks.unreadable import Unreadable
 from crucible.cells import cell, text_of
 from crucible.command_line import import_from
 from crucible.configuration import Config, flatten
@@ -98,7 +99,8 @@ def _train(
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
-    callbacks: list[Callback] = [Recorder(run), guard, *extra, *after]
+    before: list[Callback] = [Unreadable(run)] if data.on_error == "skip" else []
+    callbacks: list[Callback] = [*before, Recorder(run), guard, *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     # without ours (callbacks.progress=null) Lightning would show a bar of its own
@@ -161,12 +163,18 @@ def test(
     if out:
         folder.mkdir(parents=True, exist_ok=True)
         plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
+    unreadable = Unreadable()
     trainer = build_trainer(
-        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}}, folder, plots, []
+        {**config, "trainer": {**config["trainer"], "enable_progress_bar": False}},
+        folder,
+        [*plots, unreadable],
+        [],
     )
     trainer.test(model, datamodule=data, verbose=False)
     final = {k: float(v) for k, v in trainer.callback_metrics.items()}
     scored = data.scored()
+    if unreadable.count:
+        scored.append(f"without {unreadable.count} samples that cannot be read (data.module.on_error=skip)")
     if trainer.is_global_zero and out:
         record = {
             "checkpoint": checkpoint.name, "data": found.fingerprint, "own_data": found.own,

@@ -91,6 +91,7 @@ class Run:
     correctness: Correctness | None
     remark: str  # what is wrong with its records
     nonfinite: str  # what was done about numbers that were not finite
+    unreadable: str  # what its data lacked
 
     @property
     def compiled(self) -> bool:
@@ -212,6 +213,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         correctness=correctness,
         remark=remark,
         nonfinite=_nonfinite(summary),
+        unreadable=_unreadable(summary),
     )
 
 
@@ -273,6 +275,16 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     parts = [f"{skipped} steps were not finite and left out"] if skipped else []
     parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
     return "; ".join(parts)
+
+
+def _unreadable(summary: Mapping[str, Any]) -> str:
+    """What a run left out of its data under `data.module.on_error=skip`."""
+    splits = summary.get("unreadable") or {}
+    parts = [
+        f"{found['count']} of the {split} split ({', '.join(found['samples'][:3])})"
+        for split, found in splits.items()
+    ]
+    return f"samples that could not be read were skipped: {'; '.join(parts)}" if parts else ""
 
 
 def _numbers(values: Any) -> dict[str, float]:

@@ -47,7 +47,7 @@ def _of_the_runs(table: Table) -> Iterable[str]:
             why = f": {run.remark}" if run.remark else ""
             yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name}){why}"
         for run in arm.runs.values():
-            for remark in filter(None, (run.remark, run.nonfinite)):
+            for remark in filter(None, (run.remark, run.nonfinite, run.unreadable)):
                 yield f"{arm.name}, {unit_name(run.unit)}: {remark} ({run.path.name})"
     with_few_runs = [f"{arm.name} ({len(arm.runs)})" for arm in table.arms.values() if len(arm.runs) < 5]
     if with_few_runs:
