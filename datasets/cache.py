@@ -114,8 +114,8 @@ class OtherShape(_Not):
     """A picture is not of the size that all should have."""
 
 
-def _differs(where: str, found: Shape, wanted: Shape) -> str:
-    return f"{where} has {found.width}x{found.height} pixels, not {wanted.width}x{wanted.height}"
+def _differs(path: str, found: Shape, wanted: Shape) -> str:
+    return f"{path} has {found.width}x{found.height} pixels, not {wanted.width}x{wanted.height}"
 
 
 def _one_shape(files: ImageFiles) -> Shape:
@@ -177,8 +177,7 @@ class _Chunks(Dataset):
                 lacking[i] = str(error)
                 continue
             if found.shape[1:] != self.shape:
-                differs = _differs(self.files.where(i), Shape(*found.shape[1:]), self.shape)
-                return torch.empty(0), {}, differs
+                return torch.empty(0), {}, _differs(self.files.where(i), Shape(*found.shape[1:]), self.shape)
             pixels[i - begin] = found if channels_first else found.transpose(1, 2, 0)
         return torch.from_numpy(pixels), lacking, ""
 

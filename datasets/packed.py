@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -155,11 +156,13 @@ def checked(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(_CHECKSUM, "little") + data
 
 
-_open: dict[tuple[int, int], tuple[int, Any, Any]] = {}  # by file: process, environment, transaction
+_open: dict[
+    tuple[int, int], tuple[int, Any, Any]
+] = {}  # by file: process, environment, transactions of its threads
 
 
 def reading(data: Path) -> Any:
-    """The transaction that reads an LMDB file in this process.
+    """The transaction by which this thread reads an LMDB file.
 
     LMDB opens a file once in a process, whatever it is called, and a forked process may not use what its parent
     opened.
@@ -173,28 +176,37 @@ def reading(data: Path) -> Any:
     except OSError as error:
         raise SampleError(f"{data}: cannot be read ({error.strerror})", _SEE) from error
     place, process = (state.st_dev, state.st_ino), os.getpid()
-    if (known := _open.get(place)) is not None:
-        if known[0] == process:
-            return known[2]
-        _let_go(place)  # this process's copy; the parent's stays
+    with _opening:
+        if place in _open and _open[place][0] != process:
+            _let_go(place)  # this process's copy; the parent's stays
+        if place not in _open:
+            _open[place] = process, _environment(data, state.st_size), threading.local()
+    _, environment, own = _open[place]
+    if not hasattr(own, "transaction"):
+        own.transaction = environment.begin(buffers=True)
+    return own.transaction
+
+
+_opening = threading.Lock()
+os.register_at_fork(
+    before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_opening.release
+)
+
+
+def _environment(data: Path, size: int) -> Any:
     lmdb = import_lmdb()
     try:
         environment = lmdb.open(str(data), subdir=False, readonly=True, lock=False, readahead=False)
-        if (environment.info()["last_pgno"] + 1) * environment.stat()["psize"] > state.st_size:
-            environment.close()  # a map of less than there was would end the process
-            raise ConfigError(
-                f"{data}: is half a file: more is written in it than is there; copy it again", _SEE
-            )
-        _open[place] = process, environment, environment.begin(buffers=True)
     except lmdb.Error as error:
         raise ConfigError(f"{data}: cannot be read as LMDB ({error})", _SEE) from error
-    return _open[place][2]
+    if (environment.info()["last_pgno"] + 1) * environment.stat()["psize"] > size:
+        environment.close()  # a map of less than there was would end the process
+        raise ConfigError(f"{data}: is half a file: more is written in it than is there; copy it again", _SEE)
+    return environment
 
 
 def _let_go(place: tuple[int, int]) -> None:
-    _, environment, transaction = _open.pop(place)
-    transaction.abort()
-    environment.close()
+    _open.pop(place)[1].close()  # its transactions end with it
 
 
 def close(folder: Path) -> None:

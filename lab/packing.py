@@ -68,6 +68,7 @@ REJECTS = "rejects.csv"
 _SEE = "docs/data.md"
 _COMMIT_S, _COMMIT_BYTES = 2.0, 64 << 20  # what a kill may cost
 _FIRST_MAP = 256 << 20  # bytes of address space; doubled where it is full
+_REQUESTS = 16  # at once, of remote shards
 _AHEAD = 4  # images in work for each thread
 _LINE_S = 30.0  # between two lines where there is no terminal
 
@@ -116,7 +117,8 @@ def pack(config: Config) -> int:
                 return 1 if found.description.samples != known.counts else 0
             wanted = replace(wanted, made=known.made)
         workers = config["data"]["module"]["num_workers"]
-        threads = core_count() if workers == "auto" else max(1, workers)
+        remote = any("://" in raw.where(0) for raw in raw_sets)  # where each image waits for an answer
+        threads = max(core_count(), _REQUESTS * remote) if workers == "auto" else max(1, workers)
         return _Packing(out, wanted, splits, threads).run()
 
 
@@ -154,6 +156,7 @@ def _splits(config: Config) -> dict[SplitName, _Split]:
             raise ConfigError(
                 f"data.module.data_root_dir: {raw.root}: the {name} split holds no images", _SEE
             )
+        raw.lenient = True  # what cannot be read is a reject, and stops nothing
         found[name] = _Split(raw, first)
         first += len(raw)
     return found

@@ -188,6 +188,16 @@ def test_values_are_packed_too_and_a_pack_says_what_it_is_for(pack, tmp_path: Pa
         made(ImageFolderDataModule, out)
 
 
+def test_a_pack_of_one_size_is_kept_decoded(pack, tmp_path: Path) -> None:
+    assert pack(size=10).status == 0
+    for name in ("ant/small.png", "bee/grey é, x.jpg"):  # of other shapes than the rest
+        (tmp_path / "photos" / name).unlink()
+    assert pack(size=10, out=tmp_path / "even").status == 0
+    kept, read = (made(ImageFolderDataModule, tmp_path / "even", cache=cache) for cache in ("memory", "none"))
+    assert torch.equal(loaded(kept, "test").input, loaded(read, "test").input)
+    assert kept.fingerprint() == read.fingerprint()
+
+
 def test_a_pack_may_be_packed_again(pack, tmp_path: Path) -> None:
     assert pack().status == 0
     second = pack(size=16, root=tmp_path / "pack", out=tmp_path / "smaller")
