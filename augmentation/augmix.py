@@ -31,7 +31,9 @@ class AugMixConsistency(Technique):
     needs: ClassVar = {"augmix_severity": ("augmix_weight",), "augmix_width": ("augmix_weight",)}
 
     augmix_weight: Annotated[
-        float, "[0, inf)", "weight of the divergence between three views of an image; 0 is off (arXiv 1912.02781)"
+        float,
+        "[0, inf)",
+        "weight of the divergence between three views of an image; 0 is off (arXiv 1912.02781)",
     ] = 0.0
     augmix_severity: Annotated[int, "[1, 10]", "largest strength of the views' operations, of 10"] = 3
     augmix_width: Annotated[int, "[1, 16]", "chains of operations that a view mixes"] = 3
@@ -89,7 +91,9 @@ class _Views:
         place = (images.shape[2], images.shape[3], images.device)
         augmix = self._made.get(place)
         if augmix is None:
-            augmix = AugMix(*place[:2], self.options.augmix_severity, self.options.augmix_width).to(images.device)
+            augmix = AugMix(*place[:2], self.options.augmix_severity, self.options.augmix_width).to(
+                images.device
+            )
             self._made[place] = augmix
         # filled on the device: a copied scalar would make the host wait for it
         on_device = torch.full((), key, dtype=torch.int64, device=images.device)

@@ -93,7 +93,9 @@ def _around(magnitude: int, spread: float) -> list[float]:
     """Chances of the magnitudes 0 to 30: of a normal variable, rounded, what lies outside at the ends."""
     if not spread:
         return [float(place == magnitude) for place in range(BINS)]
-    below = [0.5 * (1 + math.erf((place + 0.5 - magnitude) / (spread * math.sqrt(2)))) for place in range(BINS - 1)]
+    below = [
+        0.5 * (1 + math.erf((place + 0.5 - magnitude) / (spread * math.sqrt(2)))) for place in range(BINS - 1)
+    ]
     return [after - before for before, after in zip([0.0, *below], [*below, 1.0], strict=True)]
 
 
@@ -299,6 +301,8 @@ class AugMix(nn.Module):
             cells = torch.where(place < 1 + (depth.reshape(-1, 1) * 3).long(), cells, 0)
         chained = self.chains.operations(images.repeat_interleave(width, dim=0), cells)
         mixture = images * share.view(n, 1, 1, 1)
-        for weight, chain in zip(weights.unbind(1), chained.view(n, width, *images.shape[1:]).unbind(1), strict=True):
+        for weight, chain in zip(
+            weights.unbind(1), chained.view(n, width, *images.shape[1:]).unbind(1), strict=True
+        ):
             mixture = mixture + weight * chain
         return mixture.to(torch.uint8)

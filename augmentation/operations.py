@@ -17,7 +17,7 @@ halfway between two pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,7 +102,12 @@ class Operations(nn.Module):
     numbers: Tensor
 
     def __init__(
-        self, cells: Sequence[Cell], height: int, width: int, interpolation: Interpolation = "nearest", fill: int = 0
+        self,
+        cells: Sequence[Cell],
+        height: int,
+        width: int,
+        interpolation: Interpolation = "nearest",
+        fill: int = 0,
     ) -> None:
         super().__init__()
         rows = [_numbers(cell, height, width) for cell in cells]
@@ -308,7 +313,9 @@ def equalize(images: Tensor, *_: Tensor) -> Tensor:
     last = counts.gather(1, below.argmax(dim=1, keepdim=True))  # of the highest level that there is
     step = (h * w - last).div(255, rounding_mode="floor").to(torch.int32)
     # what a level becomes goes by the pixels below it
-    levels = (below - counts + step.div(2, rounding_mode="floor")).div(step.clamp(min=1), rounding_mode="floor")
+    levels = (below - counts + step.div(2, rounding_mode="floor")).div(
+        step.clamp(min=1), rounding_mode="floor"
+    )
     same = torch.arange(LEVELS, device=images.device, dtype=torch.int32)
     table = torch.where(step == 0, same, levels.clamp(0, 255)).to(torch.uint8)
     return table.view(-1).index_select(0, place).view(n, c, h, w)

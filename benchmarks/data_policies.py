@@ -77,7 +77,9 @@ def torchvisions(images: np.ndarray, automatic: nn.Module | None, workers: int) 
 
 def ours(images: np.ndarray, policy: Any) -> Callable[[], None]:
     """An epoch of our loader without workers, and the policy's batch part before normalisation."""
-    raw = Arrays(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [i % 10 for i in range(len(images))], [])
+    raw = Arrays(
+        torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), [i % 10 for i in range(len(images))], []
+    )
     samples = Samples(raw, None, policy, "augment", 0)
     assert samples.keeps
     loader: DataLoader = DataLoader(samples, batch_size=None, sampler=EpochSampler(len(images), BATCH, 0))
@@ -91,7 +93,9 @@ def ours(images: np.ndarray, policy: Any) -> Callable[[], None]:
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=9, help="pairs of epochs")
     parser.add_argument("--workers", type=int, default=2, help="of torchvision's loader")

@@ -52,7 +52,9 @@ def test_a_batch_becomes_the_clean_images_and_two_views(channels: int) -> None:
         assert (a != b).flatten(1).any(1).float().mean() > 0.8
     assert torch.equal(target, batch.target.repeat(3)) and torch.equal(index, batch.index.repeat(3))
     some = Batch(*(part[[7, 2]] for part in batch))
-    assert torch.equal(stage.change(some, 3).input, input.view(3, 12, channels, 16, 16)[:, [7, 2]].flatten(0, 1))
+    assert torch.equal(
+        stage.change(some, 3).input, input.view(3, 12, channels, 16, 16)[:, [7, 2]].flatten(0, 1)
+    )
     assert not torch.equal(stage.change(batch, 4).input, input)
 
 

@@ -49,7 +49,9 @@ def varied(channels: int, size: int, n: int = 36) -> torch.Tensor:
     generator = torch.Generator().manual_seed(channels)
     images = torch.randint(0, 256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
     smooth = torch.rand(n // 2, channels, 4, 4, generator=generator) * 255
-    images[: n // 2] = nn.functional.interpolate(smooth, size=(size, size), mode="bilinear").round().to(torch.uint8)
+    images[: n // 2] = (
+        nn.functional.interpolate(smooth, size=(size, size), mode="bilinear").round().to(torch.uint8)
+    )
     for place, level in enumerate((0, 77, 255)):
         images[n - 1 - place] = level
     images[n - 4] //= 4
@@ -65,7 +67,9 @@ def magnitudes(space: dict, name: str, size: int, bins: int) -> list[float]:
     return [0.0] if values is None else [float(v) * s for v in values for s in ((1, -1) if signed else (1,))]
 
 
-def reference(images: torch.Tensor, cell: Cell, interpolation: str = "nearest", fill: int = 0) -> torch.Tensor:
+def reference(
+    images: torch.Tensor, cell: Cell, interpolation: str = "nearest", fill: int = 0
+) -> torch.Tensor:
     apply = v2.RandAugment()._apply_image_or_video_transform
     return apply(images, *cell, InterpolationMode(interpolation), {torch.Tensor: fill} if fill else {})
 
@@ -87,7 +91,9 @@ def test_every_operation_at_every_strength_and_sign_is_torchvisions(space, case)
 
 
 @pytest.mark.parametrize("form", ["by_bucket", "by_mask"])
-@pytest.mark.parametrize(("interpolation", "fill"), [("nearest", 0), ("nearest", 128), ("bilinear", 0), ("bilinear", 128)])
+@pytest.mark.parametrize(
+    ("interpolation", "fill"), [("nearest", 0), ("nearest", 128), ("bilinear", 0), ("bilinear", 128)]
+)
 def test_interpolation_and_fill_are_torchvisions(interpolation, fill, form) -> None:
     images = varied(3, 20)
     space = THEIRS["TrivialAugment"]
@@ -115,8 +121,13 @@ def test_the_strengths_are_torchvisions() -> None:
     }
     for (space, bins), levels in ours.items():
         theirs = {name: build(bins, 24, 40) for name, (build, _) in THEIRS[space].items()}
-        assert levels == {name: [float(v) for v in values] for name, values in theirs.items() if values is not None}
-    for found_on, policy in (("cifar10", v2.AutoAugmentPolicy.CIFAR10), ("imagenet", v2.AutoAugmentPolicy.IMAGENET)):
+        assert levels == {
+            name: [float(v) for v in values] for name, values in theirs.items() if values is not None
+        }
+    for found_on, policy in (
+        ("cifar10", v2.AutoAugmentPolicy.CIFAR10),
+        ("imagenet", v2.AutoAugmentPolicy.IMAGENET),
+    ):
         expected = [[(name, p, m or 0) for name, p, m in pair] for pair in v2.AutoAugment(policy)._policies]
         assert subpolicies(found_on) == expected
 
@@ -124,7 +135,10 @@ def test_the_strengths_are_torchvisions() -> None:
 def drawn(automatic: nn.Module, n: int) -> Counter[tuple[str, float]]:
     """The operations that images get, with their strengths to six digits."""
     cells = automatic.cells(keyed_uniform(stream_key("test"), torch.arange(n), automatic.draws))
-    return Counter((c.name, round(c.magnitude, 6)) for c in (automatic.operations.cells[i] for i in cells.flatten().tolist()))
+    return Counter(
+        (c.name, round(c.magnitude, 6))
+        for c in (automatic.operations.cells[i] for i in cells.flatten().tolist())
+    )
 
 
 def drawn_by_torchvision(transform: nn.Module, n: int) -> Counter[tuple[str, float]]:
@@ -236,11 +250,16 @@ def test_augmix_draws_its_weights_lengths_and_strengths_as_published() -> None:
     assert set(names) == {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Posterize", "Solarize",
                           "AutoContrast", "Equalize"}  # fmt: skip
     assert stats.chisquare(list(names.values())).pvalue > 1e-3
-    angles = Counter(round(table[i].magnitude, 3) for i in seen[0].flatten().tolist() if table[i].name == "Rotate")
+    angles = Counter(
+        round(table[i].magnitude, 3) for i in seen[0].flatten().tolist() if table[i].name == "Rotate"
+    )
     assert {abs(a) for a in angles} == {0.0, 3.333, 6.667}
     first = draws[:, 1:3].min(1).values.double().numpy()  # a part of Dirichlet(1, 1, 1) is Beta(1, 2)
     assert stats.kstest(first, stats.beta(1, 2).cdf).pvalue > 1e-3
-    assert {c.name for c in AugMix(32, 32, all_ops=True).chains.operations.cells} >= {"Brightness", "Sharpness"}
+    assert {c.name for c in AugMix(32, 32, all_ops=True).chains.operations.cells} >= {
+        "Brightness",
+        "Sharpness",
+    }
 
 
 @pytest.mark.parametrize("module", [cifar, imagenet])
@@ -252,7 +271,9 @@ def test_the_policy_changes_images_by_key_and_number_alone(module, name) -> None
     assert torch.equal(policy.batch(images[5:9], index[5:9], stream_key(0, 3)), whole[5:9])
     assert not torch.equal(policy.batch(images, index, stream_key(0, 4)), whole)
     plain = module.BaselineTransform(size=16)
-    assert (policy.augment(images, index, 3) != plain.augment(images, index, 3)).flatten(1).any(1).float().mean() > 0.5
+    assert (policy.augment(images, index, 3) != plain.augment(images, index, 3)).flatten(1).any(
+        1
+    ).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["RandAugment", "AutoAugment", "TrivialAugment", "AugMix"])
