@@ -114,7 +114,7 @@ class ImagePolicy(Policy):
         self.shift_by, self.flip_chance = 0, 0.0
         self.transform: Callable[[Any], Any] | None = self.build_transform()
         self.automatic: nn.Module | None = self.build_automatic()
-        self.draws = SHIFT_AND_CUTOUT + (int(self.automatic.draws) if self.automatic is not None else 0)
+        self.draws: int = SHIFT_AND_CUTOUT + getattr(self.automatic, "draws", 0)
 
     def build_automatic(self) -> nn.Module | None:
         """Operations drawn for each image, `(uint8 images, uniform draws) -> uint8 images`, with `draws` of them."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import torch
+from torch import Tensor
 from torchvision.transforms import v2
 
+from augmentation.crops import DRAWS, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     RAND_AUGMENT,
@@ -20,6 +23,7 @@ from augmentation.policies.base import (
     AutomaticTrivialAugment,
     PhotographPolicy,
 )
+from crucible.keyed import keyed_uniform
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -57,6 +61,23 @@ class BaselineTransform(_ImagenetPolicy):
 
     def build_transform(self) -> Callable[[Any], Any]:
         return self.crop_and_flip()
+
+    def keeps(self, input: Tensor) -> bool:
+        # of images in memory (N, C, H, W) the batch part makes the crops; what has the size already is cropped, and
+        # would not be told from them
+        fits = input.ndim == 4 and input.dtype == torch.uint8 and self.channels in (None, input.shape[1])
+        return fits and input.shape[2:] != (self.size, self.size)
+
+    def augment(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """As that of every policy; images in memory, of another size, are cropped and flipped first."""
+        if input.shape[2:] != (self.size, self.size):
+            # behind the draws of all else
+            draws = keyed_uniform(key, index, self.draws + DRAWS + 1)[:, self.draws :]
+            boxes = crop_boxes(draws[:, :DRAWS], input.shape[2], input.shape[3], self.options["min_area"])
+            crops = resized_crops(input, boxes, self.size)
+            mirrored = (draws[:, DRAWS] < self.options["flip"]).view(-1, 1, 1, 1)
+            input = torch.where(mirrored, crops.flip(3), crops)
+        return super().augment(input, index, key)
 
 
 class BaselineCutoutTransform(BaselineTransform):
