@@ -283,8 +283,7 @@ def test_images_in_memory_need_no_worker(name) -> None:
     assert not policy.keeps(torch.zeros(5, 3, 36, 36, dtype=torch.uint8))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*nightly("RandAugment", "AutoAugment", "TrivialAugment"), "AugMix"])
+@pytest.mark.parametrize("name", nightly("RandAugment", "AutoAugment", "TrivialAugment", "AugMix"))
 def test_the_device_form_compiles_to_one_graph_with_the_results_of_the_other(name) -> None:
     torch._dynamo.reset()
     automatic, images = AUTOMATIC[name](8), varied(3, 8)
