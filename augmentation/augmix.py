@@ -53,10 +53,7 @@ class AugMixConsistency(Technique):
                 f"{name} needs grey or RGB images: data.input_dim is {setting.input_dim}, data.input_channels "
                 f"{setting.input_channels}"
             )
-        for other, options in (
-            (Mix, "model.mixup or model.cutmix_alpha"),
-            (ManifoldMixup, "model.manifold_mixup"),
-        ):
+        for other, options in ((Mix, "model.mixup or model.cutmix_alpha"), (ManifoldMixup, "manifold mixup")):
             if setting.of(other).on:
                 raise ConfigError(
                     f"{name} compares three views of one image, and {options} mixes each view with another image: "

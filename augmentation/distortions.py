@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor
 
+from augmentation.operations import GREY
 from augmentation.policies.base import cutout
 from crucible.batch import Batch
 from crucible.keyed import keyed_uniform
 from crucible.options import ConfigError
 from crucible.technique import BatchStage, Setting, Step, Technique
 
-GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601)
 ERASED_AREA = (0.02, 0.33)  # part of the image
 ERASED_ASPECT = (0.3, 3.3)  # height by width
 ATTEMPTS = 10  # at a box that fits into the image

@@ -24,8 +24,8 @@ from optimizers.lookahead import Lookahead
 from optimizers.sam import Sam
 
 TECHNIQUES: tuple[type[Technique], ...] = (
-    Norm, ActivationSwap, BlurDownsampling, PowerGrad, LabelSmoothing, Distil, Distort,
-    AugMixConsistency, Mix, ManifoldMixup, UndecayNorm, LayerDecay, GradientCentralization, Lookahead, Sam, Averaging,
+    Norm, ActivationSwap, BlurDownsampling, PowerGrad, LabelSmoothing, Distil, Distort, AugMixConsistency, Mix,
+    ManifoldMixup, UndecayNorm, LayerDecay, GradientCentralization, Lookahead, Sam, Averaging,
 )  # fmt: skip
 
 

@@ -5,12 +5,13 @@ An option that a policy has no use for must be left null.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from augmentation.crops import DRAWS, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     RAND_AUGMENT,
@@ -23,48 +24,7 @@ from augmentation.policies.base import (
     resized,
 )
 from crucible.corrections import Correction
-
-_ATTEMPTS = 10  # at a crop that fits, as torchvision's RandomResizedCrop
-
-
-class Box(NamedTuple):
-    """A part of a picture, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def crop_box(
-    height: int,
-    width: int,
-    draws: Sequence[float],
-    min_area: float,
-    aspects: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """A random part of a picture, distributed as that of torchvision's RandomResizedCrop (Szegedy, arXiv 1409.4842).
-
-    Its area is uniform between `min_area` and 1 of the picture's, the logarithm of its width over its height uniform
-    between those of `aspects`, its place uniform. Where none of ten fits, it is the largest central one.
-
-    Args:
-        height: of the picture in pixels.
-        width: of the picture.
-        draws: 22, uniform in [0, 1): row, column, then ten pairs of area and aspect.
-        min_area: fraction of the picture.
-        aspects: the least and the greatest width over height.
-    """
-    low, high = math.log(aspects[0]), math.log(aspects[1])
-    for attempt in range(_ATTEMPTS):
-        area = height * width * (min_area + (1 - min_area) * draws[2 + 2 * attempt])
-        aspect = math.exp(low + (high - low) * draws[3 + 2 * attempt])
-        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width:
-            return Box(int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1)), h, w)
-    h = min(height, round(width / aspects[0]))
-    w = min(width, round(height * aspects[1]))
-    return Box((height - h) // 2, (width - w) // 2, h, w)
+from crucible.keyed import keyed_uniform
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -98,7 +58,7 @@ class BaselineTransform(_ImagenetPolicy):
     """Random resized crops (8 to 100 % of the area, aspect 3:4 to 4:3) and, on the device, flips."""
 
     defaults = {"min_area": 0.08, "flip": 0.5}
-    crop_draws = 2 + 2 * _ATTEMPTS
+    crop_draws = DRAWS
 
     def build_transform(self) -> None:
         self.shift_and_flip_batch()
@@ -107,6 +67,21 @@ class BaselineTransform(_ImagenetPolicy):
         """uint8 (C, H, W) to (C, size, size): a random part of it, resized."""
         top, left, height, width = crop_box(pixels.shape[1], pixels.shape[2], draws, self.options["min_area"])
         return resized(pixels[:, top : top + height, left : left + width], self.size, self.size)
+
+    def keeps(self, input: Tensor) -> bool:
+        # of images in memory (N, C, H, W) the batch part makes the crops; what has the size already is cropped, and
+        # would not be told from them
+        fits = input.ndim == 4 and input.dtype == torch.uint8 and self.channels in (None, input.shape[1])
+        return fits and input.shape[2:] != (self.size, self.size)
+
+    def augment(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
+        """As that of every policy; images in memory, of another size, are cropped first."""
+        if input.shape[2:] != (self.size, self.size):
+            # behind the draws of all else
+            draws = keyed_uniform(key, index, self.batch_draws + DRAWS)[:, self.batch_draws :]
+            boxes = crop_boxes(draws, input.shape[2], input.shape[3], self.options["min_area"])
+            input = resized_crops(input, boxes, self.size)
+        return super().augment(input, index, key)
 
 
 class BaselineCutoutTransform(BaselineTransform):
