@@ -16,9 +16,9 @@ from conftest import runs_in, write_images
 from PIL import Image
 from torchvision.transforms import v2
 
+from augmentation.crops import crop_box
 from augmentation.policies import cifar, imagenet
 from augmentation.policies.base import resized
-from augmentation.policies.imagenet import crop_box
 from crucible.options import ConfigError
 from crucible.pictures import PictureError, Shape, decode, decode_with_pil, shape_of
 from datasets import cache as caches
