@@ -20,6 +20,7 @@ NOT_SEMANTIC = {
     "summary_depth",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
+    "data.module.stylized_root_dir",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
     "model.init_from", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",

@@ -27,6 +27,7 @@ from crucible.command_line import command, option
 from crucible.configuration import flatten
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
+from crucible.metrics import of_split
 from crucible.options import ConfigError, is_number
 
 SCHEMA = 1
@@ -317,7 +318,7 @@ class RunDirectory:
         final = {
             n: of[-1]
             for n, of in values.items()
-            if of and n.startswith(("train/", "val/", "val_raw/", "logits/"))
+            if of and of_split(n, "train", "val", "logits")
         }
         if final:
             known["final"] = {name: value for name, (_, value) in final.items()}

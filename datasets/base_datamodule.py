@@ -24,6 +24,7 @@ from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from datasets.classes import listed, match_classes, read_class_map
+from datasets.groups import Groups, groups_of
 from datasets.images import (
     SCHEME,
     Arrays,
@@ -44,6 +45,7 @@ from datasets.sampling import (
     fold_out,
     hold_out,
     representative,
+    unseparated,
 )
 
 Split = Literal["train", "val", "test", "predict"]
@@ -132,7 +134,9 @@ class BaseDataModule(LightningDataModule):
     deciles of the values, or is the test split (`val_split=test`); without a test split, the validation
     split is what `task=test` scores (`test_is_val`). Data with a validation split of their own use that one.
     Raw data sets may have `targets` (all targets; saves reading every sample for the split), `classes` (names
-    of the classes), `names` (file names) and `content()` (bytes to fingerprint).
+    of the classes), `names` (file names) and `content()` (bytes to fingerprint). Those with `groups` (names) and
+    `group_numbers` (N,) are scored by group too (`val_<group>/acc`); `units` (N,) says which samples are versions of
+    one thing, which no split separates.
 
     Args:
         name: of the data set, also of the folder that its runs go to.
@@ -256,6 +260,8 @@ class BaseDataModule(LightningDataModule):
             self._check_classes()
         for split in ("train", "val", "test"):
             _refuse_bad_targets(getattr(self, f"{split}_dataset"), split, self.task, self.num_classes)
+        for split in ("val", "test"):
+            self.groups(split)
         self.samples("predict")
 
     def _check_policies(self) -> None:
@@ -374,6 +380,9 @@ class BaseDataModule(LightningDataModule):
         names = self.class_names
         absent = [name for number, name in enumerate(names) if number not in present]
         lines = [f"{len(samples)} images of {len(names) - len(absent)} of {len(names)} classes"]
+        if (groups := self.groups("test")) is not None:
+            counts = groups.counts(samples.indices)
+            lines.append(f"by group: {', '.join(f'{count} of {name}' for name, count in counts.items())}")
         return [*lines, f"left out, without an image: {listed(absent)}"] if absent else lines
 
     # Splits
@@ -410,16 +419,29 @@ class BaseDataModule(LightningDataModule):
         """The numbers of the samples that train, and of those held out."""
         raw = self.train_dataset
         if self._divided is None or self._divided[0] is not raw:
-            targets = self._train_targets()
-            if self.folds > 1:
-                if len(targets) < self.folds:
-                    raise ConfigError(f"data.cv.k={self.folds}: there are only {len(targets)} samples")
-                parts = fold_out(targets, self.fold, self.folds, self.task, self.split_seed)
+            targets, units = self._train_targets(), getattr(raw, "units", None)
+            if units is None:
+                parts = self._divide(targets)
             else:
-                assert self.val_split != "test"
-                parts = hold_out(targets, self.val_split, self.task, self.split_seed)
+                parts = unseparated(np.asarray(units), targets, self._divide)
             self._divided = (raw, *parts)
         return self._divided[1:]
+
+    def _divide(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.folds > 1:
+            if len(targets) < self.folds:
+                raise ConfigError(f"data.cv.k={self.folds}: there are only {len(targets)} samples")
+            return fold_out(targets, self.fold, self.folds, self.task, self.split_seed)
+        assert self.val_split != "test"
+        return hold_out(targets, self.val_split, self.task, self.split_seed)
+
+    def groups(self, split: Literal["val", "test"]) -> Groups | None:
+        """The groups of a split's samples, by `Batch.index`, that are scored each by itself too; None: there are none.
+
+        Raises:
+            ConfigError: for groups that the raw data set declares wrongly.
+        """
+        return groups_of(self.samples(split).raw)
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""

@@ -432,7 +432,7 @@ class Examiner:
             self._fetch(config)
         if config["user_dir"]:
             config["user_dir"] = absolute(config["user_dir"])
-        for key in ("data_root_dir", "predict_dir"):
+        for key in ("data_root_dir", "stylized_root_dir", "predict_dir"):
             if (path := config["data"]["module"].get(key)) is not None:
                 config["data"]["module"][key] = absolute(path)
         facts = {

@@ -24,6 +24,9 @@ from lab.experiment import identity
 # what of the data's options leaves a test as it is
 _NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
 
+# what may name other data than the run's own
+_OF_OTHER_DATA = ("data_root_dir", "stylized_root_dir", "csv_file", "class_map", "_target_")
+
 
 class DataToScore(NamedTuple):
     """The data that a run's weights are to be scored on.
@@ -59,7 +62,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     recorded = checking.completed(as_recorded)
     before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
-    moved = any(now.get(n) != before.get(n) for n in ("data_root_dir", "csv_file", "class_map", "_target_"))
+    moved = any(now.get(n) != before.get(n) for n in _OF_OTHER_DATA)
     classes, source = trained_classes(run, recorded, checkpoint)
     options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
     data = _data(config, classes, elsewhere=False)
