@@ -315,11 +315,7 @@ class RunDirectory:
             name: [(row["epoch"], float(row[name])) for row in rows if row.get(name)]
             for name in (rows or [{}])[0]
         }
-        final = {
-            n: of[-1]
-            for n, of in values.items()
-            if of and of_split(n, "train", "val", "logits")
-        }
+        final = {n: of[-1] for n, of in values.items() if of and of_split(n, "train", "val", "logits")}
         if final:
             known["final"] = {name: value for name, (_, value) in final.items()}
             known["final_epochs"] = {

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from datasets.classes import listed, match_classes, read_class_map
-from datasets.groups import Groups, groups_of
+from datasets.groups import Groups, Joint, groups_of
 from datasets.images import (
     SCHEME,
     Arrays,
@@ -260,8 +261,7 @@ class BaseDataModule(LightningDataModule):
             self._check_classes()
         for split in ("train", "val", "test"):
             _refuse_bad_targets(getattr(self, f"{split}_dataset"), split, self.task, self.num_classes)
-        for split in ("val", "test"):
-            self.groups(split)
+        self.groups("val"), self.groups("test")
         self.samples("predict")
 
     def _check_policies(self) -> None:
@@ -387,7 +387,7 @@ class BaseDataModule(LightningDataModule):
 
     # Splits
 
-    def hold_out_test(self, raw: ImageFiles | Arrays, fraction: float) -> None:
+    def hold_out_test(self, raw: ImageFiles | Arrays | Joint, fraction: float) -> None:
         """Set `train_dataset` and `test_dataset` from data without a test split; 0: there is none.
 
         The test samples are the same for every `split_seed`, so that none of them ever trains. For a network
@@ -420,11 +420,8 @@ class BaseDataModule(LightningDataModule):
         raw = self.train_dataset
         if self._divided is None or self._divided[0] is not raw:
             targets, units = self._train_targets(), getattr(raw, "units", None)
-            if units is None:
-                parts = self._divide(targets)
-            else:
-                parts = unseparated(np.asarray(units), targets, self._divide)
-            self._divided = (raw, *parts)
+            divide = self._divide if units is None else partial(unseparated, np.asarray(units), self._divide)
+            self._divided = (raw, *divide(targets))
         return self._divided[1:]
 
     def _divide(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ def groups_of(raw: Any) -> Groups | None:
             f"{len(raw)} samples",
             SEE,
         )
-    if len(numbers) and not (-1 <= numbers.min() and numbers.max() < len(names)):
+    if len(numbers) and (numbers.min() < -1 or numbers.max() >= len(names)):
         raise ConfigError(
             f"{kind}.group_numbers: from {numbers.min()} to {numbers.max()}; -1 to {len(names) - 1}", SEE
         )

@@ -228,8 +228,8 @@ def fold_out(
 
 def unseparated(
     units: np.ndarray,
-    targets: np.ndarray,
     divide: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    targets: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A division of units instead of samples, so that those of one unit fall on the same side.
 
@@ -237,8 +237,8 @@ def unseparated(
 
     Args:
         units: (N,) int64, the unit of each sample.
-        targets: (N,) class indices or values; a unit's is that of its first sample.
         divide: makes two parts of (U,) targets, each the numbers of units.
+        targets: (N,) class indices or values; a unit's is that of its first sample.
 
     Returns:
         The sorted numbers of the samples of the two parts.

@@ -475,7 +475,8 @@ _OWN = ("run", "task", "ckpt_path", "out", "user_dir")
 # what may be typed beside run=RUN: for training what leaves the result as it is
 _WHILE_TRAINING = (
     "data.module.data_root_dir", "data.module.stylized_root_dir", "data.module.csv_file", "data.module.num_workers",
-    "data.module.prefetch_factor", "data.module.persistent_workers", "data.module.pin_memory", "trainer.accelerator", "trainer.strategy",
+    "data.module.prefetch_factor", "data.module.persistent_workers", "data.module.pin_memory",
+    "trainer.accelerator", "trainer.strategy",
     "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
     "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "test_after_training",
 )  # fmt: skip

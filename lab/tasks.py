@@ -358,9 +358,10 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     metrics.update(scores.scores, scores.target)
     values = scalars(metrics.compute(), found.data.class_names)
     final = {f"test/{k}": float(v) for k, v in values.items()}
-    for number, name in enumerate((groups := found.data.groups("test")).names if groups else ()):
+    groups = found.data.groups("test")
+    for number, name in enumerate(groups.names if groups else ()):
         metrics.reset()
-        of_group = torch.from_numpy(groups.numbers)[scores.sample] == number
+        of_group = torch.from_numpy(groups.numbers)[scores.sample] == number  # type: ignore[union-attr]
         if of_group.any():
             metrics.update(scores.scores[of_group], scores.target[of_group])
             values = scalars(metrics.compute(), found.data.class_names)

@@ -78,7 +78,9 @@ class EvaluatedModel(LightningModule):
         declared = getattr(getattr(self.trainer, "datamodule", None), "groups", None)
         groups = declared("test" if stage == "test" else "val") if declared else None
         if groups is not None:
-            self._groups[stage] = GroupScores(*groups, partial(Sums, self.task, self.device), self._metrics(stage))
+            self._groups[stage] = GroupScores(
+                groups.names, groups.numbers, partial(Sums, self.task, self.device), self._metrics(stage)
+            )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Which samples are of which group is settled here, where their numbers can be read without a wait."""

@@ -65,7 +65,12 @@ class GroupScores:
         return Shares(order[sizes[0] :], sizes[1:])
 
     def add(
-        self, shares: Shares, criterion: Callable[[Tensor, Tensor], Tensor], logits: Tensor, scores: Tensor, target: Tensor
+        self,
+        shares: Shares,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        logits: Tensor,
+        scores: Tensor,
+        target: Tensor,
     ) -> None:
         """Add a batch: `logits` and `scores` (N, K) or (N,), `target` (N,)."""
         parts = (shares.divide(values) for values in (logits, scores, target))
