@@ -136,6 +136,29 @@ def complete(
         run.update_summary(**missing, **remark)
 
 
+def _weights_of(path: str) -> str:
+    """The file that `model.init_from` names: of a run's folder its best.ckpt, or last.ckpt where it kept no best.
+
+    Raises:
+        ConfigError: for a folder that is no run's, of one in progress, and of one without weights.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    run = RunDirectory(folder.resolve())
+    if (state := run.state()) in ("absent", "running"):
+        reason = (
+            "a folder, but of no run"
+            if state == "absent"
+            else "this run is in progress; name one of its checkpoints"
+        )
+        raise ConfigError(f"model.init_from={path}: {reason}", "README.md")
+    try:
+        return str(run.pick_checkpoint(None))
+    except ConfigError as error:
+        raise ConfigError(f"model.init_from={path}: the run kept no checkpoint", "README.md") from error
+
+
 _CONTENT = ("data_fingerprint", "classes", "identity_hash")  # what runs of earlier versions did not record
 
 
@@ -404,6 +427,8 @@ class Examiner:
         settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
         contents: dict[str, str | None] = {"data": fingerprint}
+        if config["model"].get("init_from") is not None:
+            config["model"]["init_from"] = _weights_of(str(config["model"]["init_from"]))
         for option, room, key in (
             ("model.init_from", config["model"], "init_from"),
             ("ckpt_path", config, "ckpt_path"),

@@ -480,6 +480,7 @@ _WHILE_TRAINING = (
     "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
     "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "test_after_training",
 )  # fmt: skip
+_OF_TESTS = ("data.module.class_map", "data.module.stylized_root_dir")
 _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 
@@ -595,7 +596,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
             continue
         known = configuration.select(config, name.rpartition(".")[0]) if "." in name else config
         leaf = name.rpartition(".")[2]
-        if name == "data.module.class_map" and isinstance(known, dict):
+        if name in _OF_TESTS and isinstance(known, dict):
             known.setdefault(leaf, None)  # the configuration of an older run does not state it
         if not isinstance(known, dict) or leaf not in known:
             raise ConfigError(f"{name}: no such option in the recorded run{suggest(leaf, known or [])}")
