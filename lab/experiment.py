@@ -136,6 +136,21 @@ def complete(
         run.update_summary(**missing, **remark)
 
 
+def _files(config: Config) -> list[tuple[str, dict[str, Any], str]]:
+    """The options that name a file whose content makes the result: each with the node that it is in, and its key."""
+    module = config["data"]["module"]
+    policies = {f"data.module.{role}": module.get(role) for role in ("train_transforms", "test_transforms")}
+    return [
+        ("model.init_from", config["model"], "init_from"),
+        ("ckpt_path", config, "ckpt_path"),
+        *(
+            (f"{o}.pipeline_file", node, "pipeline_file")
+            for o, node in policies.items()
+            if isinstance(node, dict)
+        ),
+    ]
+
+
 def _weights_of(path: str) -> str:
     """The file that `model.init_from` names: of a run's folder its best.ckpt, or last.ckpt where it kept no best.
 
@@ -167,12 +182,9 @@ def _recorded_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     data = build_data(config)
     data.check()
     contents: dict[str, str | None] = {"data": data.fingerprint()}
-    for option, path in (
-        ("model.init_from", config["model"].get("init_from")),
-        ("ckpt_path", config["ckpt_path"]),
-    ):
-        if path is not None:
-            contents[option] = file_fingerprint(option, path)
+    for option, room, key in _files(config):
+        if room.get(key) is not None:
+            contents[option] = file_fingerprint(option, room[key])
     for option in network_options(config["model"]):
         contents[f"model.{option}"] = settle_teacher(config)[1]
     overrides: list[str] = []
@@ -429,11 +441,8 @@ class Examiner:
         contents: dict[str, str | None] = {"data": fingerprint}
         if config["model"].get("init_from") is not None:
             config["model"]["init_from"] = _weights_of(str(config["model"]["init_from"]))
-        for option, room, key in (
-            ("model.init_from", config["model"], "init_from"),
-            ("ckpt_path", config, "ckpt_path"),
-        ):
-            if room[key] is not None:
+        for option, room, key in _files(config):
+            if room.get(key) is not None:
                 contents[option] = file_fingerprint(option, room[key])
                 room[key] = str(Path(room[key]).expanduser().resolve())
         for option in network_options(config["model"]):

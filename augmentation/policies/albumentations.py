@@ -36,7 +36,7 @@ class AlbumentationsTransform(Policy):
 
     Args:
         transforms: the transforms, or one pipeline (`albumentations.Compose`).
-        file: a pipeline saved by `albumentations.save`, .json or .yaml, instead.
+        pipeline_file: a pipeline saved by `albumentations.save`, .json or .yaml, instead.
         size: height and width in pixels that the pipeline must arrive at; null: whatever it makes.
         normalisation: mean and std, a value a channel, on the scale 0 to 1.
 
@@ -48,17 +48,17 @@ class AlbumentationsTransform(Policy):
         self,
         *,
         transforms: Any = None,
-        file: str | None = None,
+        pipeline_file: str | None = None,
         size: Annotated[int | None, "[1, inf)"] = None,
         **normalisation: Any,
     ) -> None:
         super().__init__(**normalisation)
-        if (transforms is None) == (file is None):
+        if (transforms is None) == (pipeline_file is None):
             raise ConfigError(
-                f"{type(self).__name__}: give transforms=[...] or file=PATH, one of the two", _SEE
+                f"{type(self).__name__}: give transforms=[...] or pipeline_file=PATH, one of the two", _SEE
             )
         self.size = size
-        self.pipeline = _pipeline(transforms) if file is None else _pipeline(_saved(file))
+        self.pipeline = _pipeline(transforms) if pipeline_file is None else _pipeline(_saved(pipeline_file))
         for transform in _each(self.pipeline):
             if type(transform).__name__ in _DONE_LATER:
                 raise ConfigError(
@@ -139,14 +139,14 @@ def _pipeline(transforms: Any) -> Any:
 def _saved(file: str) -> Any:
     path, library = Path(file).expanduser(), _library()
     if not path.is_file():
-        raise ConfigError(f"file={file}: {missing(path, 'file')}", _SEE)
+        raise ConfigError(f"pipeline_file={file}: {missing(path, 'file')}", _SEE)
     try:
         # by names of its own register: nothing that the file names is imported
         return library.load(path, data_format="yaml" if path.suffix in (".yaml", ".yml") else "json")
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(
-            f"file={file}: no pipeline that albumentations.save wrote ({reason})", _SEE
+            f"pipeline_file={file}: no pipeline that albumentations.save wrote ({reason})", _SEE
         ) from error
 
 
