@@ -125,9 +125,9 @@ def test_a_file_names_no_other_code_and_a_missing_one_is_named(tmp_path: Path) -
     file = tmp_path / "p.json"
     for content in ('{"transform": {"__class_fullname__": "os.system", "p": 1}}', "{", "[]"):
         file.write_text(content)
-        with pytest.raises(ConfigError, match="no pipeline that albumentations.save wrote"):
+        with pytest.raises(ConfigError, match="no pipeline that albumentations"):
             AlbumentationsTransform(pipeline_file=str(file))
-    with pytest.raises(ConfigError, match="pipeline_file=.*gone"):
+    with pytest.raises(ConfigError, match=r"pipeline_file=.*gone"):
         AlbumentationsTransform(pipeline_file=str(tmp_path / "gone.json"))
 
 
