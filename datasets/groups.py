@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from crucible.options import ConfigError
 from datasets.images import fingerprint, sample_name
 
 _NAME = re.compile(r"(?!raw$)[a-z0-9]+(_[a-z0-9]+)*")
-_STYLE = re.compile(r"-stylized-.*$")  # what stylize-datasets puts behind a picture's name
+_STYLE = "-stylized-"  # behind a picture's name, where stylize-datasets puts the style
 SEE = "docs/extending.md"
 
 
@@ -112,6 +111,16 @@ class Joint(Dataset):
         part, place = self.place(index)
         return self.parts[part][place]
 
+    @property
+    def decoder(self) -> str:
+        """Of the files: set for all parts at once."""
+        return getattr(self.parts[0], "decoder", "auto")
+
+    @decoder.setter
+    def decoder(self, decoder: str) -> None:
+        for part in self.parts:
+            part.decoder = decoder
+
     def place(self, index: int) -> tuple[int, int]:
         """The part of a sample, and its number there."""
         if not 0 <= index < len(self):
@@ -122,9 +131,9 @@ class Joint(Dataset):
     @property
     def units(self) -> np.ndarray:
         """(N,) int64: the number of each sample's picture, in the order of the first part that has it."""
-        keys = np.empty(len(self), dtype=np.uint64)
-        for index, name in enumerate(self.names):
-            keys[index] = _key(name.partition("/")[2], str(self.targets[index]))
+        labels = self.targets.tolist()
+        names = (sample_name(part, i) for part in self.parts for i in range(len(part)))
+        keys = np.fromiter(map(_key, names, labels), dtype=np.uint64, count=len(self))
         _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[inverse.ravel()]
 
@@ -149,9 +158,9 @@ class Joint(Dataset):
             yield fingerprint([part]).encode()
 
 
-def _key(name: str, label: str) -> int:
+def _key(name: str, label: int) -> int:
     """Of a picture, the same for all its versions: its path within its class, without format and style."""
-    path = PurePath(name)
-    within = "/".join((*path.parts[1:-1], _STYLE.sub("", path.stem)))
-    digest = hashlib.blake2b(f"{label}/{within}".encode("utf-8", "surrogateescape"), digest_size=8)
+    folder, _, file = name.partition("/")[2].rpartition("/")
+    stem = file.rpartition(".")[0].partition(_STYLE)[0]
+    digest = hashlib.blake2b(f"{label}/{folder}/{stem}".encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
