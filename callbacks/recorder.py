@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.checkpoints import Checkpoints
 from crucible import private
+from crucible.metrics import of_split
 from crucible.run import RunDirectory
 from crucible.training import watched
 from crucible.writing import fails_together
@@ -46,10 +47,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / per_kib
 
 
-def _column_order(item: tuple[str, float]) -> tuple[int, int, str]:
-    """train before val, loss before accuracy before the rest."""
+def _column_order(item: tuple[str, float]) -> tuple[int, str, int, str]:
+    """train before val and that before its groups, loss before accuracy before the rest."""
     split, _, name = item[0].partition("/")
-    return ("train", "logits", "val", "val_raw").index(split), {"loss": 0, "acc": 1}.get(name, 2), name
+    splits = ("train", "logits", "val", "val_raw")
+    place = splits.index(split) if split in splits else len(splits)
+    return place, split, {"loss": 0, "acc": 1}.get(name, 2), name
 
 
 class Recorder(Callback):
@@ -120,8 +123,8 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         watched(pl_module).log_training()  # of an epoch that was cut, say
         # Lightning keeps the values of an earlier epoch's validation
-        fresh = ("train/", "logits/", *(("val/", "val_raw/") if self._validated else ()))
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(fresh)}
+        fresh = ("train", "logits", *(("val",) if self._validated else ()))
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if of_split(k, *fresh)}
         seconds, self._open = self._epoch_seconds(), False
         # also those before a stop within the epoch, which the state brings back
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]

@@ -4,7 +4,12 @@ from crucible import load_run
 run = load_run("experiments/digits/1a2b3c4d-s0")
 """
 
+import os
 from typing import Any
+
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # its import asks a server for its newest version, else
 
 
 def __getattr__(name: str) -> Any:

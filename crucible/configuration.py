@@ -20,6 +20,8 @@ NOT_SEMANTIC = {
     "summary_depth", "out", "pack",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
+    "data.module.stylized_root_dir", "data.module.train_transforms.pipeline_file",
+    "data.module.test_transforms.pipeline_file",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
     "data.module.cache", "data.module.decoder", "data.module.on_error",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file",

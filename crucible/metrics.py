@@ -105,6 +105,11 @@ def base_name(logged: str) -> str:
     return logged.split("/")[1] if "/" in logged else logged
 
 
+def of_split(logged: str, *splits: str) -> bool:
+    """Whether a logged name is of one of the splits: `val` has `val/acc`, `val_raw/acc`, and a group's `val_in/acc`."""
+    return logged.partition("/")[0].partition("_")[0] in splits and "/" in logged
+
+
 def find_metric(logged: str) -> MetricRow | None:
     """The row of what is logged as `logged`, such as `val/acc`; None for a value that is not in the table."""
     return _BY_LOGGED_NAME.get(base_name(logged))

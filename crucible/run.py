@@ -27,6 +27,7 @@ from crucible.command_line import command, option
 from crucible.configuration import flatten
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
+from crucible.metrics import of_split
 from crucible.options import ConfigError, is_number
 
 SCHEMA = 1
@@ -314,11 +315,7 @@ class RunDirectory:
             name: [(row["epoch"], float(row[name])) for row in rows if row.get(name)]
             for name in (rows or [{}])[0]
         }
-        final = {
-            n: of[-1]
-            for n, of in values.items()
-            if of and n.startswith(("train/", "val/", "val_raw/", "logits/"))
-        }
+        final = {n: of[-1] for n, of in values.items() if of and of_split(n, "train", "val", "logits")}
         if final:
             known["final"] = {name: value for name, (_, value) in final.items()}
             known["final_epochs"] = {

@@ -48,14 +48,21 @@ class Sums:
         more = torch.stack((loss.detach().to(totals.dtype) * n, second.to(totals.dtype), count))
         totals += more.masked_fill(~more[0].isfinite(), 0.0) if self.leave_out else more
 
+    def samples(self, trainer: Any = None) -> int:
+        """How many were added; on all ranks (collective) with a trainer. Waits for the device."""
+        return int(self._of_ranks(trainer)[2])
+
+    def _of_ranks(self, trainer: Any) -> Tensor:
+        if trainer is not None and trainer.world_size > 1:
+            return trainer.strategy.reduce(self.totals.clone(), reduce_op="sum")
+        return self.totals
+
     def means(self, trainer: Any = None) -> dict[str, Tensor]:
         """`loss`, and `acc` or `mae`: exact means over all samples; of all ranks (collective) with a trainer.
 
         Where the loss of a batch was not finite, both are not.
         """
-        totals = self.totals
-        if trainer is not None and trainer.world_size > 1:
-            totals = trainer.strategy.reduce(totals.clone(), reduce_op="sum")
+        totals = self._of_ranks(trainer)
         count = totals[2].clamp(min=1)
         # the largest of logits that are no numbers is a class like any other
         second = totals[1].masked_fill(~totals[0].isfinite(), math.nan)

@@ -27,6 +27,7 @@ from crucible.options import ConfigError
 from crucible.pictures import Decoder, installed
 from datasets.cache import Cache, OnError, in_memory
 from datasets.classes import listed, match_classes, read_class_map
+from datasets.groups import Groups, Joint, groups_of
 from datasets.images import (
     SCHEME,
     Arrays,
@@ -49,6 +50,7 @@ from datasets.sampling import (
     fold_out,
     hold_out,
     representative,
+    unseparated,
 )
 
 Split = Literal["train", "val", "test", "predict"]
@@ -139,8 +141,10 @@ class BaseDataModule(LightningDataModule):
     deciles of the values, or is the test split (`val_split=test`); without a test split, the validation
     split is what `task=test` scores (`test_is_val`). Data with a validation split of their own use that one.
     Raw data sets may have `targets` (all targets; saves reading every sample for the split), `classes` (names
-    of the classes), `names` (file names) and `content()` (bytes to fingerprint). `split_folders` says what a
-    packed copy calls each split: as the folder that it stands for does.
+    of the classes), `names` (file names) and `content()` (bytes to fingerprint). Those with `groups` (names) and
+    `group_numbers` (N,) are scored by group too (`val_<group>/acc`); `units` (N,) says which samples are versions of
+    one thing, which no split separates. `split_folders` says what a packed copy calls each split: as the folder that
+    it stands for does.
 
     Args:
         name: of the data set, also of the folder that its runs go to.
@@ -279,6 +283,7 @@ class BaseDataModule(LightningDataModule):
             self._check_classes()
         for split in ("train", "val", "test"):
             _refuse_bad_targets(getattr(self, f"{split}_dataset"), split, self.task, self.num_classes)
+        self.groups("val"), self.groups("test")
         self.samples("predict")
 
     def _check_policies(self) -> None:
@@ -386,20 +391,20 @@ class BaseDataModule(LightningDataModule):
             raw = getattr(self, role)
             if hasattr(raw, "decoder"):
                 raw.decoder = self.decoder
-            if isinstance(raw, ImageFiles):
+            if hasattr(raw, "lenient"):
                 raw.lenient = self.on_error == "skip"
             if isinstance(raw, ImageFiles):
                 if id(raw) not in done:
-                    root = self.data_root_dir or ""
-                    beside = (
-                        cache_folder("decoded")
-                        if "://" in root
-                        else Path(root).expanduser()
-                        if root
-                        else raw.root
-                    )
-                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, beside)
+                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, self._decoded_beside(raw))
                 setattr(self, role, done[id(raw)][1])
+
+    def _decoded_beside(self, raw: ImageFiles) -> Path:
+        """The folder that decoded pictures are kept in, or beside."""
+        if self.data_root_dir is None:
+            return raw.root
+        if "://" in self.data_root_dir:
+            return cache_folder("decoded")
+        return Path(self.data_root_dir).expanduser()
 
     def _relabelled(
         self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]
@@ -423,11 +428,14 @@ class BaseDataModule(LightningDataModule):
         names = self.class_names
         absent = [name for number, name in enumerate(names) if number not in present]
         lines = [f"{len(samples)} images of {len(names) - len(absent)} of {len(names)} classes"]
+        if (groups := self.groups("test")) is not None:
+            counts = groups.counts(samples.indices)
+            lines.append(f"by group: {', '.join(f'{count} of {name}' for name, count in counts.items())}")
         return [*lines, f"left out, without an image: {listed(absent)}"] if absent else lines
 
     # Splits
 
-    def hold_out_test(self, raw: ImageFiles | Arrays, fraction: float) -> None:
+    def hold_out_test(self, raw: ImageFiles | Arrays | Joint, fraction: float) -> None:
         """Set `train_dataset` and `test_dataset` from data without a test split; 0: there is none.
 
         The test samples are the same for every `split_seed`, so that none of them ever trains. For a network
@@ -459,16 +467,30 @@ class BaseDataModule(LightningDataModule):
         """The numbers of the samples that train, and of those held out."""
         raw = self.train_dataset
         if self._divided is None or self._divided[0] is not raw:
-            targets = self._train_targets()
-            if self.folds > 1:
-                if len(targets) < self.folds:
-                    raise ConfigError(f"data.cv.k={self.folds}: there are only {len(targets)} samples")
-                parts = fold_out(targets, self.fold, self.folds, self.task, self.split_seed)
-            else:
-                assert self.val_split != "test"
-                parts = hold_out(targets, self.val_split, self.task, self.split_seed)
-            self._divided = (raw, *parts)
+            targets, units = self._train_targets(), getattr(raw, "units", None)
+            divide = (
+                self._divide
+                if units is None
+                else functools.partial(unseparated, np.asarray(units), self._divide)
+            )
+            self._divided = (raw, *divide(targets))
         return self._divided[1:]
+
+    def _divide(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.folds > 1:
+            if len(targets) < self.folds:
+                raise ConfigError(f"data.cv.k={self.folds}: there are only {len(targets)} samples")
+            return fold_out(targets, self.fold, self.folds, self.task, self.split_seed)
+        assert self.val_split != "test"
+        return hold_out(targets, self.val_split, self.task, self.split_seed)
+
+    def groups(self, split: Literal["val", "test"]) -> Groups | None:
+        """The groups of a split's samples, by `Batch.index`, that are scored each by itself too; None: there are none.
+
+        Raises:
+            ConfigError: for groups that the raw data set declares wrongly.
+        """
+        return groups_of(self.samples(split).raw)
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""

@@ -401,6 +401,10 @@ class Relabelled(Dataset):
         if (names := getattr(raw, "names", None)) is not None:
             take = getattr(names, "take", None)
             self.names = take(self.kept) if take else [names[i] for i in self.kept.tolist()]
+        for of_a_sample in ("group_numbers", "units"):
+            if (values := getattr(raw, of_a_sample, None)) is not None:
+                setattr(self, of_a_sample, np.asarray(values)[self.kept])
+        self.groups = list(getattr(raw, "groups", None) or ())
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -224,3 +224,27 @@ def fold_out(
     order = _shuffled_by_stratum(_strata(targets, task), _split_draw(seed))
     member = np.arange(len(order)) % folds == fold
     return np.sort(order[~member]), np.sort(order[member])
+
+
+def unseparated(
+    units: np.ndarray,
+    divide: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    targets: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A division of units instead of samples, so that those of one unit fall on the same side.
+
+    Where each sample is a unit of its own, in order, it is the division of the samples.
+
+    Args:
+        units: (N,) int64, the unit of each sample.
+        divide: makes two parts of (U,) targets, each the numbers of units.
+        targets: (N,) class indices or values; a unit's is that of its first sample.
+
+    Returns:
+        The sorted numbers of the samples of the two parts.
+    """
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    held = np.zeros(len(first), dtype=bool)
+    held[divide(targets[first])[1]] = True
+    of_held = held[unit.ravel()]
+    return np.flatnonzero(~of_held), np.flatnonzero(of_held)

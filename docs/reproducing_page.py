@@ -19,8 +19,8 @@ FAMILIES = {
     ".": ("General", "Schedules for any network and data."),
     "bag_of_tricks": (
         "Bag of tricks",
-        "[arXiv 1812.01187](https://arxiv.org/abs/1812.01187) and its reconstruction in PyTorch. "
-        "Its rows of Stylized-ImageNet are not here yet.",
+        "[arXiv 1812.01187](https://arxiv.org/abs/1812.01187) and its reconstruction in PyTorch, whose rows of "
+        "Stylized-ImageNet are those of `stylized/`.",
     ),
     "cifar": (
         "CIFAR networks",
@@ -35,6 +35,11 @@ FAMILIES = {
         "[arXiv 1905.05894](https://arxiv.org/abs/1905.05894) against the other norms.",
     ),
     "powergrad": ("PowerGrad", "[arXiv 2111.12495](https://arxiv.org/abs/2111.12495), ImageNet."),
+    "stylized": (
+        "Stylized-ImageNet",
+        "[arXiv 1811.12231](https://arxiv.org/abs/1811.12231): training on Stylized-ImageNet (SIN), on it and ImageNet "
+        "(IN) together, and the fine-tuning of that on ImageNet; and a reconstruction.",
+    ),
 }
 INTRODUCTION = """\
 # Reproducing published results

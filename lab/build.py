@@ -35,6 +35,8 @@ _RANDOM_FILLS = {
     "xavier_uniform_", "orthogonal_", "bernoulli_", "sparse_", "exponential_", "random_", "log_normal_",
 }  # fmt: skip
 
+_EXTRAS = ("albumentations",)  # packages that a configuration may name
+
 
 class _RecordFills(TorchFunctionMode):
     """Notes the in-place operations that fill each tensor while a network is built."""
@@ -162,6 +164,10 @@ def _made(node: Mapping[str, Any], named: str) -> Any:
         if isinstance(cause, ConfigError):
             raise cause from None
         reason = " ".join(str(cause).split())[:300]
+        if extra := next((e for e in _EXTRAS if f"No module named '{e}'" in f"{reason} {error}"), None):
+            raise ConfigError(
+                f"{named} needs the package {extra}, which is not installed: pip install -e '.[{extra}]'"
+            ) from error
         raise ConfigError(
             f"{named} refuses its options: {type(cause).__name__}: {reason}; change them"
         ) from error

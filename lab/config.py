@@ -21,7 +21,7 @@ from callbacks.nonfinite import OnNonfinite
 from crucible.configuration import Config, check_name, find_target, flatten, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
-from crucible.metrics import build_metrics, check_metrics
+from crucible.metrics import build_metrics, check_metrics, of_split
 from crucible.options import (
     ConfigError,
     check_arguments,
@@ -527,7 +527,8 @@ def resolve(config: Config, data_module: Any) -> list[str]:
     if data["num_classes"] is None:
         data["num_classes"] = model["num_classes"] = 1
     resolve_network(config)
-    resolve_monitor(config)
+    groups = data_module.groups("val")
+    resolve_monitor(config, groups.names if groups else ())
     _resolve_machine(config, data_module, settled)
     config["logger"] = {n: _LOGGERS.get(n, v) if v is True else v for n, v in config["logger"].items()}
     return settled
@@ -545,8 +546,12 @@ _LOGGERS = {
 }
 
 
-def resolve_monitor(config: Config) -> None:
+def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None:
     """Settle which value says what the best epoch is, in place.
+
+    Args:
+        config: plain.
+        groups: of the validation samples; None: unknown, and any is taken.
 
     Raises:
         ConfigError: for one that is never logged, which would keep no best.ckpt.
@@ -557,6 +562,9 @@ def resolve_monitor(config: Config) -> None:
         checkpoint["monitor"] = "val/acc" if task == "classification" and "acc" in names else "val/loss"
     monitor = checkpoint["monitor"]
     splits = ["val", "val_raw"] if step_of(config).weights else ["val"]
+    if groups is None and of_split(monitor, "val"):
+        groups = [monitor.partition("/")[0].removeprefix("val_raw_").removeprefix("val_")]
+    splits += [f"{split}_{group}" for group in groups or () for split in splits]
     known = [f"{split}/{name}" for split in splits for name in names]
     others = [
         name for name, node in config["callbacks"].items() if node and name not in ("progress", "plots")

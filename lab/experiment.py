@@ -136,6 +136,44 @@ def complete(
         run.update_summary(**missing, **remark)
 
 
+def _files(config: Config) -> list[tuple[str, dict[str, Any], str]]:
+    """The options that name a file whose content makes the result: each with the node that it is in, and its key."""
+    module = config["data"]["module"]
+    policies = {f"data.module.{role}": module.get(role) for role in ("train_transforms", "test_transforms")}
+    return [
+        ("model.init_from", config["model"], "init_from"),
+        ("ckpt_path", config, "ckpt_path"),
+        *(
+            (f"{o}.pipeline_file", node, "pipeline_file")
+            for o, node in policies.items()
+            if isinstance(node, dict)
+        ),
+    ]
+
+
+def _weights_of(path: str) -> str:
+    """The file that `model.init_from` names: of a run's folder its best.ckpt, or last.ckpt where it kept no best.
+
+    Raises:
+        ConfigError: for a folder that is no run's, of one in progress, and of one without weights.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    run = RunDirectory(folder.resolve())
+    if (state := run.state()) in ("absent", "running"):
+        reason = (
+            "a folder, but of no run"
+            if state == "absent"
+            else "this run is in progress; name one of its checkpoints"
+        )
+        raise ConfigError(f"model.init_from={path}: {reason}", "README.md")
+    try:
+        return str(run.pick_checkpoint(None))
+    except ConfigError as error:
+        raise ConfigError(f"model.init_from={path}: the run kept no checkpoint", "README.md") from error
+
+
 _CONTENT = ("data_fingerprint", "classes", "identity_hash")  # what runs of earlier versions did not record
 
 
@@ -144,12 +182,9 @@ def _recorded_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     data = build_data(config)
     data.check()
     contents: dict[str, str | None] = {"data": data.fingerprint()}
-    for option, path in (
-        ("model.init_from", config["model"].get("init_from")),
-        ("ckpt_path", config["ckpt_path"]),
-    ):
-        if path is not None:
-            contents[option] = file_fingerprint(option, path)
+    for option, room, key in _files(config):
+        if room.get(key) is not None:
+            contents[option] = file_fingerprint(option, room[key])
     for option in network_options(config["model"]):
         contents[f"model.{option}"] = settle_teacher(config)[1]
     overrides: list[str] = []
@@ -417,11 +452,10 @@ class Examiner:
         settled = [*checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
         contents: dict[str, str | None] = {"data": fingerprint}
-        for option, room, key in (
-            ("model.init_from", config["model"], "init_from"),
-            ("ckpt_path", config, "ckpt_path"),
-        ):
-            if room[key] is not None:
+        if config["model"].get("init_from") is not None:
+            config["model"]["init_from"] = _weights_of(str(config["model"]["init_from"]))
+        for option, room, key in _files(config):
+            if room.get(key) is not None:
                 contents[option] = file_fingerprint(option, room[key])
                 room[key] = str(Path(room[key]).expanduser().resolve())
         for option in network_options(config["model"]):
@@ -445,7 +479,7 @@ class Examiner:
             self._fetch(config)
         if config["user_dir"]:
             config["user_dir"] = absolute(config["user_dir"])
-        for key in ("data_root_dir", "predict_dir"):
+        for key in ("data_root_dir", "stylized_root_dir", "predict_dir"):
             if (path := config["data"]["module"].get(key)) is not None:
                 config["data"]["module"][key] = absolute(path)
         facts = {

@@ -479,12 +479,14 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
 _OWN = ("run", "task", "ckpt_path", "out", "user_dir")
 # what may be typed beside run=RUN: for training what leaves the result as it is
 _WHILE_TRAINING = (
-    "data.module.data_root_dir", "data.module.csv_file", "data.module.train_shards", "data.module.val_shards",
-    "data.module.test_shards", "data.module.classes_file", "data.module.num_workers", "data.module.prefetch_factor",
-    "data.module.persistent_workers", "data.module.pin_memory", "trainer.accelerator", "trainer.strategy",
+    "data.module.data_root_dir", "data.module.stylized_root_dir", "data.module.csv_file", "data.module.train_shards",
+    "data.module.val_shards", "data.module.test_shards", "data.module.classes_file", "data.module.num_workers",
+    "data.module.prefetch_factor", "data.module.persistent_workers", "data.module.pin_memory",
+    "trainer.accelerator", "trainer.strategy",
     "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",
     "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "test_after_training",
 )  # fmt: skip
+_OF_TESTS = ("data.module.class_map", "data.module.stylized_root_dir")
 _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 
@@ -600,7 +602,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
             continue
         known = configuration.select(config, name.rpartition(".")[0]) if "." in name else config
         leaf = name.rpartition(".")[2]
-        if name == "data.module.class_map" and isinstance(known, dict):
+        if name in _OF_TESTS and isinstance(known, dict):
             known.setdefault(leaf, None)  # the configuration of an older run does not state it
         if not isinstance(known, dict) or leaf not in known:
             raise ConfigError(f"{name}: no such option in the recorded run{suggest(leaf, known or [])}")

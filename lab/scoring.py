@@ -24,10 +24,9 @@ from lab.experiment import identity
 # what of the data's options leaves a test as it is
 _NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
 
-
 # what says which data they are
 _PLACES = (
-    "data_root_dir", "csv_file", "train_shards", "val_shards", "test_shards", "classes_file", "class_map", "_target_",
+    "data_root_dir", "stylized_root_dir", "csv_file", "train_shards", "val_shards", "test_shards", "classes_file", "class_map", "_target_",
 )  # fmt: skip
 
 

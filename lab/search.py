@@ -22,7 +22,7 @@ from crucible import private
 from crucible.configuration import check_name
 from crucible.files import write_atomically
 from crucible.masking import masked, masked_in
-from crucible.metrics import higher_is_better
+from crucible.metrics import higher_is_better, of_split
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
 from lab.config import SWEEP_OPTIONS
@@ -165,7 +165,7 @@ class Search:
         config = probe.job.config
         checkpoint = config["checkpoint"]
         self.metric = options.metric or checkpoint["monitor"]
-        if self.metric.startswith("test/"):
+        if of_split(self.metric, "test"):
             raise ConfigError(
                 f"search.metric={self.metric}: what is chosen on the test set is not tested by it", SEE
             )

@@ -40,7 +40,7 @@ from crucible.handover import received
 from crucible.loggers import build_loggers
 from crucible.machine import device_kind, is_child_rank, world_size
 from crucible.masking import masked_in
-from crucible.metrics import build_metrics, scalars
+from crucible.metrics import build_metrics, of_split, scalars
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
@@ -123,7 +123,7 @@ def _train(
         trainer.test(model, datamodule=data, verbose=False)
         final.update({k: float(v) for k, v in trainer.callback_metrics.items()})
         for logger in loggers:
-            logger.log_metrics({k: v for k, v in final.items() if k.startswith("test/")}, trainer.global_step)
+            logger.log_metrics({k: v for k, v in final.items() if of_split(k, "test")}, trainer.global_step)
     if trainer.is_global_zero:
         run.update_summary(final=final, best=checkpoints.best)
         for logger in loggers:
@@ -365,7 +365,16 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     metrics = build_metrics(config["metrics"], config["data"]["task"], config["data"]["num_classes"])
     metrics.update(scores.scores, scores.target)
     values = scalars(metrics.compute(), found.data.class_names)
-    return {f"test/{k}": float(v) for k, v in values.items()}, found
+    final = {f"test/{k}": float(v) for k, v in values.items()}
+    groups = found.data.groups("test")
+    for number, name in enumerate(groups.names if groups else ()):
+        metrics.reset()
+        of_group = torch.from_numpy(groups.numbers)[scores.sample] == number  # type: ignore[union-attr]
+        if of_group.any():
+            metrics.update(scores.scores[of_group], scores.target[of_group])
+            values = scalars(metrics.compute(), found.data.class_names)
+            final |= {f"test_{name}/{k}": float(v) for k, v in values.items()}
+    return final, found
 
 
 def test_all(runs: Runs, out: Path | None) -> int:
@@ -400,7 +409,7 @@ def test_all(runs: Runs, out: Path | None) -> int:
         for line in said:
             _say(f"  {line}")
         for name, value in final.items():
-            if name.startswith("test/"):
+            if of_split(name, "test"):
                 _say(f"  {name:<24} {value:.4f}")
         if out:
             _say(f"  ->  {out}")

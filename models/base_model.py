@@ -19,6 +19,7 @@ from crucible.sums import Sums
 from crucible.technique import BatchStage, Setting, assemble, check_techniques, read_techniques
 from losses import LossOptions, evaluation_criterion
 from models.evaluation import EvaluatedModel
+from models.groups import GroupScores
 from models.techniques import technique_kinds
 from norms import exclude_streams_from_broadcast
 from optimizers import OptimizerOptions, build_optimizer
@@ -119,6 +120,7 @@ class BaseModel(EvaluatedModel):
         self._resumed: dict[str, Any] = {}  # of the training state that this one goes on from
         self._step_key = 0
         self._said: set[str] = set()  # remarks on metrics
+        self._groups: dict[str, GroupScores] = {}  # of the stages that are evaluated
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal, cast
 
 from lightning.pytorch import LightningModule
@@ -15,6 +16,7 @@ from crucible.machine import widened
 from crucible.metrics import remarks, scalars
 from crucible.sums import Sums
 from crucible.technique import Step, Weights
+from models.groups import GroupScores, Shares
 from norms import share_buffers
 
 log = logging.getLogger("crucible")
@@ -32,6 +34,8 @@ class EvaluatedModel(LightningModule):
     evaluation_criterion: nn.Module
     _sums: dict[str, Sums]
     _said: set[str]  # remarks on metrics
+    _groups: dict[str, GroupScores]  # of the stages under way, where the data have groups
+    _shares: Shares | None = None  # of the batch under way
 
     def outputs(self, input: Tensor) -> Tensor:
         """Logits `(N, K)`, or predictions `(N,)` for regression."""
@@ -60,14 +64,31 @@ class EvaluatedModel(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._make_fit()
         for stage in self._evaluated_stages:
-            self._sums[stage] = Sums(self.task, self.device)
+            self._begin(stage)
 
     def on_predict_epoch_start(self) -> None:
         self._make_fit()
 
     def on_test_epoch_start(self) -> None:
         self._make_fit()
-        self._sums["test"] = Sums(self.task, self.device)
+        self._begin("test")
+
+    def _begin(self, stage: Stage) -> None:
+        self._sums[stage] = Sums(self.task, self.device)
+        declared = getattr(getattr(self.trainer, "datamodule", None), "groups", None)
+        groups = declared("test" if stage == "test" else "val") if declared else None
+        if groups is not None:
+            self._groups[stage] = GroupScores(
+                groups.names, groups.numbers, partial(Sums, self.task, self.device), self._metrics(stage)
+            )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Which samples are of which group is settled here, where their numbers can be read without a wait."""
+        stage = "test" if self.trainer.testing else "val"
+        self._shares = None
+        if stage in self._groups and not self.trainer.training and not self.trainer.predicting:
+            self._shares = self._groups[stage].shares(batch.index)
+        return batch
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns `logits` (N, K) or (N,), `target` (N,) and `index` (N,), for the callbacks."""
@@ -86,6 +107,8 @@ class EvaluatedModel(LightningModule):
         self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         self._metrics(stage).update(scores, batch.target, logits=logits)
+        if self._shares is not None:
+            self._groups[stage].add(self._shares, self.evaluation_criterion, logits, scores, batch.target)
         return {"logits": logits, "target": batch.target, "index": batch.index}
 
     def _metrics(self, stage: Stage) -> MetricCollection:
@@ -100,17 +123,26 @@ class EvaluatedModel(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: Stage) -> None:
-        metrics = self._metrics(stage)
+        self._log(stage, self._sums[stage], self._metrics(stage))
+        for group, sums, metrics in self._groups.pop(stage, ()):
+            if sums.samples(self.trainer):
+                self._log(f"{stage}_{group}", sums, metrics)
+            else:
+                self._say(f"{stage}_{group}: no sample of this group was evaluated: it has no values")
+
+    def _log(self, split: str, sums: Sums, metrics: MetricCollection) -> None:
         class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", [])
-        values = {"loss": self._sums[stage].means(self.trainer)["loss"]}
+        values = {"loss": sums.means(self.trainer)["loss"]}
         values |= scalars(metrics.compute(), class_names)
-        if self.trainer.is_global_zero:
-            for remark in remarks(metrics, class_names):
-                if (said := f"{stage}: {remark}") not in self._said:
-                    self._said.add(said)
-                    log.warning("%s", said)
+        for remark in remarks(metrics, class_names) if self.trainer.is_global_zero else ():
+            self._say(f"{split}: {remark}")
         metrics.reset()
-        self.log_dict({f"{stage}/{k}": v for k, v in values.items()})
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()})
+
+    def _say(self, remark: str) -> None:
+        if self.trainer.is_global_zero and remark not in self._said:
+            self._said.add(remark)
+            log.warning("%s", remark)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32 or wider."""

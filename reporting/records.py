@@ -23,6 +23,7 @@ from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.masking import masked, masked_in
+from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
@@ -131,7 +132,7 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     read = [_read_run(path, request, sweeps) for path in paths.values()]
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
-        if request.best and (not request.metric.name.startswith("val/")):
+        if request.best and not of_split(request.metric.name, "val"):
             raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
@@ -302,7 +303,7 @@ def _scored(
     name = request.metric.name
     if not request.best:
         return final.get(name), ""
-    if name.startswith("val/"):
+    if of_split(name, "val"):
         return _numbers(summary.get("best")).get(name), ""
     again = command(as_typed("run", path), "task=test")
     try:

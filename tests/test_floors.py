@@ -27,6 +27,7 @@ FLOORS = (
 LATE = {
     ("callbacks/pruning.py", "optuna"): "optional",
     ("lab/search.py", "optuna"): "optional",
+    ("augmentation/policies/albumentations.py", "albumentations"): "optional",
     ("lab/cluster.py", "submitit"): "optional",
     ("lab/ray_engine.py", "ray"): "optional",
     ("lab/remote.py", "submitit"): "only on the node of a job that submitit started",
