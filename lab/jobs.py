@@ -471,7 +471,7 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
 
 # on a recorded run
 
-_OWN = ("run", "task", "ckpt_path", "out", "user_dir")
+_OWN = ("run", "task", "ckpt_path", "out", "user_dir", "each")
 # what may be typed beside run=RUN: for training what leaves the result as it is
 _WHILE_TRAINING = (
     "data.module.data_root_dir", "data.module.csv_file", "data.module.num_workers", "data.module.prefetch_factor",
@@ -483,7 +483,7 @@ _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 
 def run_recorded(arguments: Sequence[str]) -> int:
-    """`run=RUN [task=...] [ckpt_path=...] [option=value ...]`; the exit status."""
+    """`run=RUN [task=...] [ckpt_path=...] [each=true] [option=value ...]`; the exit status."""
     given: dict[str, Any] = {}
     for argument in arguments:
         name, _, value = argument.lstrip("+").partition("=")
@@ -654,10 +654,29 @@ def _resolved(config: Config, value: Any) -> Any:
 
 
 def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: Mapping[str, Any]) -> int:
-    for run in runs:
-        run.summary()  # one that is damaged is said before anything is loaded
-    chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     out = Path(given["out"]).expanduser() if "out" in given else None
-    return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)
+    if (each := str(given.get("each", "false")).lower()) not in ("true", "false"):
+        raise ConfigError(
+            f"each={given['each']}: must be true (each run by itself) or false", see="README.md"
+        )
+    if each == "true" and out is not None and len(runs) > 1:
+        raise ConfigError(f"out={out}: with each=true every run has a record of its own", see="README.md")
+    if each == "false" or len(runs) == 1:
+        for run in runs:
+            run.summary()  # one that is damaged is said before anything is loaded
+        chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
+        return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)
+    status = 0
+    for run, config in zip(runs, configs, strict=True):
+        try:
+            run.summary()
+            one = (run, config, run.pick_checkpoint(given.get("ckpt_path")))
+            status = max(status, tasks.OF_TRAINED[task]([one], None))
+        except (
+            ConfigError
+        ) as error:  # of one that has no weights yet, say: the others are looked at all the same
+            _say(f"{run.path}: {error}")
+            status = 1
+    return status

@@ -17,8 +17,8 @@ from augmentation.corruptions import COMMON, SEVERITIES, VERSION
 from crucible.configuration import Config
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import is_child_rank
-from crucible.robustness import averages
 from crucible.options import ConfigError, signature_options
+from crucible.robustness import averages
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.corrupted import SEE, Cell, wanted_cells
@@ -74,7 +74,9 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
     path = out or found.folder / f"corruptions_{checkpoint.stem}.json"
     why_not = why_not_writable(path.parent.absolute())
     if out and why_not:
-        raise ConfigError(f"out={out}: cannot be written ({why_not}); out=FILE writes elsewhere", see="README.md")
+        raise ConfigError(
+            f"out={out}: cannot be written ({why_not}); out=FILE writes elsewhere", see="README.md"
+        )
     trainer = build_trainer(config, run.path, [], [])
     found.data.corrupt(cells[0])  # data that are no pictures are said before the network is loaded
     model = with_weights(config, checkpoint)
@@ -92,7 +94,9 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
     clean: list[Cell | None] = [] if found.ready or record["clean"] else [None]
     console = Console(markup=False, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal or is_child_rank()) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal or is_child_rank()
+    ) as bar:
         task = bar.add_task("", total=len(clean) + len(missing))
         for cell in [*clean, *missing]:
             bar.update(task, description=" ".join(map(str, cell)) if cell else "as they are")
@@ -145,10 +149,16 @@ def _data(run: RunDirectory, config: Config, checkpoint: Path) -> _Corruptible:
         classes, source = trained_classes(run, config, checkpoint)
         ready.score_for(classes, elsewhere=True)
         ready.setup("test")
-        remarks = [f"ready corrupted images in {module['data_root_dir']}", *ready.remarks, *filter(None, [source])]
+        remarks = [
+            f"ready corrupted images in {module['data_root_dir']}",
+            *ready.remarks,
+            *filter(None, [source]),
+        ]
         return _Corruptible(ready, run.path / "tests" / ready.content, ready.content, False, remarks, True)
     found = data_to_score(run, config, checkpoint)
-    own_data = found.fingerprint == run.summary().get("data_fingerprint", found.fingerprint if found.own else None)
+    own_data = found.fingerprint == run.summary().get(
+        "data_fingerprint", found.fingerprint if found.own else None
+    )
     folder = run.path / "tests" / found.fingerprint if found.own else found.folder
     whose = [] if own_data else [f"other data than the run's own (fingerprint {found.fingerprint})"]
     return _Corruptible(

@@ -148,12 +148,13 @@ def _noise_floor(table: Table) -> None:
 # Pairs
 
 
-def _pairs(arm: Arm, base: Arm) -> list[tuple[Run, Run]]:
+def pairs_of(arm: Arm, base: Arm) -> list[tuple[Run, Run]]:
+    """The runs of both that have seed and fold in common."""
     return [(arm.runs[u], base.runs[u]) for u in sorted(set(arm.runs) & set(base.runs))]
 
 
 def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Comparison:
-    pairs = _pairs(arm, base)
+    pairs = pairs_of(arm, base)
     seeds = max(len(pairs), min(len(arm.all_runs), len(base.all_runs)))
     level = plan.level(seeds)
     mine, theirs = (np.array([p[i].value for p in pairs], dtype=np.float64) for i in (0, 1))
@@ -359,7 +360,7 @@ def _rival(c: Comparison, table: Table, runs: Sequence[Run]) -> str | None:
 
 def _against(arm: Arm, rival: Arm, table: Table) -> s.PairedT:
     """Differences in the good direction."""
-    values = [(a.value or 0.0) - (b.value or 0.0) for a, b in _pairs(arm, rival)]
+    values = [(a.value or 0.0) - (b.value or 0.0) for a, b in pairs_of(arm, rival)]
     return s.paired_t(table.metric.sign * np.array(values))
 
 

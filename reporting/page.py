@@ -17,6 +17,7 @@ from reporting.comparison import Comparison, Table
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
+from reporting.robustness import Robust, robustness_of
 
 LEFT_OUT_LISTED = 100
 WARNINGS_LISTED = 60
@@ -150,6 +151,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
+    if robust := robustness_of(table):
+        page.add(Heading("Robustness beside accuracy", 3), *_robustness_blocks(robust, request), brief=True)
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
@@ -281,6 +284,50 @@ def _ratio(c: Comparison | None) -> Cell:
         return "-", math.nan
     interval = "" if math.isnan(c.ratio.low) else f" ({c.ratio.low:.2f}-{c.ratio.high:.2f})"
     return f"{c.ratio.mean:.2f}{interval}", float(c.ratio.mean)
+
+
+_ROBUSTNESS = (
+    "In %. *corrupted*: mean over the 15 common corruptions of the test images, each in 5 severities (arXiv "
+    "1903.12261). Differences are to the baseline, paired by seed, with intervals as in the other tables; they are each "
+    "arm's own, not corrected for the number of techniques, and no verdict is drawn from them."
+)
+_UNTESTED_LISTED = 20
+
+
+def _robustness_blocks(robust: Robust, request: Request) -> Iterable[Block]:
+    head, rows = ["arm", "n"], []
+    for title in robust.titles:
+        head += [title, f"{title} diff", f"{title} interval"]
+    for name, count, values in robust.arms:
+        row = [_word(name), _number(count, "d")]
+        for value in values:
+            row += [_number(value.mean, ".2f"), _number(value.difference, "+.2f")]
+            told = "-" if math.isnan(value.low) else f"{value.low:+.2f} to {value.high:+.2f}"
+            row.append((told, value.low))
+        rows.append(row)
+    yield Grid(head, rows, frozenset({"arm"}))
+    yield Text(_ROBUSTNESS)
+    if robust.untested:
+        first, *others = robust.untested
+        names = ", ".join(str(run.path) for run in robust.untested[:_UNTESTED_LISTED])
+        more = (
+            f" and {len(robust.untested) - _UNTESTED_LISTED} more" if len(others) >= _UNTESTED_LISTED else ""
+        )
+        weights = "best" if request.best else "last"
+        yield Text(
+            f"Without a whole record of the corruptions under these weights ({weights}.ckpt): {names}{more}. One test "
+            "makes one; `run=` takes several and globs, with `each=true`:"
+        )
+        options = (
+            option("run", str(first.path)),
+            "task=test",
+            f"ckpt_path={weights}",
+            "data.module.corruption=all",
+        )
+        yield Code([command(*options)])
+    lines = [[_word(name), *(_number(v, ".2f") for v in values)] for name, values in robust.by_corruption]
+    grid = Grid(["corruption", *robust.shown], lines, frozenset({"corruption"}))
+    yield Fold("Accuracy in % under each corruption, mean over severities and seeds", [grid])
 
 
 def _together_grid(table: Table) -> Grid:

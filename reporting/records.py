@@ -24,6 +24,7 @@ from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.masking import masked, masked_in
 from crucible.options import ConfigError, suggest
+from crucible.robustness import averages, by_corruption
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
 
@@ -62,6 +63,16 @@ class Correctness(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Robustness:
+    """The whole record of a test under corruptions: metrics of the images as they are, means, and mean accuracies."""
+
+    version: Any  # of the corruptions' pixels
+    clean: Mapping[str, float]
+    averages: Mapping[str, float]
+    accuracies: Mapping[str, float]  # by corruption, over the severities
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished or diverged run: where it belongs and what came out."""
 
@@ -91,6 +102,7 @@ class Run:
     correctness: Correctness | None
     remark: str  # what is wrong with its records
     nonfinite: str  # what was done about numbers that were not finite
+    robustness: Robustness | None = None  # of its own test split
 
     @property
     def compiled(self) -> bool:
@@ -212,6 +224,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         correctness=correctness,
         remark=remark,
         nonfinite=_nonfinite(summary),
+        robustness=_read_robustness(path, summary, settings, request.best),
     )
 
 
@@ -273,6 +286,24 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     parts = [f"{skipped} steps were not finite and left out"] if skipped else []
     parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
     return "; ".join(parts)
+
+
+def _read_robustness(
+    path: Path, summary: Mapping[str, Any], settings: Mapping[str, Any], best: bool
+) -> Robustness | None:
+    """The corruptions of the run's own test split, under the weights that the report scores; None: not all computed."""
+    own = str(summary.get("data_fingerprint") or "[0-9a-f]*")
+    for file in sorted((path / "tests").glob(f"{own}/corruptions_{'best' if best else 'last'}.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["own_data"] and record["limit"] == settings.get("trainer.limit_test_batches"):
+                means = averages(record)
+                clean, cells = _numbers(record["clean"]), by_corruption(record, "acc")
+                if means and {"acc", "ece"} <= clean.keys():
+                    return Robustness(record["version"], clean, means, cells)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # damaged: as if it had not been made, which the report says; the test makes it anew
+    return None
 
 
 def _numbers(values: Any) -> dict[str, float]:
