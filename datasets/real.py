@@ -26,7 +26,7 @@ def read_real_labels(path: str, names: Sequence[str], classes: Sequence[str]) ->
         path: a JSON list of lists: the labels of ILSVRC2012_val_00000001, ..., each the place of a class among the
             sorted WordNet numbers.
         names: file names of the images.
-        classes: the network's, in the order of its outputs: names of class folders, which sort as the file's numbers do.
+        classes: the network's, in the order of its outputs: WordNet numbers, which sort as the file counts.
 
     Raises:
         ConfigError: for a file that is none, images that have no such name or number, and labels beyond the classes.

@@ -288,8 +288,8 @@ def _ratio(c: Comparison | None) -> Cell:
 
 _ROBUSTNESS = (
     "In %. *corrupted*: mean over the 15 common corruptions of the test images, each in 5 severities (arXiv "
-    "1903.12261). Differences are to the baseline, paired by seed, with intervals as in the other tables; they are each "
-    "arm's own, not corrected for the number of techniques, and no verdict is drawn from them."
+    "1903.12261). Differences are to the baseline, paired by seed, with intervals as in the other tables; they are "
+    "each arm's own, not corrected for the number of techniques, and no verdict is drawn from them."
 )
 _UNTESTED_LISTED = 20
 

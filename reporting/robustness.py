@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 class Value(NamedTuple):
-    """A mean over an arm's tested runs, and its paired difference to the baseline; in percent, NaN where there is none."""
+    """A mean over an arm's tested runs, and its paired difference to the baseline; in percent, NaN for none."""
 
     mean: float
     difference: float
