@@ -427,7 +427,7 @@ def _elastic_transform(x: Floats, setting: Any, random: Random, small: bool) -> 
 
     The source's side of ImageNet is 244 where it should be 224, which stays so.
     """
-    height, width, channels = x.shape
+    height, width = x.shape[:2]
     side = min(height, width) * (1 if small else 244 / 224)
     strength, sigma, jitter = (c * side for c in setting)
     middle, reach = np.array([height // 2, width // 2]), max(min(height, width) // 3, 1)

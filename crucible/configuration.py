@@ -21,6 +21,7 @@ NOT_SEMANTIC = {
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
+    "data.module.corruption", "data.module.severity", "data.module.real_labels",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file", "model.seed", "model.metrics",
     "model.init_from", "trainer.accelerator", "trainer.strategy", "trainer.log_every_n_steps",
     "trainer.enable_progress_bar", "trainer.profiler", "trainer.detect_anomaly",

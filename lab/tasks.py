@@ -47,6 +47,7 @@ from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
+from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
 from lab.states import find_state
 from lab.teachers import hand_in_teacher
@@ -269,6 +270,8 @@ def predict(runs: Runs, out: Path | None) -> int:
     Several runs (the folds of a cross-validation, say) give the mean of their probabilities. What cannot be read has
     no row; it is named at the end, and the exit status is 1.
     """
+    if any(asks_for_corruptions(config) for _, config, _ in runs):
+        raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
@@ -366,6 +369,14 @@ def test_all(runs: Runs, out: Path | None) -> int:
     Where the folder cannot be written, the values are said only.
     """
     (run, config, checkpoint), *others = runs
+    if asks_for_corruptions(config):
+        if others:
+            raise ConfigError(
+                f"data.module.corruption: {len(runs)} runs are tested as one by the mean of their probabilities, which "
+                "has no table of corruptions; each=true tests each run",
+                see="docs/data.md",
+            )
+        return test_corrupted(run, config, checkpoint, out)
     if not others:
         final, out, said = test(run, config, checkpoint, out)
     else:
