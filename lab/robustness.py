@@ -17,8 +17,8 @@ from augmentation.corruptions import COMMON, SEVERITIES, VERSION
 from crucible.configuration import Config
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import is_child_rank
-from crucible.robustness import averages
 from crucible.options import ConfigError, signature_options
+from crucible.robustness import averages
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.corrupted import SEE, Cell, wanted_cells
