@@ -30,6 +30,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
+from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from crucible.cells import cell, text_of
 from crucible.command_line import import_from
@@ -45,6 +46,7 @@ from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
+from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
 from lab.robustness import asks_for_corruptions, test_corrupted
@@ -159,6 +161,9 @@ def test(
         for n, node in config["callbacks"].items()
         if node and n != "progress" and out
     ]
+    if (file := config["data"]["module"].get("real_labels")) is not None:
+        names = getattr(data.samples("test").raw, "names", None)
+        plots.append(RealLabels(real_labels(file, names, data.class_names)))
     if out:
         folder.mkdir(parents=True, exist_ok=True)
         plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
@@ -272,6 +277,8 @@ def predict(runs: Runs, out: Path | None) -> int:
     """
     if any(asks_for_corruptions(config) for _, config, _ in runs):
         raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
+    if any(config["data"]["module"].get("real_labels") for _, config, _ in runs):
+        raise ConfigError("data.module.real_labels: only task=test takes it", see="docs/data.md")
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
@@ -377,6 +384,10 @@ def test_all(runs: Runs, out: Path | None) -> int:
                 see="docs/data.md",
             )
         return test_corrupted(run, config, checkpoint, out)
+    if others and config["data"]["module"].get("real_labels"):
+        raise ConfigError(
+            "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
+        )
     if not others:
         final, out, said = test(run, config, checkpoint, out)
     else:

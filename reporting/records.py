@@ -27,6 +27,7 @@ from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
 
+UNDER_CORRUPTIONS = ("acc_corrupted", "ece_corrupted", "mce")
 Unit = tuple[int, int]  # (seed, fold): what a technique and the baseline are paired by
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -146,6 +147,15 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and (not request.metric.name.startswith("val/")):
             raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
+        if request.metric.base in UNDER_CORRUPTIONS:
+            which = "best" if request.best else "last"
+            again = command(as_typed("run", f"{runs[0].path.parent}/*"), "task=test", "each=true", f"ckpt_path={which}",
+                            "data.module.corruption=all")  # fmt: skip
+            raise ConfigError(
+                f"metric={request.metric.name}: no run has tested its {which} weights under all corruptions; {again} "
+                "does",
+                see=SEE,
+            )
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)

@@ -14,10 +14,8 @@ from crucible.options import ConfigError
 from crucible.robustness import ALEXNET_ERRORS, SEVERITIES
 from reporting.arms import Arm, unit_name
 from reporting.comparison import Table, rescored
-from reporting.records import Run, Tested
+from reporting.records import UNDER_CORRUPTIONS, Run, Tested
 from reporting.request import Metric, Request
-
-METRICS = ("acc_corrupted", "ece_corrupted", "mce")
 
 
 @dataclass
@@ -87,7 +85,7 @@ def robustness_of(table: Table, request: Request) -> Robustness | None:
         )
     without = [f"{arm.name}, {unit_name(run.unit)}" for arm, run in counted if run.path not in tests]
     tables = []
-    for name in METRICS:
+    for name in UNDER_CORRUPTIONS:
         values = {path: test.values[name] for path, test in tests.items() if name in test.values}
         if values:
             tables.append(_rescored(table, Metric(f"test/{name}"), values, request))
