@@ -47,8 +47,8 @@ def real_labels(file: str, names: Sequence[str] | None, classes: Sequence[str]) 
         places[np.argsort(np.asarray(bare), kind="stable")] = np.arange(len(bare))
     else:
         raise ConfigError(
-            f"{option}: has {len(entries)} entries for {len(bare)} test images, whose names (such as {bare[0]}) have no "
-            "number of ILSVRC2012_val_00000001.JPEG's kind",
+            f"{option}: has {len(entries)} entries for {len(bare)} test images, whose names (such as {bare[0]}) have "
+            "no number of ILSVRC2012_val_00000001.JPEG's kind",
             see=SEE,
         )
     if len(places) and (places.min() < 0 or places.max() >= len(entries)):
