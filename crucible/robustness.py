@@ -19,16 +19,6 @@ ALEXNET_ERRORS = {
 SEVERITIES = ("1", "2", "3", "4", "5")
 
 
-def by_corruption(record: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The mean of a metric over the severities of each corruption that has all five."""
-    rows = {
-        name: [cells[s][metric] for s in SEVERITIES]
-        for name, cells in record["cells"].items()
-        if {*SEVERITIES} <= {*cells}
-    }
-    return {name: sum(row) / len(row) for name, row in rows.items()}
-
-
 def averages(record: Mapping[str, Any]) -> dict[str, float]:
     """The means of a record of corruptions; empty where one of the 15 x 5 cells is missing.
 

@@ -483,7 +483,7 @@ _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 
 def run_recorded(arguments: Sequence[str]) -> int:
-    """`run=RUN [task=...] [ckpt_path=...] [each=true] [option=value ...]`; the exit status."""
+    """`run=RUN [task=...] [ckpt_path=...] [option=value ...]`; the exit status."""
     given: dict[str, Any] = {}
     for argument in arguments:
         name, _, value = argument.lstrip("+").partition("=")
@@ -496,6 +496,8 @@ def run_recorded(arguments: Sequence[str]) -> int:
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     runs = [RunDirectory(path) for path in _expand(given["run"])]
+    if given.get("each", "false") != "false":
+        return _each(arguments, given, runs, task)
     if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
         pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
     configs = [_with_overrides(run, given, task) for run in runs]
@@ -540,6 +542,39 @@ def run_recorded(arguments: Sequence[str]) -> int:
             ended.set()
             end_others(others, 0)
         return status
+
+
+def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[RunDirectory], task: str) -> int:
+    """`each=true`: what the command asks for, of one run after the other, instead of all as one; the worst status.
+
+    What one run cannot do is said in a line, and the others go on. A run without weights yet is passed over.
+    """
+    if given["each"] != "true":
+        raise ConfigError(f"each={given['each']}: must be true or false", see="docs/data.md")
+    if task not in tasks.OF_TRAINED:
+        raise ConfigError(f"each=true: is for task={' and task='.join(tasks.OF_TRAINED)}", see="docs/data.md")
+    if "out" in given and len(runs) > 1:
+        raise ConfigError(
+            f"out={given['out']}: one file for each of {len(runs)} runs; leave it out", see="docs/data.md"
+        )
+    others = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "each")]
+    worst, passed_over = 0, 0
+    for run in runs:
+        if not any(run.checkpoints.glob("*.ckpt")):
+            passed_over += 1
+            _say(f"{run.path}: has no weights yet; passed over")
+            continue
+        try:
+            status = run_recorded([option("run", str(run.path)), *others])
+        except ConfigError as error:
+            status = 2
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        worst = max(worst, status)
+    _say(
+        f"{len(runs) - passed_over} runs, one after the other"
+        + (f"; {passed_over} without weights" if passed_over else "")
+    )
+    return worst
 
 
 def _expand(text: str) -> list[str]:
@@ -654,29 +689,10 @@ def _resolved(config: Config, value: Any) -> Any:
 
 
 def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: Mapping[str, Any]) -> int:
+    for run in runs:
+        run.summary()  # one that is damaged is said before anything is loaded
+    chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     out = Path(given["out"]).expanduser() if "out" in given else None
-    if (each := str(given.get("each", "false")).lower()) not in ("true", "false"):
-        raise ConfigError(
-            f"each={given['each']}: must be true (each run by itself) or false", see="README.md"
-        )
-    if each == "true" and out is not None and len(runs) > 1:
-        raise ConfigError(f"out={out}: with each=true every run has a record of its own", see="README.md")
-    if each == "false" or len(runs) == 1:
-        for run in runs:
-            run.summary()  # one that is damaged is said before anything is loaded
-        chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
-        return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)
-    status = 0
-    for run, config in zip(runs, configs, strict=True):
-        try:
-            run.summary()
-            one = (run, config, run.pick_checkpoint(given.get("ckpt_path")))
-            status = max(status, tasks.OF_TRAINED[task]([one], None))
-        except (
-            ConfigError
-        ) as error:  # of one that has no weights yet, say: the others are looked at all the same
-            _say(f"{run.path}: {error}")
-            status = 1
-    return status
+    return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
     record, note = _earlier(path, facts)
     missing = [c for c in cells if str(c.severity) not in record["cells"].get(c.corruption, {})]
     clean: list[Cell | None] = [] if found.ready or record["clean"] else [None]
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal or is_child_rank()

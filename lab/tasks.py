@@ -30,6 +30,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
+from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from crucible.cells import cell, text_of
 from crucible.command_line import import_from
@@ -45,7 +46,7 @@ from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
-from datasets.real import accuracy_by_labels, read_real_labels
+from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
 from lab.robustness import asks_for_corruptions, test_corrupted
@@ -160,6 +161,9 @@ def test(
         for n, node in config["callbacks"].items()
         if node and n != "progress" and out
     ]
+    if (file := config["data"]["module"].get("real_labels")) is not None:
+        names = getattr(data.samples("test").raw, "names", None)
+        plots.append(RealLabels(real_labels(file, names, data.class_names)))
     if out:
         folder.mkdir(parents=True, exist_ok=True)
         plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
@@ -271,9 +275,10 @@ def predict(runs: Runs, out: Path | None) -> int:
     Several runs (the folds of a cross-validation, say) give the mean of their probabilities. What cannot be read has
     no row; it is named at the end, and the exit status is 1.
     """
-    for option in ("corruption", "severity", "real_labels"):
-        if any(config["data"]["module"].get(option) is not None for _, config, _ in runs):
-            raise ConfigError(f"data.module.{option}: only task=test takes it", see="docs/data.md")
+    if any(asks_for_corruptions(config) for _, config, _ in runs):
+        raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
+    if any(config["data"]["module"].get("real_labels") for _, config, _ in runs):
+        raise ConfigError("data.module.real_labels: only task=test takes it", see="docs/data.md")
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
@@ -365,40 +370,6 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
     return {f"test/{k}": float(v) for k, v in values.items()}, found
 
 
-def _test_reassessed(runs: Runs, out: Path | None) -> tuple[dict[str, float], Path | None, list[str]]:
-    """Accuracy by ReaL's labels (arXiv 2006.07159), beside that by the usual ones on the same images.
-
-    An image counts as right where the prediction is any of its labels; one without a label is left out of both.
-    """
-    run, config, checkpoint = runs[0]
-    module = config["data"]["module"]
-    scores, found = average(runs)
-    if scores.unread:
-        raise ConfigError(found.data.samples("predict").why_unreadable(scores.unread[0]), see="")
-    raw = found.data.samples("predict").raw
-    names = [sample_name(raw, number) for number in scores.sample.tolist()]
-    labels = read_real_labels(module["real_labels"], names, found.data.class_names)
-    final, said = accuracy_by_labels(scores.scores.argmax(dim=1), scores.target, labels)
-    alone = len(runs) == 1
-    name = f"real_{checkpoint.stem}.json" if alone else f"real-of-{len(runs)}-runs.json"
-    typed, out = out, out or (run.path / "tests" / found.fingerprint if alone else run.path.parent) / name
-    if why_not := why_not_writable(out.parent.absolute()):
-        if typed:
-            raise _not_writable(out, why_not)
-        return (
-            final,
-            None,
-            [*found.data.scored(), said, f"not recorded: {why_not}; out=FILE writes elsewhere"],
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "runs": [str(run.path) for run, _, _ in runs], "checkpoints": [weights.name for _, _, weights in runs],
-        "data": found.fingerprint, "real_labels": str(module["real_labels"]), "metrics": final, "time": time.time(),
-    }  # fmt: skip
-    write_atomically(out, json.dumps(record, indent=2) + "\n")
-    return final, out, [*found.data.scored(), *found.remarks, said]
-
-
 def test_all(runs: Runs, out: Path | None) -> int:
     """Score the test split, of several runs with the mean of their probabilities; write and say what came out.
 
@@ -413,9 +384,11 @@ def test_all(runs: Runs, out: Path | None) -> int:
                 see="docs/data.md",
             )
         return test_corrupted(run, config, checkpoint, out)
-    if config["data"]["module"].get("real_labels") is not None:
-        final, out, said = _test_reassessed(runs, out)
-    elif not others:
+    if others and config["data"]["module"].get("real_labels"):
+        raise ConfigError(
+            "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
+        )
+    if not others:
         final, out, said = test(run, config, checkpoint, out)
     else:
         final, found = test_ensemble(runs)

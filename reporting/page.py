@@ -17,7 +17,7 @@ from reporting.comparison import Comparison, Table
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
-from reporting.robustness import Robust, robustness_of
+from reporting.robustness import Robustness, corruptions, to_test
 
 LEFT_OUT_LISTED = 100
 WARNINGS_LISTED = 60
@@ -151,8 +151,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
-    if robust := robustness_of(table):
-        page.add(Heading("Robustness beside accuracy", 3), *_robustness_blocks(robust, request), brief=True)
+    if table.robustness:
+        _add_robustness(page, table)
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
@@ -286,48 +286,73 @@ def _ratio(c: Comparison | None) -> Cell:
     return f"{c.ratio.mean:.2f}{interval}", float(c.ratio.mean)
 
 
-_ROBUSTNESS = (
-    "In %. *corrupted*: mean over the 15 common corruptions of the test images, each in 5 severities (arXiv "
-    "1903.12261). Differences are to the baseline, paired by seed, with intervals as in the other tables; they are "
-    "each arm's own, not corrected for the number of techniques, and no verdict is drawn from them."
+_CORRUPTED = (
+    "Means over the 15 common corruptions and their 5 severities (arXiv 1903.12261), compared as the metric above is, "
+    "each with its own correction for the number of techniques. *clean*: the same weights on the same images as they "
+    "are."
 )
-_UNTESTED_LISTED = 20
 
 
-def _robustness_blocks(robust: Robust, request: Request) -> Iterable[Block]:
-    head, rows = ["arm", "n"], []
-    for title in robust.titles:
-        head += [title, f"{title} diff", f"{title} interval"]
-    for name, count, values in robust.arms:
-        row = [_word(name), _number(count, "d")]
-        for value in values:
-            row += [_number(value.mean, ".2f"), _number(value.difference, "+.2f")]
-            told = "-" if math.isnan(value.low) else f"{value.low:+.2f} to {value.high:+.2f}"
-            row.append((told, value.low))
-        rows.append(row)
-    yield Grid(head, rows, frozenset({"arm"}))
-    yield Text(_ROBUSTNESS)
-    if robust.untested:
-        first, *others = robust.untested
-        names = ", ".join(str(run.path) for run in robust.untested[:_UNTESTED_LISTED])
-        more = (
-            f" and {len(robust.untested) - _UNTESTED_LISTED} more" if len(others) >= _UNTESTED_LISTED else ""
+def _add_robustness(page: Page, table: Table) -> None:
+    found: Robustness = table.robustness
+    page.add(
+        Heading(
+            f"Robustness beside accuracy: {found.weights} weights, {found.samples} test images a cell, in %",
+            3,
+        ),
+        _robustness_grid(table),
+        brief=True,
+    )
+    page.add(Text(_CORRUPTED))
+    page.add(*(Text(remark, notice=True) for remark in found.remarks), brief=True)
+    if found.without:
+        missing = ", ".join(found.without[:10]) + (
+            f" and {len(found.without) - 10} more" if found.without[10:] else ""
         )
-        weights = "best" if request.best else "last"
-        yield Text(
-            f"Without a whole record of the corruptions under these weights ({weights}.ckpt): {names}{more}. One test "
-            "makes one; `run=` takes several and globs, with `each=true`:"
+        runs = [run for arm in table.arms.values() for run in arm.runs.values()]
+        page.add(
+            Text(f"Without a whole test under corruptions: {missing}. This makes it:", notice=True),
+            Code([to_test(runs)]),
+            brief=True,
         )
-        options = (
-            option("run", str(first.path)),
-            "task=test",
-            f"ckpt_path={weights}",
-            "data.module.corruption=all",
+    for other in found.tables if table.comparisons else ():
+        metric = other.metric
+        better = "higher" if metric.higher_is_better else "lower"
+        margin = "" if other.plan.margin is None else f", margin {metric.formatted(other.plan.margin)} points"
+        page.add(
+            Text(f"`{metric.name}` against {other.baseline}, in points ({better} is better{margin}):"),
+            brief=True,
         )
-        yield Code([command(*options)])
-    lines = [[_word(name), *(_number(v, ".2f") for v in values)] for name, values in robust.by_corruption]
-    grid = Grid(["corruption", *robust.shown], lines, frozenset({"corruption"}))
-    yield Fold("Accuracy in % under each corruption, mean over severities and seeds", [grid])
+        page.add(
+            _comparison_grid(other), Items([f"{c.arm}: {c.verdict}" for c in other.comparisons]), brief=True
+        )
+    rows = [
+        [_word(name), *(_percent(found.by_corruption(arm, name)) for arm in table.arms.values())]
+        for name in corruptions()
+    ]
+    grid = Grid(["corruption", *table.arms], rows, frozenset({"corruption"}))
+    page.add(Fold("Accuracy by corruption, mean over severities and seeds", [grid]))
+
+
+def _percent(value: float) -> Cell:
+    return _number(100 * value, ".2f")
+
+
+def _robustness_grid(table: Table) -> Grid:
+    """The arms: tests, clean and corrupted accuracy and calibration error, means over seeds."""
+    found: Robustness = table.robustness
+    shown = {
+        "acc clean": "clean_acc", "acc corrupted": "acc_corrupted", "ece clean": "clean_ece",
+        "ece corrupted": "ece_corrupted", "mce": "mce",
+    }  # fmt: skip
+    shown = {n: k for n, k in shown.items() if any(k in t.values for t in found.tests.values())}
+    rows = []
+    for arm in table.arms.values():
+        count = sum(run.path in found.tests for run in arm.runs.values())
+        rows.append(
+            [_word(arm.name), _number(count, "d"), *(_percent(found.mean(arm, k)) for k in shown.values())]
+        )
+    return Grid(["arm", "tests", *shown], rows, frozenset({"arm"}))
 
 
 def _together_grid(table: Table) -> Grid:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,10 @@ from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.masking import masked, masked_in
 from crucible.options import ConfigError, suggest
-from crucible.robustness import averages, by_corruption
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
 
+UNDER_CORRUPTIONS = ("acc_corrupted", "ece_corrupted", "mce")
 Unit = tuple[int, int]  # (seed, fold): what a technique and the baseline are paired by
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -62,14 +62,17 @@ class Correctness(NamedTuple):
         return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.examples).view(np.bool_)
 
 
-@dataclass(frozen=True)
-class Robustness:
-    """The whole record of a test under corruptions: metrics of the images as they are, means, and mean accuracies."""
+class Tested(NamedTuple):
+    """A test of a run's weights under all corruptions (`lab.robustness`).
 
-    version: Any  # of the corruptions' pixels
-    clean: Mapping[str, float]
-    averages: Mapping[str, float]
-    accuracies: Mapping[str, float]  # by corruption, over the severities
+    `values` holds the means over corruptions, and the clean ones as `clean_acc` and the like; `cells` every metric by
+    corruption and severity; `kind` is equal for tests that can be compared.
+    """
+
+    values: Mapping[str, float]
+    cells: Mapping[str, Mapping[str, Mapping[str, float]]]
+    samples: int
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Run:
     correctness: Correctness | None
     remark: str  # what is wrong with its records
     nonfinite: str  # what was done about numbers that were not finite
-    robustness: Robustness | None = None  # of its own test split
+    tested: Mapping[str, Tested] = field(default_factory=dict)  # under corruptions, by whose weights
 
     @property
     def compiled(self) -> bool:
@@ -144,6 +147,15 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and (not request.metric.name.startswith("val/")):
             raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
+        if request.metric.base in UNDER_CORRUPTIONS:
+            which = "best" if request.best else "last"
+            again = command(as_typed("run", f"{runs[0].path.parent}/*"), "task=test", "each=true", f"ckpt_path={which}",
+                            "data.module.corruption=all")  # fmt: skip
+            raise ConfigError(
+                f"metric={request.metric.name}: no run has tested its {which} weights under all corruptions; {again} "
+                "does",
+                see=SEE,
+            )
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
@@ -188,8 +200,9 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     module = (config.get("data") or {}).get("module") or {}
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
-    final = _numbers(summary.get("final"))
-    value, remark = _scored(path, summary, final, request)
+    tested = read_tests(path, summary.get("data_fingerprint"))
+    final = _numbers(summary.get("final")) | _means_of("last", tested)
+    value, remark = _scored(path, summary, final, tested, request)
     if value is not None and not diverged:
         diverged = _why_diverged(value, request.metric, settings.get("data.num_classes"))
     correctness = None
@@ -224,7 +237,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         correctness=correctness,
         remark=remark,
         nonfinite=_nonfinite(summary),
-        robustness=_read_robustness(path, summary, settings, request.best),
+        tested=tested,
     )
 
 
@@ -288,24 +301,6 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _read_robustness(
-    path: Path, summary: Mapping[str, Any], settings: Mapping[str, Any], best: bool
-) -> Robustness | None:
-    """The corruptions of the run's own test split, under the weights that the report scores; None: not all computed."""
-    own = str(summary.get("data_fingerprint") or "[0-9a-f]*")
-    for file in sorted((path / "tests").glob(f"{own}/corruptions_{'best' if best else 'last'}.json")):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["own_data"] and record["limit"] == settings.get("trainer.limit_test_batches"):
-                means = averages(record)
-                clean, cells = _numbers(record["clean"]), by_corruption(record, "acc")
-                if means and {"acc", "ece"} <= clean.keys():
-                    return Robustness(record["version"], clean, means, cells)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # damaged: as if it had not been made, which the report says; the test makes it anew
-    return None
-
-
 def _numbers(values: Any) -> dict[str, float]:
     return {k: float(v) for k, v in (values or {}).items() if isinstance(v, (int, float))}
 
@@ -315,7 +310,11 @@ def _positive(value: Any) -> float | None:
 
 
 def _scored(
-    path: Path, summary: Mapping[str, Any], final: Mapping[str, float], request: Request
+    path: Path,
+    summary: Mapping[str, Any],
+    final: Mapping[str, float],
+    tested: Mapping[str, Tested],
+    request: Request,
 ) -> tuple[float | None, str]:
     """The metric of the last weights, or of those that were best on validation; and why there is none."""
     name = request.metric.name
@@ -323,6 +322,8 @@ def _scored(
         return final.get(name), ""
     if name.startswith("val/"):
         return _numbers(summary.get("best")).get(name), ""
+    if name in (means := _means_of("best", tested)):
+        return means[name], ""
     again = command(as_typed("run", path), "task=test")
     try:
         tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
@@ -347,6 +348,42 @@ def _images_differ(path: Path) -> bool:
             return any(str(last[key]) != str(best[key]) for key in ("count", "samples"))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def read_tests(path: Path, own_data: Any) -> dict[str, Tested]:
+    """A run's tests of its own data under all corruptions, by whose weights they are (`best`, `last`).
+
+    Of several with the same weights, that with the most images.
+
+    Args:
+        path: the run's.
+        own_data: fingerprint of its data; None: an older run's, which recorded none.
+    """
+    found: dict[str, Tested] = {}
+    for file in sorted(path.glob("tests/*/corruptions_*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            test = Tested(
+                values={f"clean_{k}": float(v) for k, v in record["clean"].items()}
+                | {k: float(v) for k, v in record["averages"].items()},
+                cells=record["cells"],
+                samples=int(record["samples"]),
+                kind=json.dumps([record[n] for n in ("data", "samples", "version")]),
+            )
+            mine = record["own_data"] and own_data in (None, record["data"])
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            continue  # the test that wrote it makes it anew
+        weights = file.stem.removeprefix("corruptions_")
+        known = found.get(weights)
+        if mine and record["averages"] and (known is None or known.samples < test.samples):
+            found[weights] = test
+    return found
+
+
+def _means_of(weights: str, tested: Mapping[str, Tested]) -> dict[str, float]:
+    """The means over corruptions as metrics are logged."""
+    values = tested[weights].values if weights in tested else {}
+    return {f"test/{k}": v for k, v in values.items() if not k.startswith("clean_")}
 
 
 def _why_diverged(value: float, metric: Metric, classes: Any) -> str:

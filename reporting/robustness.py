@@ -1,101 +1,118 @@
-"""Robustness beside accuracy and calibration: the arms' tests under corruptions, paired by seed as all else is."""
+"""Accuracy and calibration under corruptions, beside those on clean images: read from the runs, compared like these."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from crucible.robustness import ALEXNET_ERRORS
-from reporting import statistics as s
-from reporting.arms import Arm
-from reporting.comparison import Table, pairs_of
-from reporting.records import Robustness, Run
-
-# what is shown: title, part of the record, name there
-_COLUMNS = (
-    ("acc", "clean", "acc"),
-    ("corrupted acc", "averages", "acc_corrupted"),
-    ("ece", "clean", "ece"),
-    ("corrupted ece", "averages", "ece_corrupted"),
-    ("mCE", "averages", "mce"),
-)
+from crucible.command_line import command
+from crucible.command_line import option as as_typed
+from crucible.options import ConfigError
+from crucible.robustness import ALEXNET_ERRORS, SEVERITIES
+from reporting.arms import Arm, unit_name
+from reporting.comparison import Table, rescored
+from reporting.records import UNDER_CORRUPTIONS, Run, Tested
+from reporting.request import Metric, Request
 
 
-class Value(NamedTuple):
-    """A mean over an arm's tested runs, and its paired difference to the baseline; in percent, NaN for none."""
-
-    mean: float
-    difference: float
-    low: float
-    high: float
-
-
-class Robust(NamedTuple):
-    """What the report says of the corruptions of a data set.
+@dataclass
+class Robustness:
+    """The table of corruptions of a data set's runs.
 
     Attributes:
-        titles: of the values of an arm.
-        arms: arm, its number of tested runs, and a value for each title.
-        untested: the runs that count and have no whole record of these weights and this version of the corruptions.
-        by_corruption: corruption, and the mean accuracy of each arm of `shown`.
-        shown: the arms with tested runs.
+        weights: whose tests these are, `best` or `last`.
+        samples: test images a cell.
+        tests: of each run.
+        tables: each mean over corruptions, compared as the report's own metric is.
+        without: the runs that have no such test, as the report names them.
+        remarks: what a reader should know.
     """
 
-    titles: Sequence[str]
-    arms: Sequence[tuple[str, int, Sequence[Value]]]
-    untested: Sequence[Run]
-    by_corruption: Sequence[tuple[str, Sequence[float]]]
-    shown: Sequence[str]
+    weights: str
+    samples: int
+    tests: Mapping[Path, Tested]
+    tables: Sequence[Table]
+    without: Sequence[str]
+    remarks: Sequence[str]
+
+    def mean(self, arm: Arm, name: str) -> float:
+        """Of the arm's runs, of a value of their tests; NaN where there is none."""
+        return _mean(t.values[name] for t in self._of(arm) if name in t.values)
+
+    def by_corruption(self, arm: Arm, corruption: str) -> float:
+        """Mean accuracy of the arm's runs over the severities of a corruption."""
+        return _mean(t.cells[corruption][s]["acc"] for t in self._of(arm) for s in SEVERITIES)
+
+    def _of(self, arm: Arm) -> Iterable[Tested]:
+        return (self.tests[run.path] for run in arm.runs.values() if run.path in self.tests)
 
 
-def robustness_of(table: Table) -> Robust | None:
-    """The tests under corruptions of a table's runs; None where there is none."""
-    runs = [run for arm in table.arms.values() for _, run in sorted(arm.runs.items())]
-    version = max((r.robustness.version for r in runs if r.robustness is not None), default=None)
-    tested = {
-        r.path: r.robustness for r in runs if r.robustness is not None and r.robustness.version == version
-    }
-    if not tested:
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return sum(known) / len(known) if known else math.nan
+
+
+def robustness_of(table: Table, request: Request) -> Robustness | None:
+    """The tests under corruptions of the table's runs; None where no run has one.
+
+    Only tests with all 15 x 5 cells count, of one kind of weights, on equal images: those that the report scores,
+    where a run has them, else the others, which is said.
+    """
+    counted = [(arm, run) for arm in table.arms.values() for run in arm.runs.values()]
+    weights = next((w for w in _preferred(request) if any(w in run.tested for _, run in counted)), None)
+    if weights is None:
         return None
-    columns = [c for c in _COLUMNS if c[2] != "mce" or all("mce" in r.averages for r in tested.values())]
-    base = table.arms[table.baseline]
-    rows = []
-    for arm in table.arms.values():
-        values = [_value(arm, base, table, tested, part, name) for _, part, name in columns]
-        rows.append((arm.name, sum(r.path in tested for r in arm.runs.values()), values))
-    shown = {
-        arm.name: known
-        for arm in table.arms.values()
-        if (known := [tested[r.path] for r in arm.runs.values() if r.path in tested])
+    remarks = []
+    if weights != _preferred(request)[0]:
+        scored = "last epoch's" if weights == "best" else "best"
+        remarks.append(
+            f"These are tests of the {weights} weights, clean accuracy included; the {scored} ones, which this report "
+            "scores, have none."
+        )
+    kinds = Counter(run.tested[weights].kind for _, run in counted if weights in run.tested)
+    kind = kinds.most_common(1)[0][0]
+    tests = {
+        run.path: run.tested[weights]
+        for _, run in counted
+        if weights in run.tested and run.tested[weights].kind == kind
     }
-    by_corruption = [
-        (name, [_mean([r.accuracies[name] for r in known]) for known in shown.values()])
-        for name in ALEXNET_ERRORS
-    ]
-    titles = [title for title, _, _ in columns]
-    return Robust(titles, rows, [r for r in runs if r.path not in tested], by_corruption, list(shown))
+    if len(kinds) > 1:
+        remarks.append(
+            f"{len(kinds)} kinds of tests differ in their images or in the corruptions; most have the one shown."
+        )
+    without = [f"{arm.name}, {unit_name(run.unit)}" for arm, run in counted if run.path not in tests]
+    tables = []
+    for name in UNDER_CORRUPTIONS:
+        values = {path: test.values[name] for path, test in tests.items() if name in test.values}
+        if values:
+            tables.append(_rescored(table, Metric(f"test/{name}"), values, request))
+    samples = next(iter(tests.values())).samples
+    return Robustness(weights, samples, tests, tables, without, remarks)
 
 
-def _value(
-    arm: Arm, base: Arm, table: Table, tested: Mapping[Path, Robustness], part: str, name: str
-) -> Value:
-    def percent(run: Run) -> float:
-        return 100 * float(getattr(tested[run.path], part)[name])
-
-    mean = _mean([percent(run) / 100 for run in arm.runs.values() if run.path in tested])
-    if arm is base:
-        return Value(mean, math.nan, math.nan, math.nan)
-    pairs = [(a, b) for a, b in pairs_of(arm, base) if a.path in tested and b.path in tested]
-    seeds = max(
-        len(pairs), min(len(arm.all_runs), len(base.all_runs))
-    )  # what is looked at, as in the other tables
-    t = s.paired_t(np.array([percent(a) - percent(b) for a, b in pairs]), table.plan.level(seeds))
-    return Value(mean, float(t.mean), float(t.low), float(t.high))
+def _preferred(request: Request) -> tuple[str, str]:
+    return ("best", "last") if request.best else ("last", "best")
 
 
-def _mean(fractions: Sequence[float]) -> float:
-    return 100 * sum(fractions) / len(fractions) if fractions else math.nan
+def _rescored(table: Table, metric: Metric, values: Mapping[Path, float], request: Request) -> Table:
+    margin = table.plan.margin if metric.default_margin is not None and table.metric.is_fraction else None
+    asked = replace(request, metric=metric)
+    try:
+        return rescored(table, values, asked, margin)
+    except ConfigError:  # too few of the arms have tests for one variance
+        return rescored(table, values, replace(asked, shared_variance=False), margin)
+
+
+def to_test(runs: Sequence[Run]) -> str:
+    """The command that tests these runs under all corruptions."""
+    folders = sorted({str(run.path.parent) for run in runs})
+    pattern = f"{folders[0]}/*" if len(folders) == 1 else ",".join(f"{f}/*" for f in folders)
+    return command(as_typed("run", pattern), "task=test", "each=true", "data.module.corruption=all")
+
+
+def corruptions() -> tuple[str, ...]:
+    """The fifteen, in the order of their publication."""
+    return tuple(ALEXNET_ERRORS)
