@@ -10,15 +10,18 @@ import pytest
 import torch
 from conftest import runs_in
 from PIL import Image
-from test_report import make_run, run_report
+from test_report import make_run
 
+import report
 from augmentation.corruptions import COMMON, VERSION, corrupt
+from callbacks.real_labels import AnyOf
+from crucible.options import ConfigError
 from crucible.robustness import ALEXNET_ERRORS, averages
 from datasets.classes import numbered_classes
 from datasets.corrupted import Cell
 from datasets.digits import DigitsDataModule
 from datasets.ready import ReadyCorruptionsDataModule, find_ready
-from datasets.real import accuracy_by_labels, read_real_labels
+from datasets.real_labels import real_labels
 
 WNIDS = [f"n{number:08d}" for number in range(1000)]
 
@@ -103,10 +106,11 @@ def test_each_run_is_tested_by_itself_and_several_at_once_are_refused(cli, run: 
         "data.module.severity=1",
         "data.module.num_workers=0",
     )
-    several = cli(f"run={run},{empty}", *options)
-    assert several.status == 1 and "each=true" in several.err
+    several = cli(f"run=[{run},{run.parent}/../digits/{run.name}]", *options)
+    assert several.status == 2 and "each=true" in several.err
     each = cli(f"run={run},{empty}", "each=true", *options)
-    assert each.status == 1 and "contrast" in each.out and str(empty) in each.out, "one lacks its weights"
+    assert each.status == 0, each.err
+    assert "contrast" in each.out and f"{empty}: has no weights yet" in each.out
 
 
 @pytest.mark.parametrize(
@@ -118,19 +122,19 @@ def test_each_run_is_tested_by_itself_and_several_at_once_are_refused(cli, run: 
         (("task=predict", "data.module.corruption=fog"), "only task=test"),
         (("task=train", "data.module.corruption=fog"), "data.module.corruption"),
         (("task=test", "data.module.real_labels=/nowhere.json"), "no such file"),
-        (("task=test", "each=perhaps"), "must be true"),
+        (("task=test", "each=perhaps"), "must be true or false"),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, run: Path, options: tuple[str, ...], said: str) -> None:
     outcome = cli(f"run={run}", *options)
-    assert outcome.status == 1
+    assert outcome.status == 2
     assert said in outcome.err and "Traceback" not in outcome.err
     assert len(outcome.err.strip().splitlines()) <= 2
 
 
 def test_a_training_takes_no_corruption(cli) -> None:
     outcome = cli("data.module.corruption=fog", "logger.wandb=null")
-    assert outcome.status == 1 and "task=test" in outcome.err and "Traceback" not in outcome.err
+    assert outcome.status == 2 and "task=test" in outcome.err and "Traceback" not in outcome.err
 
 
 # The means
@@ -167,7 +171,7 @@ def test_cifar_c_files_are_read_by_severity(tmp_path: Path) -> None:
     (batch,) = data.test_dataloader()
     assert torch.equal(batch.input, torch.from_numpy(images[4:8].transpose(0, 3, 1, 2)))
     assert batch.target.tolist() == [3, 1, 0, 2]
-    with pytest.raises(Exception, match="no snow there"):
+    with pytest.raises(ConfigError, match="no snow there"):
         data.corrupt(Cell("snow", 2))
 
 
@@ -197,7 +201,7 @@ def test_imagenet_c_folders_are_read_by_severity(tmp_path: Path) -> None:
     data.corrupt(Cell("fog", 2))
     (batch,) = data.test_dataloader()
     assert batch.input.unique().tolist() == [200] and batch.target.tolist() == [1, 0]
-    with pytest.raises(Exception, match="no severity 4"):
+    with pytest.raises(ConfigError, match="no severity 4"):
         data.corrupt(Cell("fog", 4))
 
 
@@ -211,32 +215,38 @@ def test_numbered_folders_are_places_among_the_sorted_classes() -> None:
 # ReaL
 
 
-def test_any_of_the_real_labels_counts_and_images_without_are_left_out(tmp_path: Path) -> None:
+def test_an_image_has_the_labels_of_its_number_as_the_network_counts_classes(tmp_path: Path) -> None:
     file = tmp_path / "real.json"
     file.write_text(json.dumps([[0, 2], [], [1]]))
     names = [f"val/x/ILSVRC2012_val_0000000{n}.JPEG" for n in (3, 2, 1)]
-    labels = read_real_labels(str(file), names, ["c", "a", "b"])
-    assert labels == [{2}, set(), {1, 0}], "places among the sorted names, as the network counts them"
-    values, said = accuracy_by_labels(torch.tensor([1, 1, 0]), torch.tensor([2, 1, 1]), labels)
-    assert values == {"test/acc_real": 0.5, "test/acc_same_images": 0.0}
-    assert "2 of 3 images" in said
+    allowed = real_labels(str(file), names, ["c", "a", "b"])
+    assert allowed.tolist() == [[False, False, True], [False] * 3, [True, True, False]]
+
+
+def test_any_of_the_labels_counts_and_images_without_are_left_out() -> None:
+    metric = AnyOf()
+    metric.update(
+        torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]),
+        torch.tensor([[True, True], [False, True], [False, False]]),
+    )
+    assert float(metric.compute()) == 0.5
 
 
 @pytest.mark.parametrize(
-    ("content", "names", "said"),
+    ("content", "name", "said"),
     [
-        ("[[0]", ["ILSVRC2012_val_00000001.JPEG"], "JSON"),
-        ("{}", ["ILSVRC2012_val_00000001.JPEG"], "list of lists"),
-        ("[[9]]", ["ILSVRC2012_val_00000001.JPEG"], "labels up to 9"),
-        ("[[0]]", ["cat.png"], "files named"),
-        ("[[0]]", ["ILSVRC2012_val_00000002.JPEG"], "of 1 images"),
+        ("[[0]", "ILSVRC2012_val_00000001.JPEG", "no JSON"),
+        ("{}", "ILSVRC2012_val_00000001.JPEG", "list of lists"),
+        ("[[9]]", "ILSVRC2012_val_00000001.JPEG", "has class 9"),
+        ("[[0], [0]]", "cat.png", "have no number"),
+        ("[[0]]", "ILSVRC2012_val_00000002.JPEG", "numbered 2"),
     ],
 )
-def test_wrong_label_files_are_said(tmp_path: Path, content: str, names: list[str], said: str) -> None:
+def test_wrong_label_files_are_said(tmp_path: Path, content: str, name: str, said: str) -> None:
     file = tmp_path / "real.json"
     file.write_text(content)
-    with pytest.raises(Exception, match=said):
-        read_real_labels(str(file), names, ["a", "b"])
+    with pytest.raises(ConfigError, match=said):
+        real_labels(str(file), [name], ["a", "b"])
 
 
 # The report
@@ -251,15 +261,23 @@ def test_the_report_shows_robustness_in_pairs_and_says_who_was_not_tested(
             folder = make_run(tmp_path, arm, seed, 0.9 + 0.001 * seed)
             if (arm, seed) == ("mixup", 3):
                 continue
-            record = whole_record(0.7 + gain) | {"own_data": True, "limit": None, "version": 1}
-            record |= {"clean": {"acc": 0.9, "ece": 0.05}, "averages": {}}
+            record = whole_record(0.7 + gain) | {
+                "own_data": True,
+                "version": 1,
+                "data": "abc",
+                "samples": 100,
+            }
+            record |= {"clean": {"acc": 0.9, "ece": 0.05}}
+            record["averages"] = averages(record)
             place = folder / "tests" / "abc" / "corruptions_last.json"
             place.parent.mkdir(parents=True)
             place.write_text(json.dumps(record))
-    _, text = run_report(tmp_path)
-    assert "Robustness beside accuracy" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| mixup | 3 | 90.00")]
-    assert "69.10" in row and "+2.10" in row and "+1.85 to +2.35" in row
-    untested = next(line for line in text.splitlines() if line.startswith("Without a whole record"))
-    assert "each=true" in untested and "data.module.corruption=all" in text
-    assert untested.count(str(tmp_path)) <= 1 and "baseline" not in untested
+    report_arguments = [f"runs={tmp_path}"]
+    assert report.main(report_arguments) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "Robustness beside accuracy: last weights, 100 test images" in text
+    assert "| mixup | 3 | 90.00 | 69.10 |" in text
+    assert "+1.85 to +2.35" in text, "Student's t over the pairs 2.0, 2.1, 2.2"
+    without = next(line for line in text.splitlines() if "Without a whole test" in line)
+    assert "mixup, seed 3" in without and "baseline" not in without
+    assert "each=true" in text and "data.module.corruption=all" in text
