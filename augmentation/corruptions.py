@@ -157,8 +157,9 @@ def _gaussian(x: Floats, sigma: float, truncate: float = 4.0, mode: str = "neare
 
 def _along_both(x: Floats, rows: Floats, columns: Floats) -> Floats:
     """`rows @ x @ columns.T` for each channel."""
-    vertical = (rows @ x.reshape(len(x), -1)).reshape(len(rows), *x.shape[1:])
-    return columns @ vertical if x.ndim == 3 else vertical @ columns.T
+    vertical: Any = (rows @ x.reshape(len(x), -1)).reshape(len(rows), *x.shape[1:])
+    both: Floats = columns @ vertical if x.ndim == 3 else vertical @ columns.T
+    return both
 
 
 @lru_cache(maxsize=512)
@@ -262,7 +263,7 @@ def _grey(x: Floats) -> Floats:
 
 def _paint(levels: tuple[int, int, int], channels: int) -> Floats:
     """A colour, 0 to 255, for pictures of so many channels; (1, 1, C)."""
-    colour = np.array(levels, dtype=np.float32).reshape(1, 1, 3) / 255
+    colour = np.array(levels, dtype=np.float32).reshape(1, 1, 3) / np.float32(255)
     return _grey(colour) if channels == 1 else colour
 
 
@@ -321,12 +322,13 @@ def _glass_blur(x: Floats, setting: Any, random: Random, small: bool) -> Floats:
         near = at + moved[0] * width + moved[1]
         for here, there in zip(at.ravel().tolist(), near.ravel().tolist(), strict=True):
             source[here] = source[there]
-    return _gaussian(blurred[source].reshape(x.shape).astype(np.float32) / 255, sigma)
+    return _gaussian(blurred[source].reshape(x.shape).astype(np.float32) / np.float32(255), sigma)
 
 
 def _motion_blur(x: Floats, setting: Any, random: Random, small: bool) -> Floats:
     """(radius, sigma) of the trail."""
-    return _streaked(x, *setting, random.uniform(-45, 45))
+    radius, sigma = setting
+    return _streaked(x, radius, sigma, random.uniform(-45, 45))
 
 
 def _zoom_blur(x: Floats, setting: Any, random: Random, small: bool) -> Floats:
@@ -343,7 +345,9 @@ def _snow(x: Floats, setting: Any, random: Random, small: bool) -> Floats:
     mean, sd, zoom, threshold, radius, sigma, kept = setting
     flakes = _zoomed(random.normal(mean, sd, size=x.shape[:2]).astype(np.float32), zoom)
     flakes = _bytes(np.where(flakes < threshold, 0, flakes)).astype(np.float32)
-    flakes = np.round(_streaked(flakes, radius, sigma, random.uniform(-135, -45)))[..., None] / 255
+    flakes = np.round(_streaked(flakes, radius, sigma, random.uniform(-135, -45)))[..., None] / np.float32(
+        255
+    )
     bleached = kept * x + (1 - kept) * np.maximum(x, _grey(x) * 1.5 + 0.5)
     return bleached + flakes + flakes[::-1, ::-1]
 
@@ -455,7 +459,7 @@ def _picture(x: Floats) -> Image.Image:
 
 
 def _of_picture(picture: Image.Image) -> Floats:
-    values = np.asarray(picture, dtype=np.float32) / 255
+    values: Floats = np.asarray(picture, dtype=np.float32) / np.float32(255)
     return values if values.ndim == 3 else values[..., None]
 
 
