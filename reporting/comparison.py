@@ -145,7 +145,7 @@ def rescored(table: Table, values: Mapping[Path, float], request: Request, margi
         arms[arm.name] = replace(
             arm, runs={u: r for u, r in scored.items() if r.value is not None}, incomplete=incomplete
         )
-    plan = replace(table.plan, margin=margin, remarks=())
+    plan = table.plan._replace(margin=margin, remarks=())
     again = Table(table.data, request.metric, table.baseline, arms, plan, table.settings, rivals=table.rivals)
     return _filled(again, [r for arm in arms.values() for r in arm.all_runs], request)
 
