@@ -23,6 +23,7 @@ NOT_SEMANTIC = {
     "data.module.stylized_root_dir", "data.module.train_transforms.pipeline_file",
     "data.module.test_transforms.pipeline_file",
     "data.module.prefetch_factor", "data.module.predict_dir", "data.module.class_map", "data.module.persistent_workers",
+    "data.module.corruption", "data.module.severity", "data.module.real_labels",
     "data.module.cache", "data.module.decoder", "data.module.on_error",
     "data.module.pin_memory", "data.module.seed", "data.module.csv_file",
     "data.module.train_shards", "data.module.val_shards", "data.module.test_shards", "data.module.classes_file",

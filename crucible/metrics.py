@@ -42,7 +42,7 @@ class MetricRow:
     Attributes:
         name: as the option `metrics` takes it.
         logged: as it is logged, behind the split and a slash.
-        task: that it has a meaning for; None: logged in every run, without being asked for.
+        task: that it has a meaning for; None: not asked for by name: the loss of every run, means over corruptions.
         higher_is_better: else lower is.
         fraction: within [0, 1], and shown in percent.
         build: makes it, given the number of classes.
@@ -79,6 +79,10 @@ METRICS = (
     MetricRow("mae", "mae", "regression", False, False, _measure("MeanError", squared=False)),
     MetricRow("r2", "r2", "regression", True, False, _measure("R2")),
     MetricRow("loss", "loss", None, False, False, None),
+    # of a test under corruptions (crucible.robustness)
+    MetricRow("acc_corrupted", "acc_corrupted", None, True, True, None),
+    MetricRow("ece_corrupted", "ece_corrupted", None, False, True, None),
+    MetricRow("mce", "mce", None, False, True, None),
 )  # fmt: skip
 
 

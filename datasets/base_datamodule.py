@@ -26,7 +26,8 @@ from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from crucible.pictures import Decoder, installed
 from datasets.cache import Cache, OnError, in_memory
-from datasets.classes import listed, match_classes, read_class_map
+from datasets.classes import NUMBERED, listed, match_classes, numbered_classes, read_class_map
+from datasets.corrupted import Cell, CorruptedSamples
 from datasets.groups import Groups, Joint, groups_of
 from datasets.images import (
     SCHEME,
@@ -172,6 +173,10 @@ class BaseDataModule(LightningDataModule):
         on_error: what a sample that cannot be read does: end the run, or be skipped, counted and reported.
         class_map: a YAML file `{name there: class of the network}` for testing on a folder whose classes have
             other names; null as the class leaves one out. Training takes none.
+        corruption: for `task=test`: what is done to the test images, one of the 15 of ImageNet-C or of the 4 extra
+            ones, several, `all` or `extra`; with `data_root_dir` a folder of ready ones is read. null: nothing.
+        severity: of the corruption, 1 to 5; null or all: all five.
+        real_labels: for `task=test` on ImageNet's validation images: a ReaL file of labels (a JSON list of lists).
 
     Raises:
         ConfigError: for options that contradict each other.
@@ -217,6 +222,9 @@ class BaseDataModule(LightningDataModule):
         cache: Cache = "auto",
         decoder: Decoder = "auto",
         on_error: OnError = "raise",
+        corruption: str | list[str] | None = None,
+        severity: Literal["all"] | Annotated[int, "[1, 5]"] | None = None,
+        real_labels: str | None = None,
     ) -> None:
         super().__init__()
         if fold >= folds:
@@ -246,6 +254,10 @@ class BaseDataModule(LightningDataModule):
         self.cache: Cache = cache
         self.decoder: Decoder = decoder
         self.on_error: OnError = on_error
+        self.corruption = corruption
+        self.severity = severity
+        self.real_labels = real_labels
+        self.cell: Cell | None = None  # what the test images suffer now
         self.trained_classes: list[str] | None = None
         self.elsewhere = False
         self.left_out: frozenset[int] = frozenset()  # samples that train no more, as in `Batch.index`
@@ -273,6 +285,13 @@ class BaseDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.module.class_map={self.class_map}: is for testing a trained network on another folder"
             )
+        for option in ("corruption", "severity", "real_labels"):
+            if (value := getattr(self, option)) is not None:
+                raise ConfigError(
+                    f"data.module.{option}={value}: is for testing a trained network: "
+                    f"python main.py run=RUN task=test data.module.{option}={value}",
+                    "docs/data.md",
+                )
         self.prepare_data()
         self._load()
         if self.val_split == "test" and self.test_dataset is None:
@@ -410,8 +429,12 @@ class BaseDataModule(LightningDataModule):
         self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]
     ) -> Any:
         where = f"data.module.data_root_dir: {getattr(raw, 'root', self.data_root_dir or self.name)}"
+        numbers = None if class_map else numbered_classes(found, known)
+        if numbers is not None and NUMBERED not in self.remarks:
+            self.remarks.append(NUMBERED)
         try:
-            numbers = match_classes(found, known, where, "the network has", class_map)
+            if numbers is None:
+                numbers = match_classes(found, known, where, "the network has", class_map)
         except ConfigError as error:
             raise ConfigError(f"{error}; data.module.class_map=FILE says what is called what") from None
         if hasattr(raw, "relabelled"):
@@ -593,6 +616,19 @@ class BaseDataModule(LightningDataModule):
         """Each validation sample once over all ranks, in order; under `limit_val_batches` a draw of them."""
         return self._evaluation_loader("val")
 
+    def corrupt(self, cell: Cell | None) -> None:
+        """Let the test images suffer a corruption from now on; None: none.
+
+        Raises:
+            ConfigError: where they are no pictures.
+        """
+        self.cell = cell
+        self._for_evaluation("test")
+
+    def _for_evaluation(self, split: Split) -> Samples | CorruptedSamples:
+        samples = self.samples(split)
+        return samples if split != "test" or self.cell is None else CorruptedSamples(samples, self.cell)
+
     def test_dataloader(self) -> DataLoader:
         """Each test sample once over all ranks, in order; under `limit_test_batches` a draw of them."""
         return self._evaluation_loader("test")
@@ -602,9 +638,11 @@ class BaseDataModule(LightningDataModule):
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
-        samples, (rank, world) = self.samples(split), self._place()
+        samples, (rank, world) = self._for_evaluation(split), self._place()
         if split == "predict":
             samples.on_unreadable = "blank"  # one bad image loses its own row only
+        elif isinstance(samples, CorruptedSamples):
+            self._count_unreadable(samples.samples)
         else:
             self._count_unreadable(samples)
             self._keep_on_device(samples)
@@ -631,7 +669,7 @@ class BaseDataModule(LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _loader(self, samples: Samples, sampler: EpochSampler | EvalSampler) -> DataLoader:
+    def _loader(self, samples: Samples | CorruptedSamples, sampler: EpochSampler | EvalSampler) -> DataLoader:
         workers, prefetch = self._within_shared_memory(samples, sampler, self._workers(samples, len(sampler)))
         return DataLoader(
             samples,
@@ -650,16 +688,16 @@ class BaseDataModule(LightningDataModule):
             return torch.cuda.is_available()
         return self.trainer.strategy.root_device.type == "cuda"
 
-    def _workers(self, samples: Samples, batches: int) -> int:
+    def _workers(self, samples: Samples | CorruptedSamples, batches: int) -> int:
         if self.num_workers != "auto":
             return self.num_workers
-        if samples.keeps:
+        if samples.keeps or (isinstance(samples, CorruptedSamples) and samples.few):
             return 0
         processes = 1 if self.trainer is None else self.trainer.num_devices
         return max(1, min(core_count() // processes, _MOST_WORKERS, batches))
 
     def _within_shared_memory(
-        self, samples: Samples, sampler: EpochSampler | EvalSampler, workers: int
+        self, samples: Samples | CorruptedSamples, sampler: EpochSampler | EvalSampler, workers: int
     ) -> tuple[int, int]:
         """As many workers and batches ready as there is memory to hand them on through; a loader takes half of it."""
         wanted = workers, self.prefetch_factor

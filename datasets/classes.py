@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from crucible.options import ConfigError
 
 LEFT_OUT = -1  # the number of a class that a mapping file leaves out
 _SHOWN = 8
+NUMBERED = (
+    "class folders are numbers, taken as the places of the 1000 classes of ImageNet (as in ImageNet-V2)"
+)
 
 
 def folded(name: str) -> str:
@@ -94,3 +98,20 @@ def match_classes(
         also = f" (nor {listed(unknown[1:])})" if len(unknown) > 1 else ""
         raise ConfigError(f"{where}/{unknown[0]}: {whose} no such class{also}; they are {listed(known)}")
     return numbers
+
+
+def numbered_classes(found: Sequence[str], known: Sequence[str]) -> np.ndarray | None:
+    """The places of class folders named `0` to `999`, for a network of ImageNet's 1000 WordNet numbers; else None.
+
+    The places are those of the sorted WordNet numbers, as everywhere (`10` is not the third one).
+
+    Args:
+        found: names of class folders.
+        known: the network's classes.
+    """
+    if len(known) != 1000 or not all(re.fullmatch(r"n\d{8}", name) for name in known):
+        return None
+    if not found or not all(re.fullmatch(r"0|[1-9]\d{0,2}", name) for name in found):
+        return None
+    order = np.argsort(np.asarray(known))  # the numbers of the sorted names
+    return order[[int(name) for name in found]].astype(np.int64)

@@ -476,7 +476,7 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
 
 # on a recorded run
 
-_OWN = ("run", "task", "ckpt_path", "out", "user_dir")
+_OWN = ("run", "task", "ckpt_path", "out", "user_dir", "each")
 # what may be typed beside run=RUN: for training what leaves the result as it is
 _WHILE_TRAINING = (
     "data.module.data_root_dir", "data.module.stylized_root_dir", "data.module.csv_file", "data.module.train_shards",
@@ -504,6 +504,8 @@ def run_recorded(arguments: Sequence[str]) -> int:
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     runs = [RunDirectory(path) for path in _expand(given["run"])]
+    if given.get("each", "false") != "false":
+        return _each(arguments, given, runs, task)
     if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
         pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
     configs = [_with_overrides(run, given, task) for run in runs]
@@ -548,6 +550,39 @@ def run_recorded(arguments: Sequence[str]) -> int:
             ended.set()
             end_others(others, 0)
         return status
+
+
+def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[RunDirectory], task: str) -> int:
+    """`each=true`: what the command asks for, of one run after the other, instead of all as one; the worst status.
+
+    What one run cannot do is said in a line, and the others go on. A run without weights yet is passed over.
+    """
+    if given["each"] != "true":
+        raise ConfigError(f"each={given['each']}: must be true or false", see="docs/data.md")
+    if task not in tasks.OF_TRAINED:
+        raise ConfigError(f"each=true: is for task={' and task='.join(tasks.OF_TRAINED)}", see="docs/data.md")
+    if "out" in given and len(runs) > 1:
+        raise ConfigError(
+            f"out={given['out']}: one file for each of {len(runs)} runs; leave it out", see="docs/data.md"
+        )
+    others = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "each")]
+    worst, passed_over = 0, 0
+    for run in runs:
+        if not any(run.checkpoints.glob("*.ckpt")):
+            passed_over += 1
+            _say(f"{run.path}: has no weights yet; passed over")
+            continue
+        try:
+            status = run_recorded([option("run", str(run.path)), *others])
+        except ConfigError as error:
+            status = 2
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        worst = max(worst, status)
+    _say(
+        f"{len(runs) - passed_over} runs, one after the other"
+        + (f"; {passed_over} without weights" if passed_over else "")
+    )
+    return worst
 
 
 def _expand(text: str) -> list[str]:

@@ -26,7 +26,8 @@ _NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_d
 
 # what says which data they are
 _PLACES = (
-    "data_root_dir", "stylized_root_dir", "csv_file", "train_shards", "val_shards", "test_shards", "classes_file", "class_map", "_target_",
+    "data_root_dir", "stylized_root_dir", "csv_file", "train_shards", "val_shards", "test_shards", "classes_file",
+    "class_map", "_target_",
 )  # fmt: skip
 
 

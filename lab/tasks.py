@@ -30,6 +30,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
+from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell, text_of
@@ -46,8 +47,10 @@ from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
+from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
 from lab.config import check_known, completed
+from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
 from lab.states import find_state
 from lab.teachers import hand_in_teacher
@@ -160,6 +163,9 @@ def test(
         for n, node in config["callbacks"].items()
         if node and n != "progress" and out
     ]
+    if (file := config["data"]["module"].get("real_labels")) is not None:
+        names = getattr(data.samples("test").raw, "names", None)
+        plots.append(RealLabels(real_labels(file, names, data.class_names)))
     if out:
         folder.mkdir(parents=True, exist_ok=True)
         plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
@@ -277,6 +283,10 @@ def predict(runs: Runs, out: Path | None) -> int:
     Several runs (the folds of a cross-validation, say) give the mean of their probabilities. What cannot be read has
     no row; it is named at the end, and the exit status is 1.
     """
+    if any(asks_for_corruptions(config) for _, config, _ in runs):
+        raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
+    if any(config["data"]["module"].get("real_labels") for _, config, _ in runs):
+        raise ConfigError("data.module.real_labels: only task=test takes it", see="docs/data.md")
     name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
@@ -383,6 +393,18 @@ def test_all(runs: Runs, out: Path | None) -> int:
     Where the folder cannot be written, the values are said only.
     """
     (run, config, checkpoint), *others = runs
+    if asks_for_corruptions(config):
+        if others:
+            raise ConfigError(
+                f"data.module.corruption: {len(runs)} runs are tested as one by the mean of their probabilities, which "
+                "has no table of corruptions; each=true tests each run",
+                see="docs/data.md",
+            )
+        return test_corrupted(run, config, checkpoint, out)
+    if others and config["data"]["module"].get("real_labels"):
+        raise ConfigError(
+            "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
+        )
     if not others:
         final, out, said = test(run, config, checkpoint, out)
     else:

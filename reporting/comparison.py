@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +85,7 @@ class Table:
     shared: s.Shared | None = None  # the variance of a difference, pooled over the arms
     floor: float = math.nan  # sd of one run's accuracy that the test set's size alone brings
     examples: int = 0
+    robustness: Any = None  # `reporting.robustness.Robustness`, where its runs were tested under corruptions
 
     @property
     def tested(self) -> list[Comparison]:
@@ -123,7 +126,33 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     arms = {baseline: arms[baseline], **arms}
     plan, settings = plan_of(runs, request), settings_of(arms, baseline)
     rivals = _rival_arms(arms, baseline, runs)
-    table = Table(data, request.metric, baseline, arms, plan, settings, rivals=rivals)
+    return _filled(Table(data, request.metric, baseline, arms, plan, settings, rivals=rivals), runs, request)
+
+
+def rescored(table: Table, values: Mapping[Path, float], request: Request, margin: float | None) -> Table:
+    """The same arms compared by other values of their runs; a run without one is incomplete.
+
+    Args:
+        table: of the report's metric.
+        values: by the run's folder.
+        request: with the metric that these are values of.
+        margin: in its unit.
+    """
+    arms = {}
+    for arm in table.arms.values():
+        scored = {u: replace(r, value=values.get(r.path), correctness=None) for u, r in arm.runs.items()}
+        incomplete = [*arm.incomplete, *(r for r in scored.values() if r.value is None)]
+        arms[arm.name] = replace(
+            arm, runs={u: r for u, r in scored.items() if r.value is not None}, incomplete=incomplete
+        )
+    plan = table.plan._replace(margin=margin, remarks=())
+    again = Table(table.data, request.metric, table.baseline, arms, plan, table.settings, rivals=table.rivals)
+    return _filled(again, [r for arm in arms.values() for r in arm.all_runs], request)
+
+
+def _filled(table: Table, runs: Sequence[Run], request: Request) -> Table:
+    """The table with its comparisons."""
+    arms, baseline, plan = table.arms, table.baseline, table.plan
     _noise_floor(table)
     table.shared = _pooled(table)
     moderate = _moderating(table, request)

@@ -36,7 +36,10 @@ def _results_csv(tables: Sequence[Table]) -> str:
     """results.csv; empty cells for what there is not."""
     import pandas
 
-    rows = [{name: cell(value) for name, value in row.items()} for table in tables for row in _rows(table)]
+    under = [other for table in tables if table.robustness for other in table.robustness.tables]
+    rows = [
+        {n: cell(value) for n, value in row.items()} for table in [*tables, *under] for row in _rows(table)
+    ]
     table = pandas.DataFrame(rows, columns=list(CSV_COLUMNS)).astype({"pairs": "Int64"})
     return str(table.to_csv(index=False, lineterminator="\n"))
 

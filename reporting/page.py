@@ -17,6 +17,7 @@ from reporting.comparison import Comparison, Table
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
+from reporting.robustness import Robustness, corruptions, to_test
 
 LEFT_OUT_LISTED = 100
 WARNINGS_LISTED = 60
@@ -150,6 +151,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(Heading("Cost beside the gain", 3), _cost_grid(table), Text(_COST_LABELS), *picture("time"))
     else:
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
+    if table.robustness:
+        _add_robustness(page, table)
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
@@ -281,6 +284,75 @@ def _ratio(c: Comparison | None) -> Cell:
         return "-", math.nan
     interval = "" if math.isnan(c.ratio.low) else f" ({c.ratio.low:.2f}-{c.ratio.high:.2f})"
     return f"{c.ratio.mean:.2f}{interval}", float(c.ratio.mean)
+
+
+_CORRUPTED = (
+    "Means over the 15 common corruptions and their 5 severities (arXiv 1903.12261), compared as the metric above is, "
+    "each with its own correction for the number of techniques. *clean*: the same weights on the same images as they "
+    "are."
+)
+
+
+def _add_robustness(page: Page, table: Table) -> None:
+    found: Robustness = table.robustness
+    page.add(
+        Heading(
+            f"Robustness beside accuracy: {found.weights} weights, {found.samples} test images a cell, in %",
+            3,
+        ),
+        _robustness_grid(table),
+        brief=True,
+    )
+    page.add(Text(_CORRUPTED))
+    page.add(*(Text(remark, notice=True) for remark in found.remarks), brief=True)
+    if found.without:
+        missing = ", ".join(found.without[:10]) + (
+            f" and {len(found.without) - 10} more" if found.without[10:] else ""
+        )
+        runs = [run for arm in table.arms.values() for run in arm.runs.values()]
+        page.add(
+            Text(f"Without a whole test under corruptions: {missing}. This makes it:", notice=True),
+            Code([to_test(runs)]),
+            brief=True,
+        )
+    for other in found.tables if table.comparisons else ():
+        metric = other.metric
+        better = "higher" if metric.higher_is_better else "lower"
+        margin = "" if other.plan.margin is None else f", margin {metric.formatted(other.plan.margin)} points"
+        page.add(
+            Text(f"`{metric.name}` against {other.baseline}, in points ({better} is better{margin}):"),
+            brief=True,
+        )
+        page.add(
+            _comparison_grid(other), Items([f"{c.arm}: {c.verdict}" for c in other.comparisons]), brief=True
+        )
+    rows = [
+        [_word(name), *(_percent(found.by_corruption(arm, name)) for arm in table.arms.values())]
+        for name in corruptions()
+    ]
+    grid = Grid(["corruption", *table.arms], rows, frozenset({"corruption"}))
+    page.add(Fold("Accuracy by corruption, mean over severities and seeds", [grid]))
+
+
+def _percent(value: float) -> Cell:
+    return _number(100 * value, ".2f")
+
+
+def _robustness_grid(table: Table) -> Grid:
+    """The arms: tests, clean and corrupted accuracy and calibration error, means over seeds."""
+    found: Robustness = table.robustness
+    shown = {
+        "acc clean": "clean_acc", "acc corrupted": "acc_corrupted", "ece clean": "clean_ece",
+        "ece corrupted": "ece_corrupted", "mce": "mce",
+    }  # fmt: skip
+    shown = {n: k for n, k in shown.items() if any(k in t.values for t in found.tests.values())}
+    rows = []
+    for arm in table.arms.values():
+        count = sum(run.path in found.tests for run in arm.runs.values())
+        rows.append(
+            [_word(arm.name), _number(count, "d"), *(_percent(found.mean(arm, k)) for k in shown.values())]
+        )
+    return Grid(["arm", "tests", *shown], rows, frozenset({"arm"}))
 
 
 def _together_grid(table: Table) -> Grid:

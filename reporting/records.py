@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
 from reporting.request import SEE, Metric, Request
 
+UNDER_CORRUPTIONS = ("acc_corrupted", "ece_corrupted", "mce")
 Unit = tuple[int, int]  # (seed, fold): what a technique and the baseline are paired by
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -62,6 +63,19 @@ class Correctness(NamedTuple):
         return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.examples).view(np.bool_)
 
 
+class Tested(NamedTuple):
+    """A test of a run's weights under all corruptions (`lab.robustness`).
+
+    `values` holds the means over corruptions, and the clean ones as `clean_acc` and the like; `cells` every metric by
+    corruption and severity; `kind` is equal for tests that can be compared.
+    """
+
+    values: Mapping[str, float]
+    cells: Mapping[str, Mapping[str, Mapping[str, float]]]
+    samples: int
+    kind: str
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished or diverged run: where it belongs and what came out."""
@@ -93,6 +107,7 @@ class Run:
     remark: str  # what is wrong with its records
     nonfinite: str  # what was done about numbers that were not finite
     unreadable: str  # what its data lacked
+    tested: Mapping[str, Tested] = field(default_factory=dict)  # under corruptions, by whose weights
 
     @property
     def compiled(self) -> bool:
@@ -134,6 +149,15 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and not of_split(request.metric.name, "val"):
             raise ConfigError(f"checkpoint=best: no run has tested its best weights{_to_test(runs)}", see=SEE)
+        if request.metric.base in UNDER_CORRUPTIONS:
+            which = "best" if request.best else "last"
+            again = command(as_typed("run", f"{runs[0].path.parent}/*"), "task=test", "each=true", f"ckpt_path={which}",
+                            "data.module.corruption=all")  # fmt: skip
+            raise ConfigError(
+                f"metric={request.metric.name}: no run has tested its {which} weights under all corruptions; {again} "
+                "does",
+                see=SEE,
+            )
         known = sorted({name for run in runs for name in run.final})
         hint = suggest(request.metric.name, known) or "; they have none"
         raise ConfigError(f"metric={request.metric.name}: no finished run has it{hint}", see=SEE)
@@ -178,8 +202,9 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     module = (config.get("data") or {}).get("module") or {}
     techniques = frozenset(summary.get("techniques") or ()) - {"baseline"}
     arm = str(summary.get("arm") or "+".join(sorted(techniques)) or "baseline")
-    final = _numbers(summary.get("final"))
-    value, remark = _scored(path, summary, final, request)
+    tested = read_tests(path, summary.get("data_fingerprint"))
+    final = _numbers(summary.get("final")) | _means_of("last", tested)
+    value, remark = _scored(path, summary, final, tested, request)
     if value is not None and not diverged:
         diverged = _why_diverged(value, request.metric, settings.get("data.num_classes"))
     correctness = None
@@ -215,6 +240,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         remark=remark,
         nonfinite=_nonfinite(summary),
         unreadable=_unreadable(summary),
+        tested=tested,
     )
 
 
@@ -297,7 +323,11 @@ def _positive(value: Any) -> float | None:
 
 
 def _scored(
-    path: Path, summary: Mapping[str, Any], final: Mapping[str, float], request: Request
+    path: Path,
+    summary: Mapping[str, Any],
+    final: Mapping[str, float],
+    tested: Mapping[str, Tested],
+    request: Request,
 ) -> tuple[float | None, str]:
     """The metric of the last weights, or of those that were best on validation; and why there is none."""
     name = request.metric.name
@@ -305,6 +335,8 @@ def _scored(
         return final.get(name), ""
     if of_split(name, "val"):
         return _numbers(summary.get("best")).get(name), ""
+    if name in (means := _means_of("best", tested)):
+        return means[name], ""
     again = command(as_typed("run", path), "task=test")
     try:
         tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
@@ -329,6 +361,42 @@ def _images_differ(path: Path) -> bool:
             return any(str(last[key]) != str(best[key]) for key in ("count", "samples"))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def read_tests(path: Path, own_data: Any) -> dict[str, Tested]:
+    """A run's tests of its own data under all corruptions, by whose weights they are (`best`, `last`).
+
+    Of several with the same weights, that with the most images.
+
+    Args:
+        path: the run's.
+        own_data: fingerprint of its data; None: an older run's, which recorded none.
+    """
+    found: dict[str, Tested] = {}
+    for file in sorted(path.glob("tests/*/corruptions_*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            test = Tested(
+                values={f"clean_{k}": float(v) for k, v in record["clean"].items()}
+                | {k: float(v) for k, v in record["averages"].items()},
+                cells=record["cells"],
+                samples=int(record["samples"]),
+                kind=json.dumps([record[n] for n in ("data", "samples", "version")]),
+            )
+            mine = record["own_data"] and own_data in (None, record["data"])
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            continue  # the test that wrote it makes it anew
+        weights = file.stem.removeprefix("corruptions_")
+        known = found.get(weights)
+        if mine and record["averages"] and (known is None or known.samples < test.samples):
+            found[weights] = test
+    return found
+
+
+def _means_of(weights: str, tested: Mapping[str, Tested]) -> dict[str, float]:
+    """The means over corruptions as metrics are logged."""
+    values = tested[weights].values if weights in tested else {}
+    return {f"test/{k}": v for k, v in values.items() if not k.startswith("clean_")}
 
 
 def _why_diverged(value: float, metric: Metric, classes: Any) -> str:

@@ -399,12 +399,13 @@ def test_odd_names_reach_every_process_of_a_sweep(how: list[str], shell, tmp_pat
         "model._target_=odd_model.OddModel",
         "trainer.limit_train_batches=1",
         option("arm", "é, [1]='x'"),
+        "seed=0,1",
         *how,
     ]
     outcome = shell(*command)
-    assert outcome.status == 0 and "1 of 1 runs are finished" in outcome.out, outcome
+    assert outcome.status == 0 and "2 of 2 runs are finished" in outcome.out, outcome
     runs = runs_in(tmp_path)
-    assert {run.parent.name for run in runs} == {"x,y [ü]"} and len(runs) == 1
+    assert {run.parent.name for run in runs} == {"x,y [ü]"} and len(runs) == 2
     assert {RunDirectory(run).summary()["arm"] for run in runs} == {"é, [1]='x'"}
     again = shell(*command)
-    assert again.status == 0 and not runs_in(tmp_path)[1:], again
+    assert again.status == 0 and not runs_in(tmp_path)[2:], again

@@ -19,6 +19,7 @@ FLOORS = (
     ("datasets", "models"),
     ("reporting", "lab.config", "lab.build", "lab.summary", "lab.teachers", "lab.states", "lab.experiment"),
     ("lab.scoring", "lab.packing"),
+    ("lab.robustness",),
     ("lab.tasks",),
     ("lab.warm", "lab.ranks", "lab.processes", "lab.remote", "lab.jobs"),
     ("lab.planning", "lab.executors", "lab.cluster", "lab.ray_engine", "lab.search", "lab.sweeps"),
