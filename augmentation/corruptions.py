@@ -38,7 +38,7 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALL_BELOW = 64  # pixels of the shorter side
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # float32, or float64 on the way
 Random = np.random.RandomState  # its streams are frozen over NumPy's versions
 
 # settings by severity; the meaning of each stands with the function of that name
@@ -210,17 +210,17 @@ def _streaked(x: Floats, radius: float, sigma: float, degrees: float) -> Floats:
 
 @lru_cache(maxsize=32)
 def _disk(radius: float, alias: float) -> Floats:
-    """A disk of `radius` pixels whose edge is softened by a Gaussian of sigma `alias`; it sums to 1."""
+    """A disk of `radius` pixels that sums to 1, then its edge softened by a Gaussian of sigma `alias`."""
     reach, size = (8, 3) if radius <= 8 else (int(radius), 5)
     at = np.arange(-reach, reach + 1)
     disk = (at[:, None] ** 2 + at[None, :] ** 2 <= radius**2).astype(np.float64)
+    disk /= disk.sum()
     taps = np.exp(-(np.arange(-(size // 2), size // 2 + 1) ** 2) / (2 * alias**2))
     taps /= taps.sum()
     for axis in (0, 1):
         disk = ndimage.correlate1d(disk, taps, axis=axis, mode="mirror")
     used = np.abs(at[disk.any(axis=0)]).max()
-    kernel = disk[reach - used : reach + used + 1, reach - used : reach + used + 1]
-    return (kernel / kernel.sum()).astype(np.float32)
+    return disk[reach - used : reach + used + 1, reach - used : reach + used + 1].astype(np.float32)
 
 
 def _plasma(side: int, decay: float, random: Random) -> Floats:

@@ -639,14 +639,14 @@ class BaseDataModule(LightningDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
         samples, (rank, world) = self._for_evaluation(split), self._place()
+        whole = samples.samples if isinstance(samples, CorruptedSamples) else samples
         if split == "predict":
-            samples.on_unreadable = "blank"  # one bad image loses its own row only
-        elif isinstance(samples, CorruptedSamples):
-            self._count_unreadable(samples.samples)
+            whole.on_unreadable = "blank"  # one bad image loses its own row only
         else:
-            self._count_unreadable(samples)
-            self._keep_on_device(samples)
-        self._of_phase[split] = samples
+            self._count_unreadable(whole)
+            if whole is samples:
+                self._keep_on_device(whole)
+        self._of_phase[split] = whole
         if len(samples) < world:
             raise ConfigError(
                 f"trainer.devices: {self.name} has {len(samples)} {split} samples, fewer than {world} devices"

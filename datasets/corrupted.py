@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from augmentation.corruptions import COMMON, EXTRA, SEVERITIES, corrupt, prepare
 from crucible.batch import Batch
 from crucible.options import ConfigError, suggest
+from datasets.samples import Samples
 from datasets.sampling import KeyedBatch
 
 SEE = "docs/data.md"
@@ -61,7 +62,7 @@ class CorruptedSamples(Dataset):
 
     keeps = False  # a copy of the pictures in memory or on the device is of whole ones
 
-    def __init__(self, samples: Any, cell: Cell, split: str = "test") -> None:
+    def __init__(self, samples: Samples, cell: Cell, split: str = "test") -> None:
         self.samples = samples
         self.cell = cell
         first = samples[(0, [0])].input

@@ -24,6 +24,7 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.corrupted import SEE, Cell, wanted_cells
 from datasets.ready import ReadyCorruptionsDataModule, find_ready
+from lab import config as checking
 from lab.build import build_data, build_trainer, file_fingerprint, with_weights
 from lab.scoring import data_to_score, trained_classes
 
@@ -147,7 +148,7 @@ def _data(run: RunDirectory, config: Config, checkpoint: Path) -> _Corruptible:
         target = f"{ReadyCorruptionsDataModule.__module__}.{ReadyCorruptionsDataModule.__name__}"
         node = {"_target_": target, **{n: v for n, v in module.items() if n in own}}
         ready: Any = build_data({**config, "data": {**config["data"], "module": node}})
-        classes, source = trained_classes(run, config, checkpoint)
+        classes, source = trained_classes(run, checking.completed(run.config()), checkpoint)
         ready.score_for(classes, elsewhere=True)
         ready.setup("test")
         remarks = [
@@ -201,7 +202,8 @@ def show(record: Mapping[str, Any], cells: list[Cell], console: Console) -> None
         table.add_row(name, *map(_shown, row), *([_shown(means)] if mean else []))
     console.print(table)
     for name, value in record["averages"].items():
-        console.print(f"  {name:<24} {value:.4f}   {_MEANING[name]}")
+        made = "; made here, frost drawn: not a paper's" if name == "mce" and not record["ready"] else ""
+        console.print(f"  {name:<24} {value:.4f}   {_MEANING[name]}{made}")
     if not record["averages"] and any(c.corruption in COMMON for c in cells):
         have = sum(len(record["cells"].get(n, {})) for n in COMMON)
         console.print(

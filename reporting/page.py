@@ -311,8 +311,9 @@ def _add_robustness(page: Page, table: Table) -> None:
         )
         runs = [run for arm in table.arms.values() for run in arm.runs.values()]
         page.add(
-            Text(f"Without a whole test under corruptions: {missing}. This makes it:", notice=True),
-            Code([to_test(runs)]),
+            Text(
+                f"Without a whole test under corruptions: {missing}; `{to_test(runs)}` makes it.", notice=True
+            ),
             brief=True,
         )
     for other in found.tables if table.comparisons else ():

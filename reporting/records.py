@@ -339,19 +339,19 @@ def _scored(
         return means[name], ""
     again = command(as_typed("run", path), "task=test")
     try:
-        tested = json.loads((path / "test.json").read_text(encoding="utf-8"))
+        record = json.loads((path / "test.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError):
-        tested = None
-    if not isinstance(tested, dict):
+        record = None
+    if not isinstance(record, dict):
         return None, f"test.json is damaged; {again} makes it anew"
-    if tested.get("checkpoint") != "best.ckpt":
+    if record.get("checkpoint") != "best.ckpt":
         return None, ""
     own = summary.get("data_fingerprint")
-    if (own and tested.get("data", own) != own) or _images_differ(path):
+    if (own and record.get("data", own) != own) or _images_differ(path):
         return None, f"test.json is of other data than the run's; {again} tests its own"
-    return _numbers(tested.get("metrics")).get(name), ""
+    return _numbers(record.get("metrics")).get(name), ""
 
 
 def _images_differ(path: Path) -> bool:
