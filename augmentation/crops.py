@@ -69,6 +69,8 @@ def crop_boxes(draws: Tensor, height: int, width: int, min_area: float) -> Tenso
         (N, 4) int64: top, left, height and width in pixels.
     """
     low, high = map(math.log, ASPECT)
+    if draws.device.type != "mps":  # which has no float64; elsewhere the boxes are those of `crop_box`
+        draws = draws.double()
     area = (min_area + (1 - min_area) * draws[:, :ATTEMPTS]) * (height * width)
     aspect = (low + (high - low) * draws[:, ATTEMPTS : 2 * ATTEMPTS]).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()

@@ -126,8 +126,9 @@ class Samples(Dataset):
         """The random numbers of each sample; None where the policy makes its own."""
         if not (count := self.policy.draws):
             return iter([None if count is None else ()] * len(indices))
-        key = stream_key(self.seed, self.stream, epoch)
-        return iter(keyed_uniform(key, torch.from_numpy(indices), count).tolist())
+        # of the batch part's stream: it crops what lies in memory, by the same numbers
+        key, first = stream_key(self.seed, "batch", epoch), self.policy.first_draw
+        return iter(keyed_uniform(key, torch.from_numpy(indices), first + count)[:, first:].tolist())
 
     def _sample(self, epoch: int, index: int, draws: Sequence[float] | None) -> tuple[Tensor, Any]:
         with naming(self.raw, index, self.split):

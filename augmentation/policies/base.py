@@ -55,6 +55,8 @@ class Policy(nn.Module):
         """Random numbers that `from_draws` takes for a sample; None: `sample` alone makes it, with draws of its own."""
         return 0 if type(self).sample is Policy.sample else None
 
+    first_draw = 0  # in the row of a sample's random numbers: before it are those of the batch part
+
     def from_draws(self, image: Image.Image | Tensor, draws: Sequence[float]) -> Tensor:
         """As `sample`, from `draws`, uniform in [0, 1): a loader makes those of a whole batch at once."""
         return self.sample(image)
@@ -125,7 +127,7 @@ class ImagePolicy(Policy):
         self.shift_by, self.flip_chance = 0, 0.0
         self.transform: Callable[[Any], Any] | None = self.build_transform()
         self.automatic: Automatic | None = self.build_automatic()
-        self.batch_draws = SHIFT_AND_CUTOUT + (0 if self.automatic is None else self.automatic.draws)
+        self.first_draw = SHIFT_AND_CUTOUT + (0 if self.automatic is None else self.automatic.draws)
 
     def build_automatic(self) -> Automatic | None:
         """What is drawn for each image, in the batch part."""
@@ -194,7 +196,7 @@ class ImagePolicy(Policy):
         """uint8 (N, C, size, size) to the same: shifted, flipped, and changed by the drawn operations."""
         if not (self.shift_by or self.flip_chance or self.automatic is not None):
             return input
-        draws = keyed_uniform(key, index, self.batch_draws)
+        draws = keyed_uniform(key, index, self.first_draw)
         if self.shift_by or self.flip_chance:
             input = shift_and_flip(input, draws[:, :3], self.shift_by, self.flip_chance)
         if self.automatic is not None:

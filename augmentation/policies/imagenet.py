@@ -78,7 +78,9 @@ class BaselineTransform(_ImagenetPolicy):
         """As that of every policy; images in memory, of another size, are cropped first."""
         if input.shape[2:] != (self.size, self.size):
             # behind the draws of all else
-            draws = keyed_uniform(key, index, self.batch_draws + DRAWS)[:, self.batch_draws :]
+            draws = keyed_uniform(key, index, self.first_draw + DRAWS)[
+                :, self.first_draw :
+            ]  # as in the loader
             boxes = crop_boxes(draws, input.shape[2], input.shape[3], self.options["min_area"])
             input = resized_crops(input, boxes, self.size)
         return super().augment(input, index, key)

@@ -8,7 +8,7 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.crops import DRAWS, _by_matrices, crop_boxes, resized_crops
+from augmentation.crops import DRAWS, _by_matrices, crop_box, crop_boxes, resized_crops
 from augmentation.policies import imagenet
 from crucible.keyed import keyed_uniform
 
@@ -31,6 +31,13 @@ def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
     )
     for a, b in zip(ours.T, theirs.T, strict=True):
         assert stats.ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 120), (9, 300), (32, 32)])
+def test_boxes_of_one_picture_are_those_of_the_batch(height: int, width: int) -> None:
+    draws = keyed_uniform(3, torch.arange(500), DRAWS)
+    boxes = crop_boxes(draws, height, width, 0.08)
+    assert [list(crop_box(height, width, d, 0.08)) for d in draws.tolist()] == boxes.tolist()
 
 
 @pytest.mark.parametrize("size", [16, 64])

@@ -288,7 +288,7 @@ def test_arrays_skip_the_sample_part_only_where_it_changes_nothing():
 
 
 def test_automatic_workers_are_none_in_memory_and_at_least_one_for_files():
-    module = Mine(num_workers="auto", raw=arrays(), test_transforms=cifar.RandAugmentTransform())
+    module = Mine(num_workers="auto", raw=arrays(), test_transforms=cifar.TestTransform(size=16))
     assert module.train_dataloader().num_workers == 0
     loader = module.val_dataloader()
     assert loader.num_workers == 1  # one batch: one worker

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from augmentation.policies import cifar, imagenet
@@ -58,10 +58,19 @@ SMALL = {"train_transforms": cifar.BaselineTransform(size=8), "test_transforms":
 # The configurations
 
 
+def whole(path: Path) -> DictConfig:
+    """The file, over the one that it builds on."""
+    config = OmegaConf.load(path)
+    for base in config.pop("defaults", []):
+        if base != "_self_":
+            config = OmegaConf.merge(OmegaConf.load(ROOT / f"cli_configs{base}.yaml"), config)
+    return config
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_with_the_common_defaults_is_what_its_target_takes(path):
     train = OmegaConf.load(ROOT / "cli_configs" / "train.yaml")
-    config = OmegaConf.merge({"data": train.data, "seed": 0, "data_dir": "/data"}, OmegaConf.load(path))
+    config = OmegaConf.merge({"data": train.data, "seed": 0, "data_dir": "/data"}, whole(path))
     module = OmegaConf.to_container(config, resolve=True)["data"]["module"]
     for options in (module, module["train_transforms"], module["test_transforms"]):
         where, name = options["_target_"].rsplit(".", 1)
@@ -79,7 +88,7 @@ def test_each_config_opens_with_its_command_and_states_only_the_data(path):
     text = path.read_text()
     assert text.startswith("# @package _global_\n# ")
     assert "#     python main.py data=" + path.stem in text
-    config = OmegaConf.load(path)
+    config = whole(path)
     assert set(config) <= {"data", "metrics"}
     assert ("metrics" in config) == (config.data.task == "regression")
     assert {"module", "num_classes", "input_channels", "input_size", "input_dim", "task"} == set(config.data)

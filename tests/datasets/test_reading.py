@@ -16,7 +16,6 @@ from conftest import runs_in, write_images
 from PIL import Image
 from torchvision.transforms import v2
 
-from augmentation.crops import crop_box
 from augmentation.policies import cifar, imagenet
 from augmentation.policies.base import resized
 from crucible.options import ConfigError
@@ -116,23 +115,6 @@ def test_a_photograph_is_decoded_smaller_only_where_that_is_asked_for() -> None:
     assert decode(turned, 3, least=Shape(100, 70)).shape == (3, 120, 80)
 
 
-def test_crops_are_distributed_as_torchvisions() -> None:
-    reference, ours = v2.RandomResizedCrop(8, scale=(0.08, 1.0)), []
-    for height, width in ((375, 500), (500, 120), (9, 300)):
-        image = torch.empty(1, height, width)
-        torch.manual_seed(0)
-        parameters = [reference.make_params([image]) for _ in range(1500)]
-        theirs = np.array([[p[k] for k in ("top", "left", "height", "width")] for p in parameters])
-        draws = torch.rand(1500, 22).tolist()
-        ours = np.array([crop_box(height, width, d, 0.08) for d in draws])
-        assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-        for column in range(4):
-            a, b = np.sort(theirs[:, column]), np.sort(ours[:, column])
-            grid = np.unique(np.concatenate([a, b]))
-            gap = np.abs(np.searchsorted(a, grid, "right") - np.searchsorted(b, grid, "right")).max() / 1500
-            assert gap < 0.072, (height, width, column)  # Kolmogorov and Smirnov at 0.1 %
-
-
 @pytest.mark.parametrize("shape", [(3, 50, 70), (1, 33, 20)])
 def test_a_resize_does_not_depend_on_the_memory_format_and_is_torchvisions(shape: tuple[int, ...]) -> None:
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -171,9 +153,9 @@ def test_decoder_cache_and_workers_change_no_pixel_and_no_fingerprint(tmp_path: 
                     {"cache": "none", "num_workers": 2}):  # fmt: skip
         data = folder(tmp_path / "images", **options)
         data.check()
-        found.append((torch.cat([b.input for b in batches(data, 3)]), data.fingerprint()))
+        ready = [data.batch_transform(batch, "train", 3).input for batch in batches(data, 3)]
+        found.append((torch.cat(ready), data.fingerprint()))
     assert all(torch.equal(f[0], found[0][0]) and f[1] == found[0][1] for f in found[1:])
-    assert found[0][0].dtype == torch.uint8
     assert len(list((tmp_path / "images" / ".decoded").iterdir())) == 1
 
 
@@ -229,8 +211,8 @@ def test_data_on_the_device_give_the_run_that_data_in_memory_give(cli, tmp_path:
 
 
 def test_data_that_need_the_cpu_are_not_kept_on_a_device(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.module\.cache=device: the train samples need work"):
-        folder(tmp_path / "images", cache="device").train_dataloader()
+    with pytest.raises(ConfigError, match=r"data\.module\.cache=device: the val samples need work"):
+        folder(tmp_path / "images", cache="device").val_dataloader()
 
 
 RUN = (
