@@ -102,6 +102,7 @@ WRONG = (
     _of("user_dir=mine model=broken", "broken.yaml, line 3", "mend"),
     _of("+callbacks.stop._target_=callbacks.nothing.Stop", "callbacks.stop._target_", "callbacks.nothing"),
     _of("+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,mode:mix}", "mix"),
+    _of("+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}", "val_loss"),
     # recorded runs
     _of("run=nowhere", "run=nowhere", "config.yaml"),
     _of("run=dangling", "run=dangling", "gone", "link"),

@@ -569,9 +569,19 @@ def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None
     others = [
         name for name, node in config["callbacks"].items() if node and name not in ("progress", "plots")
     ]
-    of_a_class = monitor.rpartition("/")[0] in known
-    if not (monitor in known or of_a_class or (others and monitor.startswith("val"))):
+
+    def logged(monitor: str, others: Sequence[str]) -> bool:
+        of_a_class = monitor.rpartition("/")[0] in known
+        return monitor in known or of_a_class or (bool(others) and monitor.startswith("val"))
+
+    if not logged(monitor, others):
         raise ConfigError(f"checkpoint.monitor={monitor}: this run never logs it{suggest(monitor, known)}")
+    for name in others:  # such as Lightning's EarlyStopping, which would find out after an epoch
+        watched = config["callbacks"][name].get("monitor")
+        if str(watched).startswith("val") and not logged(watched, [n for n in others if n != name]):
+            raise ConfigError(
+                f"callbacks.{name}.monitor={watched}: this run never logs it{suggest(watched, known)}"
+            )
 
 
 def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> None:
