@@ -517,12 +517,12 @@ class Examiner:
         if key in self._constructed:
             return
         model = build_model(config, load=False, compile=False)
-        check_input(model, config)
+        if config["model"]["init_from"] and not config["ckpt_path"]:
+            load_weights(model.model, config["model"]["init_from"])
+        check_input(model, config)  # it leaves the model without memory
         check_samples(model, config, data)
         if config["ckpt_path"]:
             check_state(config, model, data)
-        if config["model"]["init_from"] and not config["ckpt_path"]:
-            load_weights(model.model, config["model"]["init_from"])
         check_loggers(config["logger"])
         for name, node in config["callbacks"].items():
             if node and name not in ("progress", "plots"):
