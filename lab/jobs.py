@@ -427,7 +427,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*LeafSpec.*",
     ".*The `srun` command is available on your system but is not used.*",
-    ".*You have overridden `on_after_batch_transfer`.*",
+    ".*You have overridden `on_(after|before)_batch_transfer`.*",
     ".*Couldn't infer the batch indices.*",
 )
 
