@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 
 from crucible.configuration import find_target, to_plain
 from crucible.options import signature_options
+from datasets.packed import PackOptions
 from lab.cluster import ClusterOptions
 from lab.config import AUTOMATIC_FROM_DATA, SWEEP_OPTIONS, model_options
 from lab.planning import SweepOptions
@@ -291,7 +292,7 @@ def path_of(kind: type) -> str:
 def all_options() -> list[Option]:
     """Every option of every room, model, data module, policy, callback and logger."""
     return [
-        *_root(), *_sweeps(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(), *_checkpoint(),
+        *_root(), *_sweeps(), *_packs(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(), *_checkpoint(),
         *_callbacks(), *_norms(),
     ]  # fmt: skip
 
@@ -307,7 +308,16 @@ def _root() -> Iterator[Option]:
 
     types_of = getattr(config, "ROOT_TYPES", {})
     for name in config.ROOT:
-        if name not in ("model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques"):
+        if name not in (
+            "model",
+            "data",
+            "trainer",
+            "checkpoint",
+            "callbacks",
+            "logger",
+            "techniques",
+            "pack",
+        ):
             yield Option("run", name, types_of.get(name, Any))
     data = getattr(config, "DATA_TYPES", {})
     for name in ("task", "num_classes", "input_channels", "input_size", "input_dim", "cv.k"):
@@ -318,6 +328,10 @@ def _sweeps() -> Iterator[Option]:
     yield from _fields(SweepOptions, "sweep", "")
     yield from _fields(SearchOptions, "search", "search.")
     yield from _fields(ClusterOptions, "cluster", "cluster.")
+
+
+def _packs() -> Iterator[Option]:
+    yield from _fields(PackOptions, "pack", "pack.", ("task=pack", "out=pack"))
 
 
 def _basics() -> Iterator[Option]:

@@ -47,7 +47,7 @@ class AlbumentationsTransform(Policy):
     def __init__(
         self,
         *,
-        transforms: Any = None,
+        transforms: list[dict] | dict | None = None,  # nodes in a configuration; their objects in Python
         pipeline_file: str | None = None,
         size: Annotated[int | None, "[1, inf)"] = None,
         **normalisation: Any,

@@ -29,10 +29,10 @@ def published(logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_divergence_is_the_papers() -> None:
-    logits = 4 * torch.randn(3 * 7, 5, dtype=torch.float64)
+    logits = 4 * torch.randn(3 * 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(jensen_shannon(logits), published(logits))
     same = logits[:7].repeat(3, 1)
-    assert jensen_shannon(same).abs() < 1e-12
+    assert jensen_shannon(same).abs() < 1e-7, "the mean is clamped there"
     apart = 50 * torch.eye(3).repeat_interleave(4, dim=0)
     assert float(jensen_shannon(apart)) == pytest.approx(1.0986, abs=1e-3), "at most log 3"
     assert jensen_shannon(apart.bfloat16()).dtype == torch.float32
