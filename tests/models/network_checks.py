@@ -107,6 +107,7 @@ class NetworkChecks:
             out = network(images().contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_bfloat16_autocast_stays_near_float32(self) -> None:
         network = self.seeded(cifar_size=True)
         results = []

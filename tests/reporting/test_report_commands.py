@@ -68,9 +68,8 @@ SWEPT: Mapping[str, list[str]] = {
 @pytest.mark.parametrize(
     "swept",
     [
-        "techniques",
-        pytest.param("options", marks=pytest.mark.slow),
-        *nightly("a design", "a list and a text", "folds"),
+        pytest.param("techniques", marks=pytest.mark.slow),
+        *nightly("options", "a design", "a list and a text", "folds"),
     ],
 )
 def test_the_commands_of_the_page_make_the_runs_of_the_page(
