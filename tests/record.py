@@ -126,6 +126,9 @@ class _Data:
     def samples(self, split: str) -> range:
         return range(50_000)
 
+    def groups(self, split: str) -> None:
+        return None
+
 
 def composed_for(overrides: list[str]) -> Any:
     GlobalHydra.instance().clear()
