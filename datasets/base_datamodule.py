@@ -35,7 +35,6 @@ from datasets.images import (
     ImageFiles,
     Relabelled,
     SampleError,
-    cache_folder,
     fingerprint,
     image_files,
     naming,
@@ -414,16 +413,9 @@ class BaseDataModule(LightningDataModule):
                 raw.lenient = self.on_error == "skip"
             if isinstance(raw, ImageFiles):
                 if id(raw) not in done:
-                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, self._decoded_beside(raw))
+                    beside = Path(self.data_root_dir or raw.root).expanduser()
+                    done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, beside)
                 setattr(self, role, done[id(raw)][1])
-
-    def _decoded_beside(self, raw: ImageFiles) -> Path:
-        """The folder that decoded pictures are kept in, or beside."""
-        if self.data_root_dir is None:
-            return raw.root
-        if "://" in self.data_root_dir:
-            return cache_folder("decoded")
-        return Path(self.data_root_dir).expanduser()
 
     def _relabelled(
         self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]

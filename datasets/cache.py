@@ -75,8 +75,9 @@ def in_memory(files: ImageFiles, cache: Cache, on_error: OnError, beside: Path) 
 
 
 def decoded(files: ImageFiles, shape: Shape, beside: Path | None, on_error: OnError = "raise") -> Arrays:
-    """All pictures in one array; kept in `beside/.decoded`, or the user's cache where that cannot be written.
+    """All pictures in one array; kept in `beside/.decoded`, or in the user's cache.
 
+    That is where the folder cannot be written, and for the records of packs and shards.
     The key is made of names, sizes and times of the files. A copy with holes is not kept.
 
     Args:
@@ -91,9 +92,8 @@ def decoded(files: ImageFiles, shape: Shape, beside: Path | None, on_error: OnEr
     """
     if beside is None:
         return _arrays(files, *_decode(files, shape, on_error), shape)
-    path = _place(
-        beside, f"{files.root.name}-{_key(files)}-{files.channels}-{shape.height}x{shape.width}.npy"
-    )
+    name = f"{files.root.name}-{_key(files)}-{files.channels}-{shape.height}x{shape.width}.npy"
+    path = _place(files, beside, name)
     full = _layout(len(files), files.channels, shape)
     if (kept := _kept(path, full)) is not None:
         return _arrays(files, kept, {}, shape)
@@ -132,7 +132,7 @@ def _one_shape(files: ImageFiles) -> Shape:
 
 def _check_room(files: ImageFiles, shape: Shape, cache: Cache, beside: Path) -> None:
     needed = len(files) * files.channels * shape.height * shape.width
-    folder = _place(beside, "")
+    folder = _place(files, beside, "")
     disk = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
     parts = (OF_DISK, OF_MEMORY) if cache == "auto" else (0.5, 0.5)
     room = min(disk * parts[0], memory_free() * parts[1], MOST if cache == "auto" else float("inf"))
@@ -220,9 +220,11 @@ def _key(files: ImageFiles) -> str:
     return key.hexdigest()
 
 
-def _place(beside: Path, name: str) -> Path:
+def _place(files: ImageFiles, beside: Path, name: str) -> Path:
     own = beside / ".decoded"
-    return (cache_folder("decoded") if why_not_writable(own) else own) / name
+    # records of a pack or of shards have no folder of their own: perhaps a server's, or one that is to stay as it is
+    elsewhere = files.lie_elsewhere or why_not_writable(own)
+    return (cache_folder("decoded") if elsewhere else own) / name
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ files in folders. Shards may lie on object storage (`https://`, `s3://`, ... by 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -21,7 +22,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -633,11 +633,12 @@ class ShardsDataModule(BaseDataModule):
     def _found(self, split: str, name: str) -> list[str]:
         root = self.data_root_dir or "."
         if is_remote(name) or not is_remote(root):
-            place = absolute(name if is_remote(name) else str(Path(root).expanduser() / name))
+            here = Path(root).expanduser() / Path(name).expanduser()
+            place = absolute(name if is_remote(name) else str(here))
         else:
             place = f"{root.rstrip('/')}/{name}"
         option = f"data.module.{split}_shards={name}"
-        if not has_magic(name):
+        if not glob.has_magic(name):
             if not is_remote(place) and not Path(place).is_file():
                 raise ConfigError(f"{option}: {missing(Path(place), 'file')} ({place})", _SEE)
             return [place]
@@ -646,7 +647,8 @@ class ShardsDataModule(BaseDataModule):
             system = Storage().system(place)
             found = [p if is_remote(p) else f"{protocol}://{p}" for p in system.glob(place)]
         else:
-            found = [str(p) for p in Path(root).expanduser().resolve().glob(name)]
+            folder = Path(glob.escape(str(Path(root).expanduser().resolve())))
+            found = glob.glob(str(folder / Path(name).expanduser()), recursive=True)  # noqa: PTH207  # an absolute one
         if not found:
             raise ConfigError(f"{option}: there are no such files", _SEE)
         return sorted(found)

@@ -216,6 +216,44 @@ def test_a_server_of_pieces_gives_what_the_folder_does(tars: Path, server) -> No
         assert torch.equal(a.input, b.input)
 
 
+def packed_of(tars: Path, out: Path, **options: Any) -> ImageFolderDataModule:
+    """The data of a pack that is made of shards."""
+    source = {
+        "_target_": "datasets.shards.ShardsDataModule", "name": "x", "data_root_dir": str(tars), "num_workers": "auto",
+    }  # fmt: skip
+    how = {"size": None, "quality": 90, "verify": False}
+    assert pack({"out": str(out), "pack": how, "data": {"module": source, "task": "classification"}}) == 0
+    return ImageFolderDataModule(
+        name="x", batch_size=4, num_workers=0, val_split=0.2, data_root_dir=str(out),
+        train_transforms=imagenet.BaselineTransform(size=12), test_transforms=imagenet.TestTransform(size=12),
+        **options,
+    )  # fmt: skip
+
+
+def test_what_is_decoded_of_shards_and_packs_lies_in_the_users_cache(
+    tars: Path, tmp_path: Path, server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """not beside a source that has no folder here, nor in the folder that the command is given in"""
+    pytest.importorskip("lmdb")
+    where = tmp_path / "where"
+    where.mkdir()
+    monkeypatch.chdir(where)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = server(tars)
+    options = {"train_shards": "set-train-{000000..000002}.tar", "test_shards": ["set-test-000000.tar"]}
+    auto = {"cache": "auto"}
+    modules = [
+        made(tars, **auto), made(address, **options, **auto),
+        made(None, train_shards=str(tars / "set-train-*.tar"), **auto), packed_of(tars, tmp_path / "pack"),
+    ]  # fmt: skip
+    for module in modules:
+        module.check()
+        assert hasattr(module.train_dataset, "inputs"), "decoded once: all have one size"
+        sources = (p for source in (tars, tmp_path / "pack", where) for p in source.rglob(".decoded"))
+        assert not list(sources) and not list(where.iterdir())
+    assert len(list((tmp_path / "cache" / "crucible" / "decoded").glob("*.npy"))) >= 2
+
+
 def test_a_server_without_pieces_is_refused(tars: Path, server) -> None:
     address = server(tars, ranges=False)
     with pytest.raises(
@@ -384,22 +422,7 @@ def test_lmdb_files_of_the_modelzoo_are_read_without_pickle(tmp_path: Path) -> N
 
 def test_shards_become_a_pack_with_the_same_batches(tars: Path, tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
-    module = {
-        "_target_": "datasets.shards.ShardsDataModule",
-        "name": "x",
-        "data_root_dir": str(tars),
-        "num_workers": "auto",
-    }
-    out = str(tmp_path / "pack")
-    options = {"size": None, "quality": 90, "verify": False}
-    assert pack({"out": out, "pack": options, "data": {"module": module, "task": "classification"}}) == 0
-    policies = {
-        "train_transforms": imagenet.BaselineTransform(size=12),
-        "test_transforms": imagenet.TestTransform(size=12),
-    }
-    packed = ImageFolderDataModule(
-        name="x", batch_size=4, num_workers=0, cache="none", val_split=0.2, data_root_dir=out, **policies
-    )
+    packed = packed_of(tars, tmp_path / "pack", cache="none")
     packed.check()
     for a, b in zip(batches(packed), batches(made(tars)), strict=True):
         assert torch.equal(a.input, b.input) and torch.equal(a.target, b.target)
