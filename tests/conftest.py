@@ -73,6 +73,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--user-dir", help="a folder of techniques of one's own, for every matrix of techniques")
 
 
+@pytest.fixture(autouse=True)
+def environment_of_the_session() -> Iterator[None]:
+    """What a test leaves in the environment (a command run in its process: what it hands over) ends with it."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @dataclass
 class Outcome:
     """What a command came to."""
