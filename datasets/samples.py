@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
@@ -181,11 +181,16 @@ class Samples(Dataset):
 
 
 def _room(count: int, input: Tensor) -> Tensor:
-    """Space for so many inputs like this one, a pixel's channels together where they are in it."""
-    if input.ndim == 3 and input.stride(0) == 1 < input.stride(2):
-        channels, height, width = input.shape
-        return torch.empty((count, height, width, channels), dtype=input.dtype).permute(0, 3, 1, 2)
-    return torch.empty((count, *input.shape), dtype=input.dtype)
+    """Space for so many inputs like this one, a pixel's channels together where they are in it.
+
+    A loader's worker has it where the batch is handed on, which then needs no copy.
+    """
+    together = input.ndim == 3 and input.stride(0) == 1 < input.stride(2)
+    shape = (*input.shape[1:], input.shape[0]) if together else input.shape
+    room = torch.empty((count, *shape), dtype=input.dtype)
+    if get_worker_info() is not None:
+        room.share_memory_()
+    return room.permute(0, 3, 1, 2) if together else room
 
 
 def _targets(values: np.ndarray) -> Tensor:
