@@ -20,10 +20,10 @@ from torch.utils.data import Dataset
 
 from crucible.files import write_atomically
 from crucible.options import ConfigError
-from crucible.pictures import Decoder, PictureError, decode, grey
+from crucible.pictures import Decoder, Least, PictureError, decode, grey
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SUFFIXES = frozenset(EXTENSIONS)
+_USUAL = (".jpg", ".JPEG", ".png", ".jpeg", ".JPG", ".PNG")  # looked for first: a million names are asked
 SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
 _FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
 _FILES_SIZED = 65536
@@ -196,14 +196,18 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.read(index), self.targets[index]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, least: Least | None = None) -> Tensor:
         """The picture, uint8 (channels, height, width).
+
+        Args:
+            index: of the picture.
+            least: where it may be decoded smaller than it is, as for `crucible.pictures.decode`.
 
         Raises:
             SampleError: where it cannot be read, or is no picture.
         """
         try:
-            return decode(self.encoded(index), self.channels, self.decoder)
+            return decode(self.encoded(index), self.channels, self.decoder, least)
         except PictureError as error:
             raise unreadable(self.where(index), " as an image", error) from error
 
@@ -485,16 +489,22 @@ def image_files(folder: Path, called: str = "") -> list[str]:
     pending = [""]
     while pending:
         relative = pending.pop()
+        with _listed(folder / relative) as listed:
+            entries = list(listed)
+        inner = [entry.name for entry in entries if entry.is_dir()]
+        names = [
+            name
+            for entry in entries
+            if ((name := entry.name).endswith(_USUAL) or name.lower().endswith(EXTENSIONS)) and name[0] != "."
+        ]
+        if inner:
+            names = list(set(names).difference(inner))
+            pending += [f"{relative}{name}/" for name in inner if not _passed_over(name)]
+        names.sort()
         before = called + relative
-        with _listed(folder / relative) as entries:
-            for entry in entries:
-                name = entry.name
-                if entry.is_dir():
-                    if not _passed_over(name):
-                        pending.append(f"{relative}{name}/")
-                elif name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != ".":
-                    found.append(before + name)
-    found.sort()
+        found += [before + name for name in names]
+    if len(found) > len(names):  # those of several folders
+        found.sort()
     return found
 
 

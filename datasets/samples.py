@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
 from crucible.keyed import keyed_rng, keyed_uniform, stream_key
+from datasets.groups import sample_of
 from datasets.images import Arrays, SampleError, naming, sample_name
 from datasets.sampling import KeyedBatch
 
@@ -132,9 +133,10 @@ class Samples(Dataset):
 
     def _sample(self, epoch: int, index: int, draws: Sequence[float] | None) -> tuple[Tensor, Any]:
         with naming(self.raw, index, self.split):
-            input, target = self.raw[index]
             if draws is not None:
+                input, target = sample_of(self.raw, index, self.policy.large_enough(draws))
                 return self.policy.from_draws(input, draws), target
+            input, target = self.raw[index]
             with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
                 return self.policy.sample(input), target
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as v2F
 from augmentation.automatic import AugMix, AutoAugment, Automatic, rand_augment, trivial_augment
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
-from crucible.pictures import grey
+from crucible.pictures import Shape, grey
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
 Finite = Annotated[list[float] | None, "(-inf, inf)", "a value a channel"]
@@ -60,6 +60,12 @@ class Policy(nn.Module):
     def from_draws(self, image: Image.Image | Tensor, draws: Sequence[float]) -> Tensor:
         """As `sample`, from `draws`, uniform in [0, 1): a loader makes those of a whole batch at once."""
         return self.sample(image)
+
+    def large_enough(self, draws: Sequence[float]) -> Callable[[Shape], Shape] | None:
+        """Where a picture may be decoded smaller than it is: from its shape, the least of which `from_draws` with
+        these draws enlarges nothing. None: it is decoded whole.
+        """
+        return None
 
     def keeps(self, input: Tensor) -> bool:
         """Whether `sample` would hand on such a tensor unchanged, so that a loader may skip it."""
@@ -309,7 +315,9 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[1:] == (height, width):
         return pixels
     batch = pixels[None]
-    if pixels.stride(0) == 1:  # the kernel would turn a crop whose channels lie together into one where they lie apart
+    if (
+        pixels.stride(0) == 1
+    ):  # the kernel would turn a crop whose channels lie together into one where they lie apart
         batch = batch.contiguous(memory_format=torch.channels_last)
     return F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
 
@@ -328,7 +336,9 @@ def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) ->
     n, c, h, w = input.shape
     if by == 0:
         mirrored = draws[:, 2] < flip_chance
-        if input.device.type == "cpu" and not torch.compiler.is_compiling():  # a third of the time of the other form
+        if (
+            input.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # a third of the time of the other form
             output = torch.empty_like(input)
             for image, into, mirror in zip(input, output, mirrored.tolist(), strict=True):
                 into.copy_(image.flip(2) if mirror else image)

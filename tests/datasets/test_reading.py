@@ -109,10 +109,38 @@ def test_a_photograph_is_decoded_smaller_only_where_that_is_asked_for() -> None:
     pytest.importorskip("simplejpeg")
     content = saved(noise(160, 240))
     assert decode(content, 3).shape == (3, 160, 240)
-    assert decode(content, 3, least=Shape(70, 100)).shape == (3, 80, 120)
-    assert decode(content, 3, least=Shape(100, 100)).shape == (3, 160, 240)
+    assert decode(content, 3, least=lambda _: Shape(70, 100)).shape == (3, 80, 120)
+    assert decode(content, 3, least=lambda _: Shape(100, 100)).shape == (3, 160, 240)
     turned = saved(noise(160, 240), exif=_exif(6))
-    assert decode(turned, 3, least=Shape(100, 70)).shape == (3, 120, 80)
+    assert decode(turned, 3, least=lambda _: Shape(100, 70)).shape == (3, 120, 80)
+
+
+@pytest.mark.parametrize("policy", [imagenet.BaselineTransform, imagenet.TestTransform])
+def test_large_photographs_scaled_while_they_are_decoded_give_nearly_the_same_crops(
+    tmp_path: Path, policy: type
+) -> None:
+    pytest.importorskip("simplejpeg")
+    for place, label in ((place, label) for place in range(4) for label in "ab"):
+        (tmp_path / label).mkdir(exist_ok=True)
+        # 16 times as large as the crops; one of them lies on its side
+        content = saved(noise(512, 640, place), quality=95, exif=_exif(6 if place == 3 else 1))
+        (tmp_path / label / f"{place}.jpg").write_bytes(content)
+
+    def inputs(scaled: bool) -> torch.Tensor:
+        data = ImageFolderDataModule(
+            name="large", data_root_dir=str(tmp_path), batch_size=6, num_workers=0, test_split=0.0, val_split=0.2,
+            train_transforms=policy(size=32, dct_scaling=scaled), test_transforms=policy(size=32, dct_scaling=scaled),
+            cache="none",
+        )  # fmt: skip
+        data.setup("fit")
+        batches = [*data.train_dataloader(), *data.val_dataloader()]
+        return torch.cat([b.input for b in batches])[torch.cat([b.index for b in batches]).argsort()].float()
+
+    whole, scaled = inputs(False), inputs(True)
+    assert whole.shape == scaled.shape == (8, 3, 32, 32)
+    assert not torch.equal(whole, scaled)  # something was scaled
+    error = (whole - scaled).square().mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(255**2 / error)).min() > 20  # PSNR in dB; another crop has less than 15
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 70), (1, 33, 20)])
