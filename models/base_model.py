@@ -313,7 +313,7 @@ class BaseModel(EvaluatedModel):
         options = self.optimizer_options
         if self.schedule_options.lr_scale_batch is not None:
             batch = trainer.datamodule.batch_size * trainer.world_size * accumulated  # type: ignore[attr-defined]
-            options = replace(options, lr=options.lr * self.schedule_options.batch_factor(batch))
+            options = self.schedule_options.for_batch(options, batch)
         optimizer = build_optimizer(self, options, step.groups)
         trainer.fit_loop.setup_data()  # so that the epoch's length is known
         steps_per_epoch = self.steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -23,8 +24,10 @@ from technique_runs import built
 
 from crucible import configuration
 from crucible.configuration import select
+from crucible.options import read_options
 from docs.reproducing_page import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
 from lab.config import check
+from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 KNOWN = recipes()
 NAMES = [recipe.name for recipe in KNOWN]
@@ -85,6 +88,54 @@ def test_a_recipe_composes_by_its_commands_and_keeps_its_settings(recipe: Recipe
             typed = {o.split("=")[0] for o in overrides}
             for name, value in settings(recipe.name).items():
                 assert name in typed or select(config, name) == value, f"{command}: {name}"
+
+
+def under(debug: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration with what a file of cli_configs/debug sets."""
+    content = yaml.safe_load((ROOT / "cli_configs" / "debug" / f"{debug}.yaml").read_text())
+
+    def merged(node: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        return node | {
+            k: merged(node[k], v) if isinstance(v, dict) and k in node else v for k, v in more.items()
+        }
+
+    return merged(config, content)
+
+
+def rates(config: dict[str, Any]) -> list[float]:
+    """The factors of the first two epochs, and what is refused of the schedule."""
+    trainer = config["trainer"]
+    length = training_length(trainer["max_epochs"], trainer["max_steps"], 2)
+    return [schedule(read_options(ScheduleOptions, config["model"]), length)(epoch) for epoch in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_every_recipe_has_its_own_first_steps_under_two_steps(recipe: Recipe) -> None:
+    """Whatever milestones, warm-up and cool-down it has: the length is the recipe's, and a callback ends it."""
+    overrides = jobs(recipe.commands[0])[0]
+    whole = _composed(tuple(overrides))
+    for debug in ("two_steps", "profile", "overfit"):
+        config = under(debug, whole)
+        check(config, overrides)
+        if debug == "overfit":
+            assert rates(config) == [1.0, 1.0]
+        else:
+            assert rates(config) == rates(whole)
+            assert config["callbacks"]["end"]["epochs"] == 1
+
+
+def test_a_debugged_recipe_ends_after_an_epoch_of_two_steps(cli, tmp_path: Path) -> None:
+    """Milestones at 100 to 200 of 250 epochs; the first epoch at its full rate, then the test."""
+    outcome = cli(
+        "recipe=online_norm/cifar10_batch", "debug=two_steps", "data=synthetic", "model.depth=8",
+        "data.module.batch_size=8", "logger.wandb=null", "callbacks.plots=null",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    (run,) = tmp_path.glob("experiments/*/*/summary.json")
+    summary = json.loads(run.read_text())
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 1, 2)
+    assert "test/acc" in summary["final"]
+    assert "1/250" in outcome.out and "lr 0.1" in outcome.out
 
 
 @pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
