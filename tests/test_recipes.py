@@ -175,6 +175,27 @@ def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> Non
     }
 
 
+def test_the_rows_of_power_grad_have_its_schedule_as_run_and_its_evaluation() -> None:
+    bicubic = {
+        "resnet50",
+        "resnet101",
+        "seresnet18",
+        "seresnet50",
+    }  # of the fork's default_cfgs; the others bilinear
+    for name in (n for n in NAMES if n.startswith("powergrad/")):
+        config = _composed((f"recipe={name}",))
+        length = config["trainer"]["max_epochs"]
+        factor = schedule(read_options(ScheduleOptions, config["model"]), length)
+        found = [round(factor(e), 3) for e in (0, 1, 2, 5, 29, 30, 59, 60, 88, 89)]
+        if "_step" in name:
+            assert (length, found) == (90, [0.1, 0.46, 0.64, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
+        else:
+            assert (length, found) == (100, [0.1, 0.46, 0.64, 0.989, 0.75, 0.735, 0.251, 0.236, 0.001, 0.001])
+        filter = config["data"]["module"]["test_transforms"].get("interpolation", "bilinear")
+        assert (filter == "bicubic") == (name.split("/")[1].split("_")[0] in bicubic), name
+    assert _composed(("recipe=powergrad/resnet18_wobn_cosine",))["model"]["norm"] == "none"
+
+
 def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> None:
     assert PAGE.read_text() == reproducing_page(), "run python -m docs.generate"
     assert set(measured()) <= set(NAMES)
