@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class BaseModel(EvaluatedModel):
         ConfigError: for an option that nobody consumes, a bad value, or a pair without meaning.
     """
 
+    short: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # how this variant of its module's family is asked for: {"depth": 50}
     model: nn.Module
     weights_report: str = ""  # what `init_from` or pretrained weights filled, for the banner
 
