@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from crucible.options import ConfigError, signature_options, suggest
+from crucible.other_words import module_here
 from crucible.trust import shadowed
 
 Config = dict[str, Any]
@@ -78,21 +79,20 @@ def spell_out(model: dict[str, Any], overrides: Sequence[str] = ()) -> None:
                 variants.setdefault(option, {})[value] = f"{family.__name__}.{name}"
     for option, known in variants.items():
         wanted = model.pop(option, None)
-        if wanted is None:
+        short_typed, target_typed = f"model.{option}" in typed, "model._target_" in typed
+        if wanted is None or (target_typed and not short_typed):
             continue
         if isinstance(wanted, bool) or wanted not in tuple(known):
             raise ConfigError(
                 f"model.{option}={wanted!r}: {family.__name__} has {', '.join(map(str, known))}",
                 see="docs/models.md",
             )
-        if known[wanted] != path and "model._target_" in typed:
-            if f"model.{option}" in typed:
-                raise ConfigError(
-                    f"model.{option}={wanted} is {known[wanted]}, and model._target_={path} another network: "
-                    "give one of the two",
-                    see="docs/models.md",
-                )
-            continue
+        if target_typed and known[wanted] != path:
+            raise ConfigError(
+                f"model.{option}={wanted} is {known[wanted]}, and model._target_={path} another network: give one of "
+                "the two",
+                see="docs/models.md",
+            )
         model["_target_"] = known[wanted]
     for option in _SHORT & model.keys():  # the file of a family has it, a class of one's own need not
         if model[option] is None and option not in signature_options(target):
@@ -163,8 +163,20 @@ def find_target(path: str, option: str) -> Any:
             raise ConfigError(
                 f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
             ) from None
+        if here := module_here(error.name or ""):
+            raise ConfigError(
+                f"{option}={path} imports {error.name}; here: {here}", see="docs/extending.md"
+            ) from error
         raise ConfigError(
             f"{option}={path} needs the package {error.name}, which is not installed"
+        ) from error
+    except (
+        ImportError
+    ) as error:  # a relative import in a file of one's own, which is no package, or a wrong name
+        raise ConfigError(
+            f"{option}={path} cannot be imported: {' '.join(str(error).split())}; import by the full name, such as "
+            "from datasets.base_datamodule import BaseDataModule",
+            see="docs/extending.md",
         ) from error
     except ValueError:
         raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
