@@ -48,7 +48,7 @@ class _ImagenetPolicy(PhotographPolicy):
         common: what every policy for photographs takes.
     """
 
-    corrections: ClassVar = (
+    corrections: ClassVar[tuple[Correction, ...]] = (
         Correction(
             "data.module.train_transforms",
             2,
