@@ -21,6 +21,7 @@ from augmentation.policies.default import IdentityTransform
 from crucible.batch import Batch
 from crucible.files import missing
 from crucible.keyed import stream_key
+from crucible.listing import image_files
 from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
@@ -36,7 +37,6 @@ from datasets.images import (
     Relabelled,
     SampleError,
     fingerprint,
-    image_files,
     naming,
     sample_name,
 )

@@ -67,6 +67,7 @@ from lab.ranks import (
     open_meeting,
     start_others,
 )
+from lab.recorded import completed
 from lab.states import find_state
 from lab.summary import print_summary
 
@@ -631,7 +632,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
     """The recorded configuration with what was typed; training takes only what leaves the result as it is."""
     recorded = run.config()
     judge(_but_for(recorded, given), f"run={run.path}")
-    config = checking.completed(recorded)
+    config = completed(recorded)
     for name, value in given.items():
         if name in _OWN or (_names_a_class(name) and configuration.select(config, name) == value):
             continue
