@@ -19,6 +19,7 @@ from crucible.options import ConfigError
 RECORD = "calibration.json"  # in a run's folder
 COLDEST, HOTTEST = 0.01, 100.0
 _ITERATIONS = 200
+_CERTAIN = 1e-6  # nats; where all samples are right, colder is always likelier
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Calibration:
 
     @property
     def at_its_bound(self) -> bool:
-        """Whether the likelihood rises beyond the range: the samples are all right, or tell nothing."""
-        return not COLDEST * 1.001 < self.temperature < HOTTEST * 0.999
+        """Whether the likelihood has no maximum in the range: all samples are right, or they tell nothing."""
+        return self.nll_after < _CERTAIN or not COLDEST * 1.001 < self.temperature < HOTTEST * 0.999
 
 
 def recorded_calibrations(folder: Path) -> list[dict[str, Any]]:
@@ -106,6 +107,7 @@ def calibrated(logits: Tensor, target: Tensor) -> Calibration:
 
 
 def _fitted(logits: Tensor, target: Tensor) -> float:
+    assert COLDEST * HOTTEST == 1
     bound = math.log(HOTTEST)
     # of the logarithm, in which T and 1 / T are alike far from 1
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -121,7 +123,7 @@ def _fitted(logits: Tensor, target: Tensor) -> float:
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return math.exp(max(-bound, min(bound, float(log_temperature.detach()))))
 
 

@@ -18,44 +18,51 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab.build import build_data, build_trainer, file_fingerprint, with_weights
 from lab.recorded import completed
+from lab.scoring import DataToScore
 from models.base_model import BaseModel
 from models.views import SEE, Views, views_asked
 
 
 def reader(
-    run: RunDirectory, config: Config, checkpoint: Path, data: BaseDataModule
+    run: RunDirectory, config: Config, checkpoint: Path, found: DataToScore
 ) -> tuple[BaseModel, Calibration | None, list[str]]:
-    """The network with its weights, set to read `data` as `tta` and `calibrate` ask, and what is to be said of it.
+    """The network with its weights, set to read the data as `tta` and `calibrate` ask, and what is to be said of it.
 
     Args:
         run: the recorded run.
         config: its configuration, with what was typed.
         checkpoint: the weights.
-        data: to be read; their evaluation policy is changed where crops are asked for.
+        found: the data to be read; their evaluation policy is changed where crops are asked for.
 
     Raises:
         ConfigError: for views that the data do not have, and a temperature that cannot be fitted.
     """
     asked = views_asked(config.get("tta"))
     _check(config, asked)
+    if config.get("calibrate"):
+        metrics = list(dict.fromkeys([*config["metrics"], "ece"]))
+        config = {**config, "metrics": metrics, "model": {**config["model"], "metrics": metrics}}
+    _show(found.data, asked)
     model = with_weights(config, checkpoint)
     model.views = Views(asked)
-    if "five_crops" in asked:
-        data.test_transforms = FiveCrops(data.test_transforms)
     said = [f"the mean over views: {', '.join(asked)}"] if asked else []
     if not config.get("calibrate"):
         return model, None, said
-    found, how = _temperature(run, config, checkpoint, model, asked)
-    model.views = Views(asked, found.temperature)
+    fit, how = _temperature(run, config, checkpoint, model, found)
+    model.views = Views(asked, fit.temperature)
     said.append(
-        f"temperature {found.temperature:.4f}, {how}: there ece {found.ece_before:.4f} -> {found.ece_after:.4f}, nll "
-        f"{found.nll_before:.4f} -> {found.nll_after:.4f}"
+        f"temperature {fit.temperature:.4f}, {how}: there ece {fit.ece_before:.4f} -> {fit.ece_after:.4f}, nll "
+        f"{fit.nll_before:.4f} -> {fit.nll_after:.4f}"
     )
-    if found.at_its_bound:
-        said.append(
-            "that is the end of its range: the validation samples say no more than which side it lies on"
-        )
-    return model, found, said
+    if fit.at_its_bound:
+        said.append("the validation samples set it no limit: all are right, or they are alike")
+    return model, fit, said
+
+
+def _show(data: BaseDataModule, asked: Sequence[str]) -> None:
+    """Let the data give the views that are made with the sample."""
+    if "five_crops" in asked:
+        data.test_transforms = FiveCrops(data.test_transforms)
 
 
 def _check(config: Config, asked: Sequence[str]) -> None:
@@ -66,17 +73,17 @@ def _check(config: Config, asked: Sequence[str]) -> None:
 
 
 def _temperature(
-    run: RunDirectory, config: Config, checkpoint: Path, model: BaseModel, asked: Sequence[str]
+    run: RunDirectory, config: Config, checkpoint: Path, model: BaseModel, found: DataToScore
 ) -> tuple[Calibration, str]:
     """That of the record, or fitted to the run's own validation split; and how it was found."""
-    weights = file_fingerprint("ckpt_path", str(checkpoint))
+    asked, weights = model.views.asked, file_fingerprint("ckpt_path", str(checkpoint))
     if (known := known_calibration(run.path, weights, asked)) is not None:
         return known, f"recorded, of {known.samples} validation samples"
-    own = completed(run.config())
+    moved = found.fingerprint and found.fingerprint == run.summary().get("data_fingerprint")
+    own = config if moved else completed(run.config())  # the typed ones may only lie elsewhere
     module = {**own["data"]["module"], "batch_size": config["data"]["module"]["batch_size"]}
     data = build_data({**own, "data": {**own["data"], "module": module}})
-    if "five_crops" in asked:
-        data.test_transforms = FiveCrops(data.test_transforms)
+    _show(data, asked)
     outputs = Outputs()
     trainer = build_trainer(
         {**config, "trainer": {**config["trainer"], "enable_progress_bar": False, "limit_val_batches": None}},
@@ -90,14 +97,14 @@ def _temperature(
             f"calibrate=true: needs the run's validation split, which cannot be read ({error})", see=SEE
         ) from error
     try:
-        found = calibrated(outputs.logits, outputs.target)
+        fit = calibrated(outputs.logits, outputs.target)
     except ValueError as error:
         raise ConfigError(f"calibrate=true: no temperature for {checkpoint}: {error}", see=SEE) from error
     entry = {
         "checkpoint": checkpoint.name, "weights": weights, "tta": list(asked),
-        **found.plain(), "data": data.fingerprint(), "time": time.time(),
+        **fit.plain(), "data": data.fingerprint(), "time": time.time(),
     }  # fmt: skip
     if not is_child_rank() and not why_not_writable(run.path):
         text = json.dumps([*recorded_calibrations(run.path), entry], indent=2) + "\n"
         write_atomically(run.path / RECORD, text)
-    return found, f"fitted to {found.samples} validation samples"
+    return fit, f"fitted to {fit.samples} validation samples"

@@ -9,9 +9,10 @@ import logging
 import math
 import platform
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -138,9 +139,23 @@ def _train(
     return final
 
 
-def test(
-    run: RunDirectory, config: Config, checkpoint: Path, out: Path | None = None
-) -> tuple[dict[str, float], Path | None, list[str]]:
+class Tested(NamedTuple):
+    """What a test came to.
+
+    Attributes:
+        values: of the metrics, by the names that they are logged under.
+        out: the record that they are written to; None where its folder cannot be written.
+        said: what was scored, and how, in a few lines.
+        images: that were scored.
+    """
+
+    values: dict[str, float]
+    out: Path | None
+    said: list[str]
+    images: int
+
+
+def test(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None = None) -> Tested:
     """Score the test split with the weights of `checkpoint`.
 
     Args:
@@ -149,10 +164,6 @@ def test(
         checkpoint: the weights.
         out: the file to write to; None: `RUN/test.json` for the run's own data, for others the one in
             `RUN/tests/<fingerprint of the data>`.
-
-    Returns:
-        the metrics; the record they are written to, None where its folder cannot be written; and what was scored, in
-        a few lines.
     """
     found = data_to_score(run, config, checkpoint)
     data, folder = found.data, out.parent if out else found.folder
@@ -160,7 +171,7 @@ def test(
     if out and why_not:
         raise _not_writable(out, why_not)
     out = None if why_not else out or folder / "test.json"
-    model, calibration, read = reader(run, config, checkpoint, data)
+    model, calibration, read = reader(run, config, checkpoint, found)
     plots = [
         instantiate(node, _convert_="all")
         for n, node in config["callbacks"].items()
@@ -199,11 +210,8 @@ def test(
     if (seen := data.seen("test")) < (whole := len(data.samples("test"))):
         scored = [*scored, f"test on {seen} drawn of {whole} samples"]
     remarks = [] if out else [f"not recorded: {why_not}; out=FILE writes elsewhere"]
-    return (
-        final,
-        out,
-        [*([] if found.own else [_whose(run, found)]), *scored, *read, *found.remarks, *remarks],
-    )
+    said = [*([] if found.own else [_whose(run, found)]), *scored, *read, *found.remarks, *remarks]
+    return Tested(final, out, said, seen)
 
 
 def _not_writable(out: Path, reason: str) -> ConfigError:
@@ -289,7 +297,7 @@ def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, 
         "strategy": "auto",
     }
     found = data_to_score(run, config, checkpoint)
-    model, _, read = reader(run, config, checkpoint, found.data)
+    model, _, read = reader(run, config, checkpoint, found)
     samples = found.data.samples("predict")
     known = torch.arange(len(samples)) if samples.indices is None else torch.from_numpy(samples.indices)
     collector = _Collector(known.sort().values)
@@ -392,8 +400,8 @@ def average(runs: Runs) -> tuple[Scores, DataToScore]:
     return first._replace(unread=tuple(sorted(unread))), found
 
 
-def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
-    """Test metrics of the averaged probabilities (or values) of several runs."""
+def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore, int]:
+    """Test metrics of the averaged probabilities (or values) of several runs; the data, and how many were scored."""
     scores, found = average(runs)
     if scores.unread:
         raise ConfigError(found.data.samples("predict").why_unreadable(scores.unread[0]), see="")
@@ -410,7 +418,7 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
             metrics.update(scores.scores[of_group], scores.target[of_group])
             values = scalars(metrics.compute(), found.data.class_names)
             final |= {f"test_{name}/{k}": float(v) for k, v in values.items()}
-    return final, found
+    return final, found, len(scores.sample)
 
 
 def test_all(runs: Runs, out: Path | None) -> int:
@@ -432,41 +440,120 @@ def test_all(runs: Runs, out: Path | None) -> int:
                 see="docs/data.md",
             )
         return test_corrupted(run, config, checkpoint, out)
-    if others and config["data"]["module"].get("real_labels"):
+    found = _tested(runs, out)
+    if not is_child_rank():
+        _say(f"test of {_named(runs)}")
+        _say_tested(found)
+    return 0
+
+
+def _tested(runs: Runs, out: Path | None) -> Tested:
+    """A test of one run, or of several by the mean of their probabilities; recorded."""
+    (run, config, checkpoint), *others = runs
+    if not others:
+        return test(run, config, checkpoint, out)
+    if config["data"]["module"].get("real_labels"):
         raise ConfigError(
             "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
         )
-    if not others:
-        final, out, said = test(run, config, checkpoint, out)
+    final, found, images = test_ensemble(runs)
+    said = [*([] if found.own else [_whose(run, found)]), *found.data.scored(), *found.remarks]
+    on = "" if found.own else f"-on-{found.folder.name}"
+    typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
+    record = {
+        "runs": [str(run.path) for run, _, _ in runs],
+        "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
+        "data": found.fingerprint,
+        "metrics": final,
+        "scored": said,
+    }
+    if why_not := why_not_writable(out.parent.absolute()):
+        if typed:
+            raise _not_writable(out, why_not)
+        said.append(f"not recorded: {why_not}; out=FILE writes elsewhere")
+        out = None
     else:
-        final, found = test_ensemble(runs)
-        said = [*([] if found.own else [_whose(runs[0][0], found)]), *found.data.scored(), *found.remarks]
-        on = "" if found.own else f"-on-{found.folder.name}"
-        typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
-        record = {
-            "runs": [str(run.path) for run, _, _ in runs],
-            "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
-            "data": found.fingerprint,
-            "metrics": final,
-        }
-        if why_not := why_not_writable(out.parent.absolute()):
-            if typed:
-                raise _not_writable(out, why_not)
-            said.append(f"not recorded: {why_not}; out=FILE writes elsewhere")
-            out = None
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(record, indent=2) + "\n")
-    if not is_child_rank():
-        _say(f"test of {_named(runs)}")
-        for line in said:
-            _say(f"  {line}")
-        for name, value in final.items():
-            if of_split(name, "test"):
-                _say(f"  {name:<24} {value:.4f}")
-        if out:
-            _say(f"  ->  {out}")
-    return 0
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(record, indent=2) + "\n")
+    return Tested(final, out, said, images)
+
+
+def _say_tested(found: Tested) -> None:
+    for line in found.said:
+        _say(f"  {line}")
+    for name, value in found.values.items():
+        if of_split(name, "test"):
+            _say(f"  {name:<24} {value:.4f}")
+    if found.out:
+        _say(f"  ->  {found.out}")
+
+
+def test_on(roots: Mapping[str, Callable[[], Runs]], out: Path | None) -> int:
+    """Test on several folders, one after the other, and put what came out into one table; the worst status.
+
+    Each test has its own record, as if it had been asked for alone. A folder that cannot be scored is said in a line,
+    has an empty row, and the others go on.
+
+    Args:
+        roots: the runs, with their configurations for each folder.
+        out: the table; None: `table.csv` in `RUN/tests`, of several runs beside them.
+    """
+    found: dict[str, Tested | None] = {}
+    runs: Runs = []
+    for root, of_root in roots.items():
+        try:
+            runs = of_root()
+            if asks_for_corruptions(runs[0][1]):
+                raise ConfigError(
+                    "data.module.corruption: has a table of its own, for one folder", see="docs/use.md"
+                )
+            tested = found[root] = _tested(runs, None)
+        except ConfigError as error:
+            found[root] = None
+            if not is_child_rank():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        if not is_child_rank():
+            _say(f"test of {_named(runs)} on {root}")
+            _say_tested(tested)
+    if runs and not is_child_rank():
+        name, first = f"table{_how(runs[0][1])}.csv", runs[0][0].path
+        beside = (
+            first / "tests" / name
+            if len(runs) == 1
+            else first.parent / f"ensemble-of-{len(runs)}-runs-{name}"
+        )
+        _write_table(found, out or beside, typed=out is not None)
+    return 0 if all(found.values()) else 2
+
+
+def _write_table(found: Mapping[str, Tested | None], file: Path, typed: bool) -> None:
+    """Show the tests on several folders as a table, and write it as CSV."""
+    names = list(
+        dict.fromkeys(n for tested in found.values() if tested for n in tested.values if of_split(n, "test"))
+    )
+    shown = [name for name in names if name.startswith("test/") and name.count("/") == 1]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("folder", "images", *(n.removeprefix("test/") for n in shown)):
+        table.add_column(name, justify="left" if name == "folder" else "right", overflow="fold")
+    rows: list[list[Any]] = [["folder", "images", *names, "record"]]
+    for root, tested in found.items():
+        values = tested.values if tested else {}
+        images = tested.images if tested else ""
+        table.add_row(root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown))
+        rows.append(
+            [root, images, *(values.get(n, "") for n in names), str(tested.out or "") if tested else ""]
+        )
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    if why_not := why_not_writable(file.parent.absolute()):
+        if typed:
+            raise _not_writable(file, why_not)
+        _say(f"  not recorded: {why_not}; out=FILE writes elsewhere")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([[cell(value) for value in row] for row in rows])
+    _say(f"  ->  {file}")
 
 
 def _named(runs: Runs) -> str:

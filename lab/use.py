@@ -26,7 +26,7 @@ from crucible.files import missing
 from crucible.keyed import keyed_rng, stream_key
 from crucible.listing import EXTENSIONS, image_files
 from crucible.options import ConfigError, shown, signature_options, suggest
-from crucible.pictures import PictureError, decode, from_pil
+from crucible.pictures import PictureError, decode, from_pil, grey
 from crucible.private import AnyConvolution
 from crucible.run import RunDirectory
 from crucible.trust import judge
@@ -219,7 +219,10 @@ class Transform:
     def _several(self, tensor: Tensor) -> Tensor:
         """`(N, C, *spatial)` of a tensor with or without the first two axes."""
         tensor = tensor.detach()
-        if tensor.ndim == self.dim and self.channels == 1:
+        pictures = isinstance(self.policy, ImagePolicy)
+        if pictures:
+            tensor = _as_bytes(tensor)
+        if tensor.ndim == self.dim and (pictures or self.channels == 1):
             tensor = tensor[None]
         if tensor.ndim == self.dim + 1:
             tensor = tensor[None]
@@ -227,10 +230,8 @@ class Transform:
             raise ConfigError(
                 f"predict: a tensor of {_shape(tensor)}; the network takes {self._wanted()}", SEE
             )
-        if isinstance(self.policy, ImagePolicy):
-            tensor = _as_bytes(tensor)
-            if tensor.shape[1] in (1, 3) and tensor.shape[1] != self.channels in (1, 3):
-                tensor = torch.stack([from_pil(_as_pil(one), self.channels) for one in tensor])
+        if pictures and tensor.shape[1] in (1, 3) and tensor.shape[1] != self.channels in (1, 3):
+            tensor = tensor.expand(-1, 3, -1, -1) if self.channels == 3 else grey(tensor)
         if tensor.shape[1] != self.channels:
             raise ConfigError(
                 f"predict: a tensor of {_shape(tensor)}; the network takes {self._wanted()}", SEE
@@ -240,11 +241,6 @@ class Transform:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
-
-
-def _as_pil(pixels: Tensor) -> Image.Image:
-    array = pixels.cpu().numpy()
-    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:
