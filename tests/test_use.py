@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -468,3 +471,32 @@ def test_real_labels_count_with_views_and_a_temperature(place: Path, run: Path, 
     ]
     assert record["metrics"]["test/acc_real"] == pytest.approx(np.mean(hits))
     assert record["metrics"]["test/real_images"] == len(hits)
+
+
+# docs/use.md
+
+PAGE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+
+
+def test_the_page_does_what_it_says(
+    place: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "new" / "Hund", tmp_path / "FOLDER")
+    Image.new("RGB", (30, 20), (200, 40, 40)).save(tmp_path / "FOLDER" / "a.png")
+    write_classes(tmp_path / "OTHER", {name: name for name in CLASSES}, 2, seed=7)
+    write_classes(tmp_path / "SECOND", {name: name for name in CLASSES}, 3, seed=8)
+    run.rename(tmp_path / "RUN")
+    config = tmp_path / "RUN" / "config.yaml"
+    config.write_text(config.read_text().replace(str(place / "animals"), str(place / "moved")))
+    code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(code) == 2
+    with contextlib.chdir(tmp_path):
+        exec("\n".join(code), {})
+    said = capsys.readouterr().out
+    assert "TestTransform(" in said and "(3, 16, 16) (5, 64)" in said and "val/acc" in said
+    commands = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("    python main.py ")]
+    assert len(commands) == 6
+    for command in commands:
+        done(tmp_path, *command)
+    assert [row["images"] for row in table(tmp_path / "RUN" / "tests" / "table.csv")] == ["8", "12"]
+    assert len(table(tmp_path / "FOLDER.csv")) == 5
