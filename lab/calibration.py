@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from augmentation.policies.crops import FiveCrops
+from augmentation.five_crops import FiveCrops
 from callbacks.calibration import Outputs
 from crucible.calibration import RECORD, Calibration, calibrated, known_calibration, recorded_calibrations
 from crucible.configuration import Config

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from augmentation.five_crops import FiveCrops
 from augmentation.policies.base import ImagePolicy, Policy
-from augmentation.policies.crops import FiveCrops
 from crucible import rooms
 from crucible.calibration import known_calibration
 from crucible.cells import text_of

@@ -30,7 +30,7 @@ def views_asked(tta: str | Sequence[str] | None) -> tuple[str, ...]:
 class Views:
     """How the outputs of a classifier, or of a regression, are read off several views of each input.
 
-    Five crops are made with the sample (`augmentation.policies.crops`), the mirror image here.
+    Five crops are made with the sample (`augmentation.five_crops`), the mirror image here.
 
     Attributes:
         asked: of `tta`.

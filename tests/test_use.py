@@ -23,8 +23,10 @@ from damage import main_in_process
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from test_other_data import CLASSES, write_classes
+from test_report import make_run
 from torchvision.transforms.v2 import functional as v2F
 
+import report
 from augmentation.policies.imagenet import TestTransform
 from crucible import load_run, sealed
 from crucible.calibration import calibrated
@@ -500,3 +502,34 @@ def test_the_page_does_what_it_says(
         done(tmp_path, *command)
     assert [row["images"] for row in table(tmp_path / "RUN" / "tests" / "table.csv")] == ["8", "12"]
     assert len(table(tmp_path / "FOLDER.csv")) == 5
+
+
+# the report
+
+
+def test_the_report_compares_the_arms_on_each_other_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reporting.plots.draw_all", lambda table: [])
+    for seed in range(4):
+        for arm, gain in (("baseline", 0.0), ("mixup", 0.02 + 0.001 * seed)):
+            folder = make_run(tmp_path, arm, seed, 0.9 + 0.001 * seed)
+            for name, tta, shift in (("sketches", [], 0.4), ("photos", ["flip"], 0.1)):
+                if (arm, seed, name) == ("mixup", 3, "sketches"):
+                    continue
+                record = {
+                    "checkpoint": "last.ckpt", "data": name, "folder": f"/data/{name}", "samples": 50, "tta": tta,
+                    "metrics": {"test/acc": 0.9 - shift + gain}, "calibration": None,
+                }  # fmt: skip
+                place = folder / "tests" / name / "test.json"
+                place.parent.mkdir(parents=True)
+                place.write_text(json.dumps(record))
+    assert report.main([f"runs={tmp_path}"]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "### On other data" in text and "| arm | photos (flip) | sketches |" in text
+    assert "| mixup | 82.15 | 52.10 |" in text
+    assert "`test/acc` on sketches, 50 images, last weights of 7 runs, against baseline:" in text
+    assert "+1.85 to +2.35" in text, "Student's t over the pairs 2.0, 2.1, 2.2"
+    assert "Without this test: mixup, seed 3" in text
+    rows = table(tmp_path / "report" / "results.csv")
+    assert {row["data"] for row in rows} == {"digits", "digits on photos (flip)", "digits on sketches"}

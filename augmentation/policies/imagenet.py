@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from augmentation.crops import DRAWS, crop_box, crop_boxes, resized_crops
+from augmentation.crops import DRAWS, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     RAND_AUGMENT,
@@ -25,7 +25,6 @@ from augmentation.policies.base import (
     PhotographPolicy,
     resized,
 )
-from augmentation.policies.crops import corners_and_centre
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
 from crucible.pictures import Shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -42,11 +41,3 @@ class FiveCrops(Policy):
         several = input.shape[1]
         made = self.policy.batch(input.flatten(0, 1), index.repeat_interleave(several), key)
         return made.unflatten(0, (-1, several))
-
-
-def corners_and_centre(pixels: Tensor, size: int) -> Tensor:
-    """(C, H, W) to its five squares, (5, C, size, size)."""
-    height, width = pixels.shape[1:]
-    bottom, right = height - size, width - size
-    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
-    return torch.stack([pixels[:, top : top + size, left : left + size] for top, left in places])
