@@ -320,7 +320,7 @@ def test_the_device_form_compiles_to_one_graph_with_nearly_the_results_of_the_ot
     draws = keyed_uniform(5, torch.arange(len(images)), automatic.draws)
     compiled = torch.compile(automatic, fullgraph=True)
     difference = (compiled(images, draws).int() - automatic(images, draws).int()).abs()
-    assert (difference > 2).float().mean() < 0.05, difference.unique(return_counts=True)  # inductor reorders
+    assert (difference > 1).float().mean() < 0.05  # inductor reorders: augmentation/operations.py
 
 
 def test_an_option_out_of_place_is_said_to_have_no_use() -> None:
