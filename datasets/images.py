@@ -361,7 +361,7 @@ class Arrays(Dataset):
 
     def subset(self, indices: np.ndarray) -> Arrays:
         """Those of the samples, as a data set of their own."""
-        chosen = Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        chosen = Arrays(rows(self.inputs, torch.from_numpy(indices)), self.targets[indices], self.classes)
         if self.lacking:
             lacking = {n: self.lacking[i] for n, i in enumerate(indices.tolist()) if i in self.lacking}
             chosen = Arrays(chosen.inputs, chosen.targets, chosen.classes, lacking)
@@ -383,6 +383,13 @@ class Arrays(Dataset):
         yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
         yield self.inputs.contiguous().view(-1).view(torch.uint8).numpy().data
         yield self.targets.tobytes()
+
+
+def rows(inputs: Tensor, index: Tensor) -> Tensor:
+    """`inputs[index]` in a tenth of the time: row by row as they lie, a pixel's channels together or apart."""
+    if inputs.ndim == 4 and inputs.stride(1) == 1 < inputs.stride(3):
+        return inputs.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return inputs.index_select(0, index)
 
 
 class Relabelled(Dataset):
