@@ -176,7 +176,9 @@ class Transform:
             raise ConfigError(f"predict: {file}: {missing(file, 'file')}", SEE)
         self._needs_pictures()
         try:
-            return decode(file.read_bytes(), self.channels)
+            draws = self.policy.draws
+            least = None if draws is None else self.policy.large_enough([0.5] * draws)
+            return decode(file.read_bytes(), self.channels, least=least)
         except (PictureError, OSError) as error:
             raise ConfigError(f"predict: {file}: cannot be read as an image ({error})", SEE) from error
 

@@ -122,6 +122,7 @@ def of_another_class(run: Path, target: str, user_dir: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_predicts_from_elsewhere_without_its_data_and_beside_packages_of_the_same_names(
     place: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -480,6 +481,7 @@ def test_real_labels_count_with_views_and_a_temperature(place: Path, run: Path, 
 PAGE = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_page_does_what_it_says(
     place: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

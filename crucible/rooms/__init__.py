@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from crucible.command_line import import_from
+from crucible.options import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = (
@@ -69,7 +70,15 @@ def public(name: str) -> str:
 
 
 def import_module(name: str) -> ModuleType:
-    """As `importlib.import_module`, by a public name."""
+    """As `importlib.import_module`, by a public name.
+
+    Raises:
+        ConfigError: where Crucible was installed without its checkout.
+    """
+    if not (ROOT / "lab").is_dir():
+        raise ConfigError(
+            f"crucible in {ROOT}: its rooms are in a checkout; install that: pip install -e .", "README.md"
+        )
     return importlib.import_module(private(name))
 
 
