@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from augmentation.crops import DRAWS, crop_box, crop_boxes, resized_crops
+from augmentation.crops import DRAWS, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     RAND_AUGMENT,
@@ -148,14 +149,23 @@ class TestTransform(_ImagenetPolicy):
 
     def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
         """uint8 (C, H, W) to (C, size, size)."""
+        whole = self.enlarged(pixels)
+        top, left = (round((side - self.size) / 2) for side in whole.shape[1:])
+        return whole[:, top : top + self.size, left : left + self.size]
+
+    def enlarged(self, pixels: Tensor) -> Tensor:
+        """uint8 (C, H, W) at the size that the squares are cut from."""
         height, width = pixels.shape[1:]
         short = round(self.size / 0.875)
         if height < width:
             height, width = short, short * width // height
         else:
             height, width = short * height // width, short
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return resized(pixels, height, width)[:, top : top + self.size, left : left + self.size]
+        return resized(pixels, height, width)
+
+    def five_crops(self, image: Image.Image | Tensor) -> Tensor:
+        """`image` to uint8 (5, channels, size, size): the corners, and the central square last."""
+        return corners_and_centre(self.enlarged(self._pixels(image)), self.size)
 
     def scale_of(self, shape: Shape, draws: Sequence[float]) -> float:
         return round(self.size / 0.875) / min(shape)
