@@ -117,7 +117,9 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, bicubic: Tensor | No
         (N, C, size, size) uint8.
     """
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
-        modes: list[Mode] = ["bilinear"] * len(images) if bicubic is None else [MODES[b] for b in bicubic.tolist()]
+        modes: list[Mode] = (
+            ["bilinear"] * len(images) if bicubic is None else [MODES[b] for b in bicubic.tolist()]
+        )
         places = zip(images, boxes.tolist(), modes, strict=True)
         # uint8 and antialias: torchvision's kernel
         crops = [
@@ -154,3 +156,11 @@ def _cubic(x: Tensor) -> Tensor:
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def corners_and_centre(pixels: Tensor, size: int) -> Tensor:
+    """(C, H, W) to its five squares, (5, C, size, size)."""
+    height, width = pixels.shape[1:]
+    bottom, right = height - size, width - size
+    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return torch.stack([pixels[:, top : top + size, left : left + size] for top, left in places])

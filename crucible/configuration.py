@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from crucible import rooms
 from crucible.options import ConfigError, signature_options, suggest
 from crucible.other_words import module_here
 from crucible.trust import shadowed
@@ -19,7 +19,7 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "summary_depth", "out", "pack",
+    "summary_depth", "out", "pack", "calibrate", "tta",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.stylized_root_dir", "data.module.train_transforms.pipeline_file",
@@ -71,12 +71,13 @@ def spell_out(model: dict[str, Any], overrides: Sequence[str] = ()) -> None:
         return
     target = find_target(path, "model._target_")
     family = sys.modules[target.__module__]
+    module = rooms.public(family.__name__)
     typed = {o.lstrip("+").partition("=")[0] for o in overrides}
     variants: dict[str, dict[Any, str]] = {}
     for name, kind in vars(family).items():
         if inspect.isclass(kind) and kind.__module__ == family.__name__:
             for option, value in vars(kind).get("short", {}).items():
-                variants.setdefault(option, {})[value] = f"{family.__name__}.{name}"
+                variants.setdefault(option, {})[value] = f"{module}.{name}"
     for option, known in variants.items():
         wanted = model.pop(option, None)
         short_typed, target_typed = f"model.{option}" in typed, "model._target_" in typed
@@ -84,7 +85,7 @@ def spell_out(model: dict[str, Any], overrides: Sequence[str] = ()) -> None:
             continue
         if isinstance(wanted, bool) or wanted not in tuple(known):
             raise ConfigError(
-                f"model.{option}={wanted!r}: {family.__name__} has {', '.join(map(str, known))}",
+                f"model.{option}={wanted!r}: {module} has {', '.join(map(str, known))}",
                 see="docs/models.md",
             )
         if target_typed and known[wanted] != path:
@@ -157,19 +158,18 @@ def find_target(path: str, option: str) -> Any:
     if hidden := shadowed(str(path)):
         raise ConfigError(f"{option}={path}: {hidden}", see="docs/extending.md")
     try:
-        module = importlib.import_module(module_name)
+        module = rooms.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+        absent = rooms.public(error.name or "")
+        if absent and (module_name == absent or module_name.startswith(f"{absent}.")):
             raise ConfigError(
-                f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
+                f"{option}={path}: there is no module {absent}", see="docs/extending.md"
             ) from None
-        if here := module_here(error.name or ""):
+        if here := module_here(absent):
             raise ConfigError(
-                f"{option}={path} imports {error.name}; here: {here}", see="docs/extending.md"
+                f"{option}={path} imports {absent}; here: {here}", see="docs/extending.md"
             ) from error
-        raise ConfigError(
-            f"{option}={path} needs the package {error.name}, which is not installed"
-        ) from error
+        raise ConfigError(f"{option}={path} needs the package {absent}, which is not installed") from error
     except (
         ImportError
     ) as error:  # a relative import in a file of one's own, which is no package, or a wrong name
@@ -181,6 +181,7 @@ def find_target(path: str, option: str) -> Any:
     except ValueError:
         raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
     if not hasattr(module, attribute):
-        public = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        classes = {n: v for n, v in vars(module).items() if inspect.isclass(v)}
+        public = [n for n, v in classes.items() if rooms.public(v.__module__) == module_name]
         raise ConfigError(f"{option}={path}: {module_name} has no {attribute}{suggest(attribute, public)}")
     return getattr(module, attribute)

@@ -85,6 +85,21 @@ def decode_with_pil(content: bytes, channels: int) -> Image.Image:
         raise PictureError(_reason(content, error)) from error
 
 
+def from_pil(image: Image.Image, channels: int) -> Tensor:
+    """A picture that PIL has opened, as `decode` would give it: uint8 (channels, height, width), upright.
+
+    Raises:
+        PictureError: for values that are no pixels of 8 or 16 bits.
+    """
+    try:
+        image.load()
+        picture = _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
+    except Exception as error:
+        raise PictureError(_reason(b" ", error)) from error
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
 def shape_of(content: bytes) -> Shape:
     """Height and width of an upright picture, from its header alone.
 

@@ -15,7 +15,7 @@ from augmentation.policies.base import Policy
 from crucible.batch import Batch
 from crucible.keyed import keyed_rng, keyed_uniform, stream_key
 from datasets.groups import sample_of
-from datasets.images import Arrays, SampleError, naming, sample_name
+from datasets.images import Arrays, SampleError, naming, rows, sample_name
 from datasets.sampling import KeyedBatch
 
 OnUnreadable = Literal["raise", "blank", "replace", "drop"]
@@ -72,7 +72,7 @@ class Samples(Dataset):
             indices = self.indices[indices]
         if self.keeps and not self.raw.lacks(indices):
             index = torch.from_numpy(indices)
-            inputs = self.raw.inputs[:0] if self.without_input else self.raw.inputs[index]
+            inputs = self.raw.inputs[:0] if self.without_input else rows(self.raw.inputs, index)
             return Batch(inputs, _targets(self.raw.targets[indices]), index)
         return self._made(epoch, indices)
 

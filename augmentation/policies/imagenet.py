@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from augmentation.crops import ASPECT, DRAWS, MODES, crop_box, crop_boxes, resized_crops
+from augmentation.crops import ASPECT, DRAWS, MODES, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     FLIPS,
@@ -223,6 +224,10 @@ class TestTransform(_ImagenetPolicy):
         else:
             height, width = short * height // width, short
         return resized(pixels, height, width, MODES[self.resizing == "bicubic"])
+
+    def five_crops(self, image: Image.Image | Tensor) -> Tensor:
+        """`image` to uint8 (5, channels, size, size): the corners, and the central square last."""
+        return corners_and_centre(self.enlarged(self._pixels(image)), self.size)
 
     def scale_of(self, shape: Shape, draws: Sequence[float]) -> float:
         return self.resized_side / min(shape)

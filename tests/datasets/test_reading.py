@@ -306,6 +306,46 @@ def test_a_run_that_skips_counts_says_and_records_it(cli, tmp_path: Path, cache:
     assert said.count("train/a/3.jpg: cannot be read") >= 1 and "train/b/4.jpg" in said
 
 
+STOP = """
+import os, signal
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        if Path("stop").exists() and trainer.global_step == int(Path("stop").read_text()):
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_run_that_was_stopped_has_skipped_what_the_whole_one_has(cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "train", ["a", "b"], 12, (16, 16))
+    for broken in ("a/3.jpg", "a/5.jpg", "b/4.jpg"):
+        (tmp_path / "images" / "train" / broken).write_bytes(b"nonsense")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stop.py").write_text(STOP)
+    command = [*RUN, f"data.module.data_root_dir={tmp_path / 'images'}", "data.module.on_error=skip",
+               "data.module.cache=none", "test_after_training=false", "user_dir=mine",
+               "+callbacks.stop._target_=stop.Stop"]  # fmt: skip
+    assert cli(*command, "exp_dir=whole").status == 0
+    (whole,) = runs_in(tmp_path / "whole")
+    batches = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    (tmp_path / "stop").write_text(str(batches - 1))  # what is left has not met them all
+    assert cli(*command, "exp_dir=stopped").status == 128 + 15
+    (tmp_path / "stop").unlink()
+    assert cli(*command, "exp_dir=stopped").status == 0
+    (stopped,) = runs_in(tmp_path / "stopped")
+    found = [json.loads((run / "summary.json").read_text())["unreadable"] for run in (whole, stopped)]
+    assert (
+        found[0] == found[1] and found[0]["train"]["count"] + found[0].get("val", {"count": 0})["count"] == 3
+    )
+    states = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, stopped)
+    ]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_listing_is_what_it_was(tmp_path: Path) -> None:
     for name in ("a/1.JPG", "a/deep/2.png", "a/.hidden/3.jpg", "a/@eaDir/4.jpg", "a/._5.jpg", "a/6.txt",
                  "a/d.jpg/7.gif", "b/8.jpeg", "b/noextension"):  # fmt: skip
