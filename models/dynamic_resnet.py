@@ -220,28 +220,33 @@ class ResNetModel(GatedResidualModel):
 class ResNet18(ResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers, weights = BasicBlock, (2, 2, 2, 2), "resnet18"
 
 
 class ResNet34(ResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers, weights = BasicBlock, (3, 4, 6, 3), "resnet34"
 
 
 class ResNet50(ResNetModel):
     """50 layers, 25.6 M parameters."""
 
+    short = {"depth": 50}
     block, layers, weights = Bottleneck, (3, 4, 6, 3), "resnet50"
 
 
 class ResNet101(ResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers, weights = Bottleneck, (3, 4, 23, 3), "resnet101"
 
 
 class ResNet152(ResNetModel):
     """152 layers, 60.2 M parameters."""
 
+    short = {"depth": 152}
     block, layers, weights = Bottleneck, (3, 8, 36, 3), "resnet152"

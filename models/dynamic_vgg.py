@@ -125,10 +125,12 @@ class _VGGModel(BaseModel):
 class VGG16(_VGGModel):
     """16 layers with weights, 138.4 M parameters; 14.7 M with cifar_size."""
 
+    short = {"depth": 16}
     layers = (2, 2, 3, 3, 3)
 
 
 class VGG19(_VGGModel):
     """19 layers with weights, 143.7 M parameters; 20.0 M with cifar_size."""
 
+    short = {"depth": 19}
     layers = (2, 2, 4, 4, 4)

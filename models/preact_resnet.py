@@ -217,28 +217,33 @@ class _PreActResNetModel(PreActModel):
 class PreActResNet18(_PreActResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers = PreActBasicBlock, (2, 2, 2, 2)
 
 
 class PreActResNet34(_PreActResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers = PreActBasicBlock, (3, 4, 6, 3)
 
 
 class PreActResNet50(_PreActResNetModel):
     """50 layers, 25.5 M parameters."""
 
+    short = {"depth": 50}
     block, layers = PreActBottleneck, (3, 4, 6, 3)
 
 
 class PreActResNet101(_PreActResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers = PreActBottleneck, (3, 4, 23, 3)
 
 
 class PreActResNet152(_PreActResNetModel):
     """152 layers, 60.2 M parameters."""
 
+    short = {"depth": 152}
     block, layers = PreActBottleneck, (3, 8, 36, 3)
