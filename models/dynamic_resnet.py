@@ -27,7 +27,7 @@ from models.layers import (
     zero_last_norms,
 )
 from models.non_local import NonLocal
-from models.residual import EitherBlock, GatedResidualModel, Layers
+from models.residual import EitherBlock, Layers
 from models.weights import load_state
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -168,11 +168,12 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-class ResNetModel(GatedResidualModel):
+class ResNetModel(EitherBlock):
     """The options of every ResNet; a variant names its block, its stages and, where they fit, torchvision's weights."""
 
     block: ClassVar[Block]
     layers: ClassVar[Layers]
+    basic_layers: ClassVar[Layers | None] = None  # of one with bottlenecks, had it basic blocks
     width: ClassVar[int] = 64
     weights: ClassVar[str | None] = None
 
@@ -236,45 +237,37 @@ class ResNetModel(GatedResidualModel):
 
     def stages(self) -> tuple[Block, Layers]:
         """The block, or one for each stage, and how many blocks each stage has."""
-        return self.block, self.layers
-
-
-class PlainResNetModel(ResNetModel, EitherBlock):
-    """A ResNet of either kind of block."""
-
-    basic_layers: ClassVar[Layers | None] = None  # of one with bottlenecks, had it basic blocks
-
-    def stages(self) -> tuple[Block, Layers]:
-        layers = self.layers_of(self.block is Bottleneck, self.layers, self.basic_layers)
+        first = self.block[0] if isinstance(self.block, tuple) else self.block
+        layers = self.layers_of(first.expansion > 1, self.layers, self.basic_layers)
         return self.block if layers is self.layers else BasicBlock, layers
 
 
-class ResNet18(PlainResNetModel):
+class ResNet18(ResNetModel):
     """18 layers, 11.7 M parameters."""
 
     block, layers, weights = BasicBlock, (2, 2, 2, 2), "resnet18"
 
 
-class ResNet34(PlainResNetModel):
+class ResNet34(ResNetModel):
     """34 layers, 21.8 M parameters."""
 
     block, layers, weights = BasicBlock, (3, 4, 6, 3), "resnet34"
 
 
-class ResNet50(PlainResNetModel):
+class ResNet50(ResNetModel):
     """50 layers, 25.6 M parameters; 36.6 M in basic blocks."""
 
     block, layers, weights = Bottleneck, (3, 4, 6, 3), "resnet50"
     basic_layers = 4, 6, 10, 5
 
 
-class ResNet101(PlainResNetModel):
+class ResNet101(ResNetModel):
     """101 layers, 44.5 M parameters."""
 
     block, layers, weights = Bottleneck, (3, 4, 23, 3), "resnet101"
 
 
-class ResNet152(PlainResNetModel):
+class ResNet152(ResNetModel):
     """152 layers, 60.2 M parameters; 87.1 M in basic blocks."""
 
     block, layers, weights = Bottleneck, (3, 8, 36, 3), "resnet152"
