@@ -37,6 +37,7 @@ from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from models.views import View
 from norms import Norm
+from optimizers import OptimizerOptions
 from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 
@@ -166,6 +167,10 @@ def _packs(config: Config) -> bool:
     return config["task"] == "pack" and not config["pack"]["verify"]
 
 
+def _has_momentum(config: Config) -> bool:
+    return read_options(OptimizerOptions, config["model"]).momentum_in_use is not None
+
+
 NEEDED = (
     Needed(
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
@@ -182,6 +187,7 @@ NEEDED = (
         lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart")) or step_of(config).schedule,
         "model.scheduler, model.warmstart, or a technique that sets the rate: it never changes", "epoch",
     ),
+    Needed("model.lr_scale_momentum", _has_momentum, "an optimizer with a momentum: SGD and its kin", False),
     Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),

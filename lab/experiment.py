@@ -432,7 +432,7 @@ class Examiner:
         Raises:
             ConfigError: for whatever cannot run.
         """
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)

@@ -196,7 +196,7 @@ class ResNetModel(EitherBlock):
             raise ConfigError(
                 "model.shortcut=conv: with model.stem=D the shortcuts average; model.stem=C has these"
             )
-        block, layers = self.stages()
+        block, layers = self.block_and_layers()
         self.model = ResNet(
             block,
             layers,
@@ -235,7 +235,7 @@ class ResNetModel(EitherBlock):
             source = f"model.pretrained=true (torchvision's {self.weights})"
             self.weights_report = load_state(self.model, _imagenet_weights(self.weights), source)
 
-    def stages(self) -> tuple[Block, Layers]:
+    def block_and_layers(self) -> tuple[Block, Layers]:
         """The block, or one for each stage, and how many blocks each stage has."""
         first = self.block[0] if isinstance(self.block, tuple) else self.block
         layers = self.layers_of(first.expansion > 1, self.layers, self.basic_layers)
@@ -245,18 +245,21 @@ class ResNetModel(EitherBlock):
 class ResNet18(ResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers, weights = BasicBlock, (2, 2, 2, 2), "resnet18"
 
 
 class ResNet34(ResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers, weights = BasicBlock, (3, 4, 6, 3), "resnet34"
 
 
 class ResNet50(ResNetModel):
     """50 layers, 25.6 M parameters; 36.6 M in basic blocks."""
 
+    short = {"depth": 50}
     block, layers, weights = Bottleneck, (3, 4, 6, 3), "resnet50"
     basic_layers = 4, 6, 10, 5
 
@@ -264,11 +267,13 @@ class ResNet50(ResNetModel):
 class ResNet101(ResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers, weights = Bottleneck, (3, 4, 23, 3), "resnet101"
 
 
 class ResNet152(ResNetModel):
     """152 layers, 60.2 M parameters; 87.1 M in basic blocks."""
 
+    short = {"depth": 152}
     block, layers, weights = Bottleneck, (3, 8, 36, 3), "resnet152"
     basic_layers = 4, 13, 55, 4

@@ -198,6 +198,7 @@ class _VGGModel(BaseModel):
 class VGG16(_VGGModel):
     """16 layers with weights, 138.4 M parameters; 14.7 M with cifar_size."""
 
+    short = {"depth": 16}
     layers = (2, 2, 3, 3, 3)
     strided_layers = (2, 2, 2, 3, 3, 3), (2, 3, 5, 5)
 
@@ -205,5 +206,6 @@ class VGG16(_VGGModel):
 class VGG19(_VGGModel):
     """19 layers with weights, 143.7 M parameters; 20.0 M with cifar_size."""
 
+    short = {"depth": 19}
     layers = (2, 2, 4, 4, 4)
     strided_layers = (2, 2, 3, 3, 4, 4), (3, 4, 5, 6)

@@ -146,10 +146,12 @@ class LIPResNetModel(ResNetModel):
 class LIPResNet50(LIPResNetModel):
     """50 layers, 23.9 M parameters."""
 
+    short = {"depth": 50}
     layers = (3, 4, 6, 3)
 
 
 class LIPResNet101(LIPResNetModel):
     """101 layers, 42.9 M parameters."""
 
+    short = {"depth": 101}
     layers = (3, 4, 23, 3)

@@ -231,18 +231,21 @@ class _PreActResNetModel(PreActModel, EitherBlock):
 class PreActResNet18(_PreActResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers = PreActBasicBlock, (2, 2, 2, 2)
 
 
 class PreActResNet34(_PreActResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers = PreActBasicBlock, (3, 4, 6, 3)
 
 
 class PreActResNet50(_PreActResNetModel):
     """50 layers, 25.5 M parameters; 36.6 M in basic blocks."""
 
+    short = {"depth": 50}
     block, layers = PreActBottleneck, (3, 4, 6, 3)
     basic_layers = 4, 6, 10, 5
 
@@ -250,11 +253,13 @@ class PreActResNet50(_PreActResNetModel):
 class PreActResNet101(_PreActResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers = PreActBottleneck, (3, 4, 23, 3)
 
 
 class PreActResNet152(_PreActResNetModel):
     """152 layers, 60.2 M parameters; 87.1 M in basic blocks."""
 
+    short = {"depth": 152}
     block, layers = PreActBottleneck, (3, 8, 36, 3)
     basic_layers = 4, 13, 55, 4

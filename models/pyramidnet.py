@@ -99,10 +99,12 @@ class _PyramidNetModel(PreActModel, EitherBlock):
 class PyramidNet110(_PyramidNetModel):
     """110 layers in basic blocks, alpha 270: 28.5 M parameters at 10 classes; 18.3 M in bottlenecks."""
 
+    short = {"type": 110}
     block, published_depth, published_alpha = PyramidBasicBlock, 110, 270
 
 
 class PyramidNet272(_PyramidNetModel):
     """272 layers in bottlenecks, alpha 200: 26.2 M parameters at 10 classes."""
 
+    short = {"type": 272}
     block, published_depth, published_alpha = PyramidBottleneck, 272, 200

@@ -94,7 +94,7 @@ class EitherBlock(GatedResidualModel):
         if others is None:
             kind = "bottlenecks" if has else "basic blocks"
             raise ConfigError(
-                f"model.bottleneck={str(self.bottleneck).lower()}: {type(self).__name__} has {kind} only; leave it null, "
-                "or take the 50 or 152 of resnet, preact_resnet or se_resnet, which have either"
+                f"model.bottleneck={str(self.bottleneck).lower()}: {type(self).__name__} has {kind} only; leave it "
+                "null, or take the 50 or 152 of resnet, preact_resnet or se_resnet, which have either"
             )
         return others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -24,8 +25,10 @@ from technique_runs import built
 from benchmarks.recipes import row
 from crucible import configuration
 from crucible.configuration import select
+from crucible.options import read_options
 from docs.reproducing_page import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
 from lab.config import check
+from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 KNOWN = recipes()
 NAMES = [recipe.name for recipe in KNOWN]
@@ -89,6 +92,54 @@ def test_a_recipe_composes_by_its_commands_and_keeps_its_settings(recipe: Recipe
                 assert name in typed or select(config, name) == value, f"{command}: {name}"
 
 
+def under(debug: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration with what a file of cli_configs/debug sets."""
+    content = yaml.safe_load((ROOT / "cli_configs" / "debug" / f"{debug}.yaml").read_text())
+
+    def merged(node: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        return node | {
+            k: merged(node[k], v) if isinstance(v, dict) and k in node else v for k, v in more.items()
+        }
+
+    return merged(config, content)
+
+
+def rates(config: dict[str, Any]) -> list[float]:
+    """The factors of the first two epochs, and what is refused of the schedule."""
+    trainer = config["trainer"]
+    length = training_length(trainer["max_epochs"], trainer["max_steps"], 2)
+    return [schedule(read_options(ScheduleOptions, config["model"]), length)(epoch) for epoch in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_every_recipe_has_its_own_first_steps_under_two_steps(recipe: Recipe) -> None:
+    """Whatever milestones, warm-up and cool-down it has: the length is the recipe's, and a callback ends it."""
+    overrides = jobs(recipe.commands[0])[0]
+    whole = _composed(tuple(overrides))
+    for debug in ("two_steps", "profile", "overfit"):
+        config = under(debug, whole)
+        check(config, overrides)
+        if debug == "overfit":
+            assert rates(config) == [1.0, 1.0]
+        else:
+            assert rates(config) == rates(whole)
+            assert config["callbacks"]["end"]["epochs"] == 1
+
+
+def test_a_debugged_recipe_ends_after_an_epoch_of_two_steps(cli, tmp_path: Path) -> None:
+    """Milestones at 100 to 200 of 250 epochs; the first epoch at its full rate, then the test."""
+    outcome = cli(
+        "recipe=online_norm/cifar10_batch", "debug=two_steps", "data=synthetic", "model.depth=8",
+        "data.module.batch_size=8", "logger.wandb=null", "callbacks.plots=null",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    (run,) = tmp_path.glob("experiments/*/*/summary.json")
+    summary = json.loads(run.read_text())
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 1, 2)
+    assert "test/acc" in summary["final"]
+    assert "1/250" in outcome.out and "lr 0.1" in outcome.out
+
+
 @pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
 def test_the_header_says_what_to_reach_and_with_what(recipe: Recipe) -> None:
     for part in (recipe.description, recipe.source, recipe.published, recipe.hardware, recipe.differs):
@@ -124,6 +175,27 @@ def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> Non
         "model.norm_kwargs.alpha_fwd": 1023 / 1024,
         "model.norm_kwargs.alpha_bkw": 127 / 128,
     }
+
+
+def test_the_rows_of_power_grad_have_its_schedule_as_run_and_its_evaluation() -> None:
+    bicubic = {
+        "resnet50",
+        "resnet101",
+        "seresnet18",
+        "seresnet50",
+    }  # of the fork's default_cfgs; the others bilinear
+    for name in (n for n in NAMES if n.startswith("powergrad/")):
+        config = _composed((f"recipe={name}",))
+        length = config["trainer"]["max_epochs"]
+        factor = schedule(read_options(ScheduleOptions, config["model"]), length)
+        found = [round(factor(e), 3) for e in (0, 1, 2, 5, 29, 30, 59, 60, 88, 89)]
+        if "_step" in name:
+            assert (length, found) == (90, [0.1, 0.46, 0.64, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
+        else:
+            assert (length, found) == (100, [0.1, 0.46, 0.64, 0.989, 0.75, 0.735, 0.251, 0.236, 0.001, 0.001])
+        filter = config["data"]["module"]["test_transforms"].get("interpolation", "bilinear")
+        assert (filter == "bicubic") == (name.split("/")[1].split("_")[0] in bicubic), name
+    assert _composed(("recipe=powergrad/resnet18_wobn_cosine",))["model"]["norm"] == "none"
 
 
 def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> None:
