@@ -192,7 +192,9 @@ class _VGGModel(BaseModel):
             self.model = network
         else:
             self.model = VGG(self.layers, cifar_size=cifar_size, **options)
-            start_head(self.model.classifier[-1], head_std)
+            head = self.model.classifier[-1]
+            assert isinstance(head, nn.Linear)
+            start_head(head, head_std)
 
 
 class VGG16(_VGGModel):
