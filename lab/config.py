@@ -30,7 +30,7 @@ from crucible.options import (
 )
 from crucible.technique import Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
-from datasets.sampling import EvalSampler, batches_within
+from datasets.sampling import EvalSampler, batches_within, training_batches
 from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
@@ -606,7 +606,8 @@ def run_length(config: Config, data_module: Any) -> Length:
 
 
 def _training_batches(trainer: Mapping[str, Any], data_module: Any, world: int) -> int:
-    batches = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
+    samples = len(data_module.samples("train"))
+    batches = max(1, training_batches(samples, data_module.batch_size, world, data_module.drop_last))
     return batches_within(batches, trainer.get("overfit_batches") or trainer.get("limit_train_batches"))
 
 

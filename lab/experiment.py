@@ -362,6 +362,14 @@ def _differing(recorded: Config, config: Config) -> str:
     return ""
 
 
+_WITHOUT_COST = {"data.module.drop_last", "model.head_std"}
+# options younger than recorded costs, as a step costs what it did without them
+_YOUNGER = {
+    "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.shortcut": None,
+    "model.strided": False,
+}  # fmt: skip
+
+
 def kind(config: Config) -> str:
     """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and whether compiled."""
     target = find_target(config["model"]["_target_"], "")
@@ -376,6 +384,8 @@ def kind(config: Config) -> str:
             or n.removeprefix("model.") in own
         )
         and not n.startswith("data.module.fold")
+        and n not in _WITHOUT_COST
+        and not (n in _YOUNGER and v is _YOUNGER[n])
     }
     if config["model"].get("compile"):
         of_the_cost["model.compile"] = True

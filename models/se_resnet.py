@@ -39,7 +39,7 @@ class SEResNet50(SEResNetModel):
     """50 layers, 28.1 M parameters."""
 
     short = {"depth": 50}
-    block, layers = ResNet50.block, ResNet50.layers
+    block, layers, basic_layers = ResNet50.block, ResNet50.layers, ResNet50.basic_layers
 
 
 class SEResNet101(SEResNetModel):
@@ -53,4 +53,4 @@ class SEResNet152(SEResNetModel):
     """152 layers, 66.8 M parameters."""
 
     short = {"depth": 152}
-    block, layers = ResNet152.block, ResNet152.layers
+    block, layers, basic_layers = ResNet152.block, ResNet152.layers, ResNet152.basic_layers

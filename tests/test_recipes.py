@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from small_models import SMALL
 from technique_runs import built
 
+from benchmarks.recipes import row
 from crucible import configuration
 from crucible.configuration import select
 from crucible.options import read_options
@@ -35,6 +36,7 @@ STEPS = 2
 CLASSES = 4
 # what the small network of a recipe needs besides its family's, and one setting that needs GPUs
 SMALLER = {
+    "cifar/pyramidnet110": ["model.depth=11"],
     "cifar/pyramidnet272": ["model.depth=11"],
     "model_zoo/sync_bn": ["trainer.sync_batchnorm=false"],
 }
@@ -140,7 +142,7 @@ def test_a_debugged_recipe_ends_after_an_epoch_of_two_steps(cli, tmp_path: Path)
 
 @pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
 def test_the_header_says_what_to_reach_and_with_what(recipe: Recipe) -> None:
-    for part in (recipe.description, recipe.source, recipe.published, recipe.hardware):
+    for part in (recipe.description, recipe.source, recipe.published, recipe.hardware, recipe.differs):
         assert part.endswith((".", ".)")) and "|" not in part
     assert "%" in recipe.published or recipe.published.startswith(("not found", "none of its own"))
     assert recipe.family in FAMILIES
@@ -201,6 +203,42 @@ def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> N
     assert set(measured()) <= set(NAMES)
     for name in NAMES:
         assert PAGE.read_text().count(f"[`{name}`]") == 1
+
+
+TABLE = ROOT / "benchmarks" / "results" / "recipes.md"
+
+
+def test_the_table_of_recipes_has_each_with_what_its_header_says() -> None:
+    rows = {line.split("`")[1]: line for line in TABLE.read_text().splitlines() if line.startswith("| `")}
+    assert list(rows) == NAMES, "run python benchmarks/recipes.py --out benchmarks/results/recipes.md"
+    for recipe in KNOWN:
+        said = f"| {recipe.published} | {recipe.differs} | {recipe.source} |"
+        assert rows[recipe.name].endswith(said), "run python benchmarks/recipes.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [r if r.name in ("cifar/resnet50", "cifar/vgg16") else nightly(r)[0] for r in KNOWN],
+    ids=lambda r: r.name,
+)
+def test_the_table_of_recipes_has_the_network_and_the_settings_that_are_run(recipe: Recipe) -> None:
+    assert row(recipe) in TABLE.read_text().splitlines(), "run python benchmarks/recipes.py"
+
+
+def test_the_rows_of_cifar_take_the_pictures_and_batches_of_their_repository() -> None:
+    """What its code says of each row: mean and deviation, operations, the last batch, the head, precision."""
+    for name in (n for n in NAMES if n.startswith("cifar/")):
+        config = _composed((f"recipe={name}", "data=cifar100", "data.module.train_transforms.cutout_size=8"))
+        module, model = config["data"]["module"], config["model"]
+        for role in ("train_transforms", "test_transforms"):
+            assert module[role]["mean"] == [0.4914, 0.4822, 0.4465]
+            assert module[role]["std"] == [0.2023, 0.1994, 0.2010]
+        training = module["train_transforms"]
+        assert (training["operations"], training["fill"], training["cutout_size"]) == ("deepvoltaire", 128, 8)
+        assert training.get("prob") == (0.5 if "RandAugment" in training["_target_"] else None)
+        assert (module["drop_last"], module["batch_size"], model["head_std"]) == (False, 128, 0.001)
+        assert config["trainer"]["precision"] == ("32-true" if model["sam"] else None)
 
 
 @pytest.fixture(scope="module")

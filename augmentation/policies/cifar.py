@@ -59,14 +59,14 @@ class BaselineCutoutTransform(BaselineTransform):
 class AutoAugmentTransform(_CifarPolicy, AutomaticAutoAugment):
     """Shifts, flips, the AutoAugment policy found on CIFAR-10, and cutout, as in its paper."""
 
-    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RESAMPLING}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RESAMPLING, "operations": "torchvision"}
     found_on = "cifar10"
 
 
 class RandAugmentTransform(_CifarPolicy, AutomaticRandAugment):
     """Shifts, flips, RandAugment (2 operations at 9 of 30), and cutout, as in its paper."""
 
-    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RAND_AUGMENT}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RAND_AUGMENT, "operations": "torchvision"}
 
 
 class TrivialAugmentTransform(_CifarPolicy, AutomaticTrivialAugment):
