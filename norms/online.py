@@ -235,7 +235,8 @@ class _OnlineNormFunction(Function):
         # Not among the saved tensors: their versions are checked, and two forwards may precede two backwards.
         ctx.u, ctx.v = u, v
         ctx.native, ctx.alpha_bkw, ctx.layer_scaling = native, alpha_bkw, ls_eps is not None
-        return out.to(x.dtype)
+        # torch 2.11's dynamo takes a cast that changes nothing for no result of the function: no gradient passes
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
