@@ -1,12 +1,12 @@
-"""Do the tests pass at the ends of what pyproject.toml allows? The quick suite in an environment of the lowest versions of
-all direct dependencies and in one of the highest, on each Python that this machine has.
+"""Do the tests pass at the ends of what pyproject.toml allows? The quick suite in an environment of the lowest versions
+of all direct dependencies and in one of the highest, on each Python that this machine has.
 
     python benchmarks/versions.py --out benchmarks/results/versions.md
-    python benchmarks/versions.py --pythons 3.13 --ends lowest --folder ENVIRONMENTS --out FILE -- tests/norms -k compiled
+    python benchmarks/versions.py --pythons 3.13 --ends lowest --folder KEPT --out FILE -- tests/norms -k compiled
 
-Each environment is made by uv, which knows how to resolve downwards (a copy of its own is installed), without what is
-not published as a wheel, but for two small packages of Python code. What --folder names is kept and used again. The rows
-of FILE that this call does not make stay. For the nights: an environment is gigabytes, a suite minutes.
+Each environment is made by uv, which knows how to resolve downwards (a copy of its own is installed), from wheels, but
+for two small packages of Python code that have none. What lies in --folder is kept and used again. Rows of FILE that
+this call does not make stay. For the nights: an environment is gigabytes, a suite minutes.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def merged(text: str, rows: Sequence[str], failures: Sequence[str]) -> str:
     return "\n".join([
         "# Tests at the lowest and the highest versions",
         "",
-        "Made by `python benchmarks/versions.py`: each dependency of pyproject.toml at the lowest version that it allows",
-        "(and that has a wheel for that Python), and at the highest. Without tests named: the quick suite.",
+        "Made by `python benchmarks/versions.py`: each dependency of pyproject.toml at the lowest version that it",
+        "allows (and that has a wheel for that Python), and at the highest. Without tests named: the quick suite.",
         "",
         *HEADER,
         *(table[k] for k in sorted(table)),
