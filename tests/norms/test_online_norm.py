@@ -192,7 +192,8 @@ def test_compiled_it_passes_the_gradient_to_what_lies_below_it(precision):
         out.float().square().sum().backward()
     for found, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert expected.grad.any()
-        torch.testing.assert_close(found.grad, expected.grad, atol=1e-3, rtol=2e-2)
+        rounding = 1e-5 if precision == torch.float32 else 0.05
+        assert (found.grad - expected.grad).norm() <= rounding * expected.grad.norm()
 
 
 def test_the_operators_that_are_opaque_to_the_compiler_keep_its_rules():
