@@ -71,12 +71,13 @@ def _report(arguments: Sequence[str]) -> None:
     from reporting.request import read_arguments
 
     request = read_arguments(arguments)
-    from reporting import comparison, files, page, plots, records, rendering, robustness
+    from reporting import comparison, elsewhere, files, page, plots, records, rendering, robustness
 
     runs, left_out = records.read_runs(request)
     tables = comparison.compare(runs, request)
     for table in tables:
         table.robustness = robustness.robustness_of(table, request)
+        table.elsewhere = elsewhere.elsewhere_of(table, request)
     drawn = {table.data: plots.draw_all(table) for table in tables}
     composed = page.compose(tables, drawn, left_out, request)
     files.write(composed, tables, drawn, request.out)

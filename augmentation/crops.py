@@ -125,3 +125,11 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
     weight = (1 - (place - centre).abs() / step.clamp(min=1)).clamp(min=0) * ((place > 0) & (place < length))
     return weight / weight.sum(dim=2, keepdim=True)
+
+
+def corners_and_centre(pixels: Tensor, size: int) -> Tensor:
+    """(C, H, W) to its five squares, (5, C, size, size)."""
+    height, width = pixels.shape[1:]
+    bottom, right = height - size, width - size
+    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return torch.stack([pixels[:, top : top + size, left : left + size] for top, left in places])

@@ -290,10 +290,11 @@ def solarize(images: Tensor, threshold: Tensor, _: Tensor) -> Tensor:
 
 def autocontrast(images: Tensor, *_: Tensor) -> Tensor:
     """The levels of each channel are stretched to 0 to 255; a channel of one level stays as it is."""
-    low, high = images.amin(dim=(2, 3), keepdim=True).float(), images.amax(dim=(2, 3), keepdim=True).float()
+    source = images.float()  # inductor's least of uint8 is wrong (torch 2.14, AVX-512)
+    low, high = source.amin(dim=(2, 3), keepdim=True), source.amax(dim=(2, 3), keepdim=True)
     flat = high == low
     scale = torch.where(flat, 1.0, (high - low) * (1 / 255))
-    return ((images - torch.where(flat, 0.0, low)) / scale).clamp_(0, 255).to(torch.uint8)
+    return ((source - torch.where(flat, 0.0, low)) / scale).clamp_(0, 255).to(torch.uint8)
 
 
 def equalize(images: Tensor, *_: Tensor) -> Tensor:

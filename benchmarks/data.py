@@ -37,7 +37,7 @@ from augmentation.policies import cifar, imagenet  # noqa: E402
 from augmentation.policies.base import shift_and_flip  # noqa: E402
 from augmentation.policies.default import IdentityTransform  # noqa: E402
 from crucible.keyed import keyed_uniform  # noqa: E402
-from crucible.pictures import installed  # noqa: E402
+from crucible.pictures import decode, decode_with_pil, installed  # noqa: E402
 from datasets.base_datamodule import BaseDataModule  # noqa: E402
 from datasets.cifar import CIFAR10DataModule  # noqa: E402
 from datasets.image_folder import ImageFolderDataModule  # noqa: E402
@@ -227,8 +227,52 @@ def row_memory(args: argparse.Namespace, work: Path) -> Iterator[str]:
     yield f"| {what} | - | {shown} | +{max(seen) - seen[0]:.1f} MiB | constant |"
 
 
-ROWS = {"photographs": row_photographs, "cifar": row_cifar, "decode": row_decode, "listing": row_listing,
-        "memory": row_memory}  # fmt: skip
+def row_profile(args: argparse.Namespace, work: Path) -> Iterator[str]:
+    """Where the milliseconds of a photograph go, on either side, in one process without workers."""
+    folder, count = work / "profile", args.batch_size
+    tree_of_links(args.photographs, folder, int(count * 1.02) + CLASSES, args.largest)
+    policy = imagenet.BaselineTransform(size=args.size)
+    data = ImageFolderDataModule(
+        name="photographs", data_root_dir=str(folder), batch_size=count, num_workers=0, train_transforms=policy,
+        test_transforms=imagenet.TestTransform(size=args.size), test_split=0.0, val_split=0.01,
+    )  # fmt: skip
+    data.setup("fit")
+    crop = [v2.RandomResizedCrop(args.size), v2.RandomHorizontalFlip()]
+    whole = rival(folder, crop, count, 0, count), data.train_dataloader()
+    files = data.train_dataset
+    contents = [files.encoded(i) for i in range(count)]
+    pictures = [decode(content, 3) for content in contents]
+    draws = keyed_uniform(1, torch.arange(count), policy.crop_draws).tolist()
+    batch = next(iter(whole[1]))
+    parts: dict[str, Callable[[], Any]] = {
+        "their all": lambda: next(iter(whole[0])),
+        "their decoding": lambda: [decode_with_pil(content, 3) for content in contents],
+        "all": lambda: flipped(next(iter(whole[1]))),
+        "decoding": lambda: [decode(content, 3) for content in contents],
+        "resizing": lambda: [policy.from_draws(p, d) for p, d in zip(pictures, draws, strict=True)],
+        "reading": lambda: [files.encoded(i) for i in range(count)],
+        "flips": lambda: flipped(batch),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(args.repeats):
+        for name, part in parts.items():
+            began = time.process_time()
+            part()
+            taken[name].append((time.process_time() - began) / count * 1e3)
+    ms = {name: f"{np.median(times):.2f}" for name, times in taken.items()}
+    needed = [a + b for a, b in zip(taken["decoding"], taken["resizing"], strict=True)]
+    what = "CPU ms of a photograph, in one process"
+    for part in ("all", "decoding"):
+        ratio = ratio_interval(taken[f"their {part}"], taken[part])
+        yield f"| {what}: {part} | {ms[f'their {part}']} | {ms[part]} | {ratio} | - |"
+    rest = ", ".join(ms[name] for name in ("resizing", "reading", "flips"))
+    yield f"| {what}: crops and resizing, reading, flips | - | {rest} | - | - |"
+    bound = ratio_interval(taken["their all"], needed)
+    yield f"| {what}: all, were ours decoding, crops and resizing alone | - | - | {bound} | - |"
+
+
+ROWS = {"photographs": row_photographs, "profile": row_profile, "cifar": row_cifar, "decode": row_decode,
+        "listing": row_listing, "memory": row_memory}  # fmt: skip
 
 
 def line(what: str, theirs: list[float], ours: list[float], samples: int, goal: float) -> str:

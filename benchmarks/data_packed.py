@@ -34,8 +34,8 @@ from torchvision.transforms import v2
 from augmentation.policies.base import shift_and_flip
 from augmentation.policies.imagenet import BaselineTransform, TestTransform
 from crucible.keyed import keyed_uniform
+from crucible.listing import image_files
 from datasets.image_folder import ImageFolderDataModule
-from datasets.images import image_files
 from datasets.shards import ShardsDataModule
 from lab.packing import pack
 

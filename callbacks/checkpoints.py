@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from crucible import sealed
 from crucible.files import replacing
 from crucible.finite import all_finite, tensors_in
-from crucible.metrics import higher_is_better
+from crucible.metrics import higher_is_better, of_split
 from crucible.writing import Unwritable, unwritable
 
 log = logging.getLogger("crucible")
@@ -123,6 +123,8 @@ class Checkpoints(Checkpoint):
         self._best_step = -1
         self._written_at = -1
         self.run_id = ""  # whose states they are
+        self.network: dict[str, Any] = {}  # what a state says of its network, so that it can be used alone
+        self._validated: dict[str, Any] = {}  # metrics of the last validation, its epoch and step
         self.refused = False  # the last state was not finite
         self.remarks: list[str] = []  # for the summary
         self._infinite: frozenset[str] = frozenset()
@@ -144,6 +146,14 @@ class Checkpoints(Checkpoint):
             checkpoint["class_names"] = list(names)
         if self.run_id:
             checkpoint["run"] = self.run_id
+        if self.network:
+            checkpoint["network"] = self.network
+        checkpoint["validated"] = dict(self._validated)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._validated = dict(checkpoint.get("validated") or {})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not on_train_start: a run that was killed after its last step trains no more
@@ -197,6 +207,9 @@ class Checkpoints(Checkpoint):
             or self.monitor not in trainer.callback_metrics
         ):
             return
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if of_split(n, "val")}
+        place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self._validated = {"monitor": self.monitor, "metrics": metrics, **place}
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1.0 if higher_is_better(self.monitor, self.mode) else -1.0
         if math.isfinite(value) and (

@@ -25,11 +25,24 @@ class Unreadable(Callback):
     def __init__(self, run: RunDirectory | None = None) -> None:
         self.run = run
         self.found: dict[str, list[int]] = {}  # numbers by split, of all processes
+        self.before: dict[str, list[int]] = {}  # those that the state has, from which this process goes on
 
     @property
     def count(self) -> int:
         """The samples that were skipped so far, each counted once."""
         return sum(map(len, self.found.values()))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        found = {split: self._numbers(trainer, split) for split in ("train", "val")}
+        if any(found.values()):
+            checkpoint[KEY] = {split: numbers for split, numbers in found.items() if numbers}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.before = checkpoint.get(KEY, {})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gather(trainer, ("train", "val"))
@@ -37,22 +50,25 @@ class Unreadable(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._gather(trainer, ("test",))
 
+    def _numbers(self, trainer: Trainer, split: str) -> list[int]:
+        """Those of a split that could not be read so far, by any process, also before a resume."""
+        marks = trainer.datamodule.unread(split)  # type: ignore[attr-defined]
+        if marks is None:
+            return []
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(
+                marks.to(trainer.strategy.root_device, torch.int32), reduce_op="sum"
+            )
+            assert isinstance(total, torch.Tensor)
+            marks = total.cpu()
+        return sorted({*self.before.get(split, []), *marks.nonzero().flatten().tolist()})
+
     def _gather(self, trainer: Trainer, splits: tuple[str, ...]) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for split in splits:
-            marks = data.unread(split)
-            if marks is None:
-                continue
-            if trainer.world_size > 1:
-                total = trainer.strategy.reduce(
-                    marks.to(trainer.strategy.root_device, torch.int32), reduce_op="sum"
-                )
-                assert isinstance(total, torch.Tensor)
-                marks = total.cpu()
-            numbers, known = marks.nonzero().flatten().tolist(), self.found.get(split, [])
+            numbers, known = self._numbers(trainer, split), self.found.get(split, [])
             self.found[split] = numbers
             if trainer.is_global_zero and len(numbers) > len(known):
-                self._say(data, split, sorted(set(numbers) - set(known)))
+                self._say(trainer.datamodule, split, sorted(set(numbers) - set(known)))  # type: ignore[attr-defined]
 
     def _say(self, data: Any, split: str, numbers: list[int]) -> None:
         for number in numbers[:LISTED]:

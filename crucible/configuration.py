@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from crucible import rooms
 from crucible.options import ConfigError, suggest
 from crucible.trust import shadowed
 
@@ -17,7 +17,7 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "summary_depth", "out", "pack",
+    "summary_depth", "out", "pack", "calibrate", "tta",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.stylized_root_dir", "data.module.train_transforms.pipeline_file",
@@ -96,18 +96,18 @@ def find_target(path: str, option: str) -> Any:
     if hidden := shadowed(str(path)):
         raise ConfigError(f"{option}={path}: {hidden}", see="docs/extending.md")
     try:
-        module = importlib.import_module(module_name)
+        module = rooms.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+        absent = rooms.public(error.name or "")
+        if absent and (module_name == absent or module_name.startswith(f"{absent}.")):
             raise ConfigError(
-                f"{option}={path}: there is no module {error.name}", see="docs/extending.md"
+                f"{option}={path}: there is no module {absent}", see="docs/extending.md"
             ) from None
-        raise ConfigError(
-            f"{option}={path} needs the package {error.name}, which is not installed"
-        ) from error
+        raise ConfigError(f"{option}={path} needs the package {absent}, which is not installed") from error
     except ValueError:
         raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
     if not hasattr(module, attribute):
-        public = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module_name]
+        classes = {n: v for n, v in vars(module).items() if inspect.isclass(v)}
+        public = [n for n, v in classes.items() if rooms.public(v.__module__) == module_name]
         raise ConfigError(f"{option}={path}: {module_name} has no {attribute}{suggest(attribute, public)}")
     return getattr(module, attribute)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +37,10 @@ class Shape(NamedTuple):
     width: int
 
 
-def decode(content: bytes, channels: int, decoder: Decoder = "auto", least: Shape | None = None) -> Tensor:
+Least = Callable[[Shape], Shape]
+
+
+def decode(content: bytes, channels: int, decoder: Decoder = "auto", least: Least | None = None) -> Tensor:
     """One picture of any usual format, upright.
 
     The EXIF orientation is applied (one that is not 2 to 8 means upright); 16-bit values are scaled to 8 bits;
@@ -46,9 +50,10 @@ def decode(content: bytes, channels: int, decoder: Decoder = "auto", least: Shap
         content: of the file.
         channels: 1 for grey, 3 for colour.
         decoder: auto takes simplejpeg where it is installed. It never changes the pixels.
-        least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, in both sides at least this, by scaling in its
-            cosine transform: quicker for large photographs, at some loss (PSNR 28 dB at worst, against a full
-            decode, once both are resized). Only by simplejpeg; None: whole.
+        least: from the shape of the upright picture, the least that is needed of it: a JPEG may be decoded at 1/2,
+            1/4 or 1/8 of its size, in both sides at least this, by scaling in its cosine transform: quicker for
+            large photographs, at some loss (PSNR 28 dB at worst, against a full decode, once both are resized).
+            Only by simplejpeg; None: whole.
 
     Returns:
         uint8 (channels, height, width); in memory, a pixel's channels may lie together (channels_last).
@@ -78,6 +83,21 @@ def decode_with_pil(content: bytes, channels: int) -> Image.Image:
             return _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
     except Exception as error:  # decoders of damaged files raise anything
         raise PictureError(_reason(content, error)) from error
+
+
+def from_pil(image: Image.Image, channels: int) -> Tensor:
+    """A picture that PIL has opened, as `decode` would give it: uint8 (channels, height, width), upright.
+
+    Raises:
+        PictureError: for values that are no pixels of 8 or 16 bits.
+    """
+    try:
+        image.load()
+        picture = _upright(_eight_bits(image, "L" if channels == 1 else "RGB"), _orientation(image))
+    except Exception as error:
+        raise PictureError(_reason(b" ", error)) from error
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def shape_of(content: bytes) -> Shape:
@@ -118,7 +138,7 @@ def _simplejpeg(required: bool) -> Any | None:
     return module
 
 
-def _fast(module: Any, content: bytes, channels: int, least: Shape | None) -> Tensor | None:
+def _fast(module: Any, content: bytes, channels: int, least: Least | None) -> Tensor | None:
     """The pixels by simplejpeg; None for whatever is better left to PIL."""
     try:
         height, width, colors, _ = module.decode_jpeg_header(content)
@@ -127,7 +147,9 @@ def _fast(module: Any, content: bytes, channels: int, least: Shape | None) -> Te
         orientation = _orientation_in(content)
         smaller = {}
         if least is not None:
-            down, across = least if orientation < 5 else least[::-1]
+            upright = orientation < 5
+            needed = least(Shape(height, width) if upright else Shape(width, height))
+            down, across = needed if upright else needed[::-1]
             parts = next((p for p in (8, 4, 2) if height >= p * down and width >= p * across), 1)
             if parts > 1:
                 smaller = {"min_height": -(-height // parts), "min_width": -(-width // parts)}

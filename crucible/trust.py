@@ -6,17 +6,15 @@ config.yaml names may be somebody else's: `judge` looks at every name in it befo
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from crucible import rooms
 from crucible.command_line import option
 from crucible.handover import pass_on, received
 from crucible.options import ConfigError
@@ -186,7 +184,7 @@ def _refusal(found: _Recorded, user_dir: str | Path | None) -> str | None:
         return "is no name of a class"
     if kind.base(name) is not None:
         return _refusal_of_class(name, kind)
-    if user_dir is None or not _lies_in(Path(user_dir), name):
+    if user_dir is None or not rooms.lies_in(Path(user_dir), name):
         return f"is not {kind.words}" + (
             "" if user_dir is None else f", and does not lie in user_dir={user_dir}"
         )
@@ -197,9 +195,9 @@ def _refusal_of_class(name: str, kind: Kind) -> str | None:
     """Why a name in a package that may be imported is not followed."""
     module_name, _, attribute = name.rpartition(".")
     try:
-        module = importlib.import_module(module_name)
+        module = rooms.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name == name.partition(".")[0]:
+        if rooms.public(error.name or "") == name.partition(".")[0]:
             return None  # the package is not installed, so that there is nothing to follow; whoever needs it says so
         return f"is not {kind.words}: there is no module {module_name}"
     except ImportError as error:
@@ -207,7 +205,7 @@ def _refusal_of_class(name: str, kind: Kind) -> str | None:
     found = getattr(module, attribute, None)
     if not inspect.isclass(found):
         return f"is not {kind.words}: it is no class"
-    home = f"{found.__module__}.{found.__qualname__}"
+    home = rooms.public(f"{found.__module__}.{found.__qualname__}")
     base = kind.base(home)
     if base is None or not issubclass(found, _class(base)):
         return f"is not {kind.words}: it is {_shown(home)}"
@@ -218,36 +216,27 @@ def _class(name: str) -> type:
     if name == "object":
         return object
     module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(rooms.import_module(module), attribute)
 
 
 def _refusal_of_users(name: str, kind: Kind, user_dir: Path) -> str | None:
     """Why a name of the user's folder is not followed: it leads out of it."""
     module_name, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), attribute, None)
+        found = getattr(rooms.import_module(module_name), attribute, None)
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+        missing = rooms.public(error.name or "")
+        if missing and (module_name == missing or module_name.startswith(f"{missing}.")):
             return f"is not there: user_dir={user_dir} has no module {module_name}"
         return None  # one of the user's own modules misses a package; whoever builds it says so
-    home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', attribute)}"
+    home = rooms.public(f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', attribute)}")
     if (
         found is None
-        or _lies_in(user_dir, home)
+        or rooms.lies_in(user_dir, home)
         or (kind.base(home) and _refusal_of_class(home, kind) is None)
     ):
         return None
     return f"leads out of user_dir={user_dir}, to {_shown(home)}"
-
-
-def _lies_in(folder: Path, name: str) -> bool:
-    """Whether Python takes the top module of a dotted name directly from `folder`; found without importing it."""
-    top = name.partition(".")[0]
-    spec = getattr(sys.modules.get(top), "__spec__", None) or PathFinder.find_spec(top)
-    if spec is None:
-        return False
-    homes = spec.submodule_search_locations or ([spec.origin] if spec.origin else [])
-    return bool(homes) and all(Path(home).resolve().parent == folder.resolve() for home in map(str, homes))
 
 
 def shadowed(path: str) -> str:
@@ -260,7 +249,7 @@ def shadowed(path: str) -> str:
     places = [Path(folder, *parts[:n]) for n in range(len(parts), 0, -1)]
     files = [f for place in places for f in (place.with_suffix(".py"), place / "__init__.py")]
     mine = next((f for f in files if f.is_file()), None)
-    if mine is None or _lies_in(Path(folder), path):
+    if mine is None or rooms.lies_in(Path(folder), path):
         return ""
     if len(parts) > 1 and not (files[0].is_file() or files[1].is_file()):
         return ""  # theirs is a module that the user's folder does not have

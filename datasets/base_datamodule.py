@@ -21,6 +21,7 @@ from augmentation.policies.default import IdentityTransform
 from crucible.batch import Batch
 from crucible.files import missing
 from crucible.keyed import stream_key
+from crucible.listing import image_files
 from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
@@ -36,7 +37,6 @@ from datasets.images import (
     Relabelled,
     SampleError,
     fingerprint,
-    image_files,
     naming,
     sample_name,
 )
@@ -73,6 +73,8 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(setup)
     def once(self: BaseDataModule, *args: Any, **kwargs: Any) -> None:
+        if self.only_predicts:
+            return
         if self._set_up == "under way":  # called by super()
             setup(self, *args, **kwargs)
         elif self._set_up == "no":
@@ -93,6 +95,17 @@ def _once(setup: Callable[..., None]) -> Callable[..., None]:
             self._set_up = "done"
 
     return once
+
+
+def _if_read(prepare_data: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`prepare_data` that does nothing where the data are not read."""
+
+    @functools.wraps(prepare_data)
+    def prepared(self: BaseDataModule) -> None:
+        if not self.only_predicts:
+            prepare_data(self)
+
+    return prepared
 
 
 def _targets(raw: Any) -> np.ndarray:
@@ -185,6 +198,9 @@ class BaseDataModule(LightningDataModule):
     train_dataset: Any = None
     val_dataset: Any = None
     test_dataset: Any = None
+    only_predicts = (
+        False  # images of `predict_dir`, for a trained network: the data themselves need not be there
+    )
     _set_up: Literal["no", "under way", "done"] = "no"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -194,6 +210,8 @@ class BaseDataModule(LightningDataModule):
         # one inherited from another data module is wrapped already; a mixin's is not
         if owner is cls or not issubclass(owner, BaseDataModule):
             setattr(cls, "setup", _once(vars(owner)["setup"]))  # noqa: B010  # to mypy, methods are constants
+        if "prepare_data" in vars(cls):
+            setattr(cls, "prepare_data", _if_read(vars(cls)["prepare_data"]))  # noqa: B010
 
     def __init__(
         self,
@@ -382,6 +400,7 @@ class BaseDataModule(LightningDataModule):
                 test split, where there is none all images.
         """
         assert self._set_up == "no"
+        self.only_predicts = self.predict_dir is not None
         self.trained_classes = list(classes) if classes and self.task == "classification" else None
         self.elsewhere = elsewhere
 
@@ -521,8 +540,7 @@ class BaseDataModule(LightningDataModule):
     def _raw(self, split: Split) -> tuple[Any, np.ndarray | None]:
         """The raw data set that a split is in, and its numbers there; None: all."""
         if split == "predict" and self.predict_dir is not None:
-            if self.trained_classes is None:
-                self._load()
+            self._load()
             return self._images_to_predict(), None
         self._load()
         if split == "train":
@@ -548,6 +566,7 @@ class BaseDataModule(LightningDataModule):
                 np.full(len(names), -1) if self.task == "classification" else np.full(len(names), np.nan)
             )
             self._unlabelled = ImageFiles(folder, names, unknown, self.input_channels)
+            self._unlabelled.decoder = self.decoder
         return self._unlabelled
 
     def sample_name(self, index: int, split: Split = "predict") -> str:

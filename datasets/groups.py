@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from crucible.options import ConfigError
-from datasets.images import fingerprint, sample_name
+from crucible.pictures import Least
+from datasets.images import ImageFiles, fingerprint, sample_name
 
 _NAME = re.compile(r"(?!raw$)[a-z0-9]+(_[a-z0-9]+)*")
 _STYLE = "-stylized-"  # behind a picture's name, where stylize-datasets puts the style
@@ -174,3 +175,13 @@ def _key(name: str, label: int) -> int:
     stem = file.rpartition(".")[0].partition(_STYLE)[0]
     digest = hashlib.blake2b(f"{label}/{folder}/{stem}".encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(digest.digest(), "big")
+
+
+def sample_of(raw: Any, index: int, least: Least | None = None) -> tuple[Any, Any]:
+    """`raw[index]`; the picture in a file may be decoded smaller than it is, as `crucible.pictures.decode` says."""
+    if least is None:
+        return raw[index]
+    if isinstance(raw, Joint):
+        part, index = raw.place(index)
+        raw = raw.parts[part]
+    return (raw.read(index, least), raw.targets[index]) if isinstance(raw, ImageFiles) else raw[index]

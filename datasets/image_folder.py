@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from crucible.listing import image_files, subfolders
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.classes import match_classes
-from datasets.images import ImageFiles, image_files, subfolders
+from datasets.images import ImageFiles
 from datasets.layout import SplitName, find_layout, split_of
 from datasets.packed import find_pack
 

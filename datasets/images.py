@@ -20,10 +20,8 @@ from torch.utils.data import Dataset
 
 from crucible.files import write_atomically
 from crucible.options import ConfigError
-from crucible.pictures import Decoder, PictureError, decode, grey
+from crucible.pictures import Decoder, Least, PictureError, decode, grey
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_SUFFIXES = frozenset(EXTENSIONS)
 SCHEME = 2  # of the fingerprint of files; 1 read no content, only sizes of some files
 _FILES_READ = 4096  # of more files than can be read whole, and of so many pieces
 _FILES_SIZED = 65536
@@ -196,14 +194,18 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         return self.read(index), self.targets[index]
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, least: Least | None = None) -> Tensor:
         """The picture, uint8 (channels, height, width).
+
+        Args:
+            index: of the picture.
+            least: where it may be decoded smaller than it is, as for `crucible.pictures.decode`.
 
         Raises:
             SampleError: where it cannot be read, or is no picture.
         """
         try:
-            return decode(self.encoded(index), self.channels, self.decoder)
+            return decode(self.encoded(index), self.channels, self.decoder, least)
         except PictureError as error:
             raise unreadable(self.where(index), " as an image", error) from error
 
@@ -359,7 +361,7 @@ class Arrays(Dataset):
 
     def subset(self, indices: np.ndarray) -> Arrays:
         """Those of the samples, as a data set of their own."""
-        chosen = Arrays(self.inputs[torch.from_numpy(indices)], self.targets[indices], self.classes)
+        chosen = Arrays(rows(self.inputs, torch.from_numpy(indices)), self.targets[indices], self.classes)
         if self.lacking:
             lacking = {n: self.lacking[i] for n, i in enumerate(indices.tolist()) if i in self.lacking}
             chosen = Arrays(chosen.inputs, chosen.targets, chosen.classes, lacking)
@@ -381,6 +383,13 @@ class Arrays(Dataset):
         yield str((tuple(self.inputs.shape), self.inputs.dtype)).encode()
         yield self.inputs.contiguous().view(-1).view(torch.uint8).numpy().data
         yield self.targets.tobytes()
+
+
+def rows(inputs: Tensor, index: Tensor) -> Tensor:
+    """`inputs[index]` in a tenth of the time: row by row as they lie, a pixel's channels together or apart."""
+    if inputs.ndim == 4 and inputs.stride(1) == 1 < inputs.stride(3):
+        return inputs.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return inputs.index_select(0, index)
 
 
 class Relabelled(Dataset):
@@ -450,64 +459,3 @@ def with_channels(images: Tensor, channels: int) -> Tensor:
     if images.shape[1] == 1:
         return images.expand(-1, channels, -1, -1)
     return grey(images)
-
-
-_OF_OTHER_PROGRAMS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found"}  # not of the data
-
-
-def _passed_over(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _OF_OTHER_PROGRAMS
-
-
-def images_in(folder: Path) -> bool:
-    """Whether images lie directly in `folder`."""
-    with os.scandir(folder) as entries:
-        return any(_is_image(e.name) and not e.is_dir() for e in entries)
-
-
-def holds_images(folder: Path) -> bool:
-    """Whether there is an image below `folder`, at any depth."""
-    return images_in(folder) or any(holds_images(folder / name) for name in subfolders(folder))
-
-
-def _is_image(name: str) -> bool:
-    return not _passed_over(name) and name.lower().endswith(EXTENSIONS)
-
-
-def image_files(folder: Path, called: str = "") -> list[str]:
-    """The images below `folder`, relative to it, sorted; hidden files and folders are passed over.
-
-    Args:
-        folder: is searched.
-        called: stands before each name.
-    """
-    found: list[str] = []
-    pending = [""]
-    while pending:
-        relative = pending.pop()
-        before = called + relative
-        with _listed(folder / relative) as entries:
-            for entry in entries:
-                name = entry.name
-                if entry.is_dir():
-                    if not _passed_over(name):
-                        pending.append(f"{relative}{name}/")
-                elif name[name.rfind(".") :].lower() in _SUFFIXES and name[0] != ".":
-                    found.append(before + name)
-    found.sort()
-    return found
-
-
-def _listed(folder: Path) -> Any:
-    try:
-        return os.scandir(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"data.module.data_root_dir: {folder}: cannot be listed ({error.strerror})"
-        ) from error
-
-
-def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, sorted; hidden ones are passed over."""
-    with _listed(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not _passed_over(e.name))

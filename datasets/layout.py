@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from crucible.listing import holds_images, images_in, subfolders
 from crucible.options import ConfigError
 from datasets.classes import folded, listed
-from datasets.images import holds_images, images_in, subfolders
 
 SplitName = Literal["train", "val", "test"]
 _WORDS: dict[str, SplitName] = {

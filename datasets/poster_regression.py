@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from crucible.listing import image_files
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.image_folder import TestFraction
-from datasets.images import ImageFiles, image_files
+from datasets.images import ImageFiles
 
 
 def value_in_name(name: str) -> float:

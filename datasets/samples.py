@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
 from crucible.keyed import keyed_rng, keyed_uniform, stream_key
-from datasets.images import Arrays, SampleError, naming, sample_name
+from datasets.groups import sample_of
+from datasets.images import Arrays, SampleError, naming, rows, sample_name
 from datasets.sampling import KeyedBatch
 
 OnUnreadable = Literal["raise", "blank", "replace", "drop"]
@@ -71,7 +72,7 @@ class Samples(Dataset):
             indices = self.indices[indices]
         if self.keeps and not self.raw.lacks(indices):
             index = torch.from_numpy(indices)
-            inputs = self.raw.inputs[:0] if self.without_input else self.raw.inputs[index]
+            inputs = self.raw.inputs[:0] if self.without_input else rows(self.raw.inputs, index)
             return Batch(inputs, _targets(self.raw.targets[indices]), index)
         return self._made(epoch, indices)
 
@@ -132,9 +133,10 @@ class Samples(Dataset):
 
     def _sample(self, epoch: int, index: int, draws: Sequence[float] | None) -> tuple[Tensor, Any]:
         with naming(self.raw, index, self.split):
-            input, target = self.raw[index]
             if draws is not None:
+                input, target = sample_of(self.raw, index, self.policy.large_enough(draws))
                 return self.policy.from_draws(input, draws), target
+            input, target = self.raw[index]
             with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
                 return self.policy.sample(input), target
 
@@ -181,11 +183,16 @@ class Samples(Dataset):
 
 
 def _room(count: int, input: Tensor) -> Tensor:
-    """Space for so many inputs like this one, a pixel's channels together where they are in it."""
-    if input.ndim == 3 and input.stride(0) == 1 < input.stride(2):
-        channels, height, width = input.shape
-        return torch.empty((count, height, width, channels), dtype=input.dtype).permute(0, 3, 1, 2)
-    return torch.empty((count, *input.shape), dtype=input.dtype)
+    """Space for so many inputs like this one, a pixel's channels together where they are in it.
+
+    A loader's worker has it where the batch is handed on, which then needs no copy.
+    """
+    together = input.ndim == 3 and input.stride(0) == 1 < input.stride(2)
+    shape = (*input.shape[1:], input.shape[0]) if together else input.shape
+    room = torch.empty((count, *shape), dtype=input.dtype)
+    if get_worker_info() is not None:
+        room.share_memory_()
+    return room.permute(0, 3, 1, 2) if together else room
 
 
 def _targets(values: np.ndarray) -> Tensor:

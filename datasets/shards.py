@@ -28,11 +28,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from crucible.files import absolute, missing, write_atomically
+from crucible.listing import EXTENSIONS
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from datasets.classes import listed, match_classes
 from datasets.image_folder import TestFraction, several_classes
-from datasets.images import EXTENSIONS, SampleError, cache_folder
+from datasets.images import SampleError, cache_folder
 from datasets.layout import SplitName, split_of
 from datasets.packed import reading
 from datasets.stored import JoinedNames, Records, StoredImages

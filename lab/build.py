@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.errors import InstantiationException
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from callbacks.checkpoints import AtomicCheckpointIO
-from crucible import sealed
+from crucible import rooms, sealed
 from crucible.configuration import Config
 from crucible.files import missing
 from crucible.keyed import keyed_rng, stream_key
 from crucible.launch import free_port, launch, meeting_point
 from crucible.machine import world_size
 from crucible.options import ConfigError
-from datasets.base_datamodule import BaseDataModule
 from models.base_model import BaseModel
 from models.weights import load_weights
+
+if TYPE_CHECKING:
+    from datasets.base_datamodule import BaseDataModule
 
 _RANDOM_FILLS = {
     "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
@@ -89,7 +91,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         options["pretrained"] = False
     record = _RecordFills()
     with keyed_rng(stream_key(config["seed"], "construction")), record:
-        model: BaseModel = _made(options, f"model._target_={options['_target_']}")
+        model: BaseModel = made(options, f"model._target_={options['_target_']}")
     if not hasattr(model, "model"):
         raise ConfigError(
             f"model._target_={options['_target_']}: its __init__ must set self.model", "docs/extending.md"
@@ -104,20 +106,34 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
     return model
 
 
-def with_weights(config: Config, checkpoint: Path) -> BaseModel:
-    """The configuration's network with a checkpoint's weights (the averaged ones, if any), in eval mode.
+def read_checkpoint(checkpoint: Path) -> Mapping[str, Any]:
+    """The content of a whole checkpoint.
 
     Raises:
-        ConfigError: where the file cannot be read or does not fit.
+        ConfigError: where it cannot be read.
     """
-    model = build_model(config, load=False, compile=False)
     try:
-        content = sealed.read(checkpoint)
+        return sealed.read(checkpoint)
     except sealed.Damaged as error:
         others = whole_beside(checkpoint)
         raise ConfigError(
             f"ckpt_path={checkpoint}: it {error}" + (f"; {others}" if others else "")
         ) from error
+
+
+def with_weights(config: Config, checkpoint: Path, content: Mapping[str, Any] | None = None) -> BaseModel:
+    """The configuration's network with a checkpoint's weights (the averaged ones, if any), in eval mode.
+
+    Args:
+        config: `model` and `seed` are read.
+        checkpoint: the file.
+        content: of the file, where it has been read.
+
+    Raises:
+        ConfigError: where the file cannot be read or does not fit.
+    """
+    model = build_model(config, load=False, compile=False)
+    content = read_checkpoint(checkpoint) if content is None else content
     try:
         model.load_state_dict(content["state_dict"])
         model.load_state_dict(content.get("averaged_state_dict", {}), strict=False)
@@ -139,7 +155,7 @@ def whole_beside(checkpoint: Path) -> str:
 def build_data(config: Config) -> BaseDataModule:
     """The data module of the configuration."""
     node = config["data"]["module"]
-    return _made(node, f"data.module._target_={node['_target_']}")
+    return made(node, f"data.module._target_={node['_target_']}")
 
 
 def build_callback(name: str, node: Mapping[str, Any]) -> Callback:
@@ -148,17 +164,17 @@ def build_callback(name: str, node: Mapping[str, Any]) -> Callback:
     Raises:
         ConfigError: where its class refuses its options.
     """
-    return _made(node, f"callbacks.{name}._target_={node['_target_']}")
+    return made(node, f"callbacks.{name}._target_={node['_target_']}")
 
 
-def _made(node: Mapping[str, Any], named: str) -> Any:
+def made(node: Mapping[str, Any], named: str) -> Any:
     """What a node names, made of its options.
 
     Raises:
         ConfigError: where its class refuses them.
     """
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate(rooms.with_private_targets(node), _convert_="all")
     except InstantiationException as error:
         cause: BaseException = error.__cause__ or error
         if isinstance(cause, ConfigError):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.nonfinite import OnNonfinite
-from crucible.configuration import Config, check_name, find_target, flatten, select
+from crucible.configuration import Config, check_name, find_target, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
 from crucible.metrics import build_metrics, check_metrics, of_split
@@ -34,9 +31,11 @@ from crucible.options import (
 from crucible.technique import Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within
+from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
+from models.views import View
 from norms import Norm
 from optimizers.schedules import ScheduleOptions, schedule, training_length
 
@@ -83,12 +82,6 @@ CORRECTIONS: tuple[Correction, ...] = (
 )  # fmt: skip
 Task = Literal["train", "test", "predict", "summary", "pack"]  # those of trained weights are in `lab.tasks`
 
-# what `python main.py -m` does with its jobs (`lab.sweeps`); no fact of a run
-SWEEP_OPTIONS = (
-    "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
-    "cluster", "ray", "search",
-)  # fmt: skip
-PACK_OPTIONS = ("out", "pack")  # of task=pack (`lab.packing`); no fact of a run either
 LONG_RUN_STEPS = 5000
 
 _Count = Annotated[int, "[1, inf)"]
@@ -101,6 +94,7 @@ ROOT_TYPES: dict[str, Any] = {
     "test_after_training": bool, "reproducible": bool, "ckpt_path": str | None, "user_dir": str | None,
     "data_dir": str | None, "exp_dir": str, "on_nonfinite": OnNonfinite,
     "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count, "out": str | None,
+    "calibrate": bool, "tta": View | list[View] | None,
 }  # fmt: skip
 DATA_TYPES: dict[str, Any] = {
     "task": Literal["classification", "regression"], "num_classes": _Count | None, "input_channels": _Count,
@@ -192,6 +186,10 @@ NEEDED = (
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
     Needed("out", lambda config: config["task"] == "pack", "task=pack, or a recorded run: run=RUN task=test|predict"),
+    *(
+        Needed(name, lambda config: False, "a recorded run: run=RUN task=test|predict", default)
+        for name, default in (("calibrate", False), ("tta", None))
+    ),
     Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
     Needed("pack.size", _packs, "task=pack, without pack.verify", 256),
     Needed(
@@ -203,46 +201,8 @@ NEEDED = (
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
     "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer",
-    "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS,
+    "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
 )  # fmt: skip
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
-    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return flatten(
-        {k: v for k, v in defaults.items() if k not in ("defaults", "hydra", *SWEEP_OPTIONS, *PACK_OPTIONS)}
-    )
-
-
-def completed(recorded: Config) -> Config:
-    """A recorded configuration with today's defaults of the options that its version did not have yet.
-
-    They change nothing: the default of a new option is what was before there was one.
-    """
-    whole = copy.deepcopy(recorded)
-    later: dict[str, str] = {}
-    for name, default in _defaults().items():
-        room = name.partition(".")[0]
-        if room in ("callbacks", "logger", "techniques"):
-            whole.setdefault(room, {})
-        elif isinstance(default, str) and default.startswith("${"):
-            later[name] = default[2:-1]
-        else:
-            _set_default(whole, name, copy.deepcopy(default))
-    for name, source in later.items():
-        _set_default(whole, name, select(whole, source))
-    return whole
-
-
-def _set_default(node: dict[str, Any], name: str, value: Any) -> None:
-    *groups, leaf = name.split(".")
-    for group in groups:
-        node = node.setdefault(group, {})
-        if not isinstance(node, dict):
-            return
-    node.setdefault(leaf, value)
 
 
 def check_known(config: Config) -> None:

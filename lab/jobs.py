@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
-from crucible.options import ConfigError, suggest
+from crucible.options import ConfigError, check_value, suggest
 from crucible.run import Held, RunDirectory
 from crucible.trust import judge
 from crucible.writing import Unwritable
@@ -67,8 +68,10 @@ from lab.ranks import (
     open_meeting,
     start_others,
 )
+from lab.recorded import EVALUATION_OPTIONS, completed
 from lab.states import find_state
 from lab.summary import print_summary
+from models.views import views_asked
 
 _SAID = (ConfigError, Diverged, Unwritable)  # errors whose text says all that the user needs
 log = logging.getLogger("crucible")
@@ -503,12 +506,15 @@ def run_recorded(arguments: Sequence[str]) -> int:
     known = ["train", *tasks.OF_TRAINED]
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
+    asked = _asked(given, task)
     runs = [RunDirectory(path) for path in _expand(given["run"])]
     if given.get("each", "false") != "false":
         return _each(arguments, given, runs, task)
     if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
         pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
-    configs = [_with_overrides(run, given, task) for run in runs]
+    roots = _roots(given, task)
+    of_roots = [{**given, _ROOT: root} for root in roots] or [given]
+    configs = [{**_with_overrides(run, of_roots[0], task), **asked} for run in runs]
     trainer = configs[0]["trainer"]
     alone = task == "predict" or len(runs) > 1
     _take_part(trainer, 1 if alone else None)
@@ -539,7 +545,15 @@ def run_recorded(arguments: Sequence[str]) -> int:
         end_with_parent(ended, stop=False)
         end_with_children(others, ended)
         try:
-            status = _evaluate(task, runs, configs, given)
+            out = Path(given["out"]).expanduser() if "out" in given else None
+            if roots:
+                each = {
+                    root: partial(_to_evaluate, runs, one, task, asked)
+                    for root, one in zip(roots, of_roots, strict=True)
+                }
+                status = tasks.test_on(each, out)
+            else:
+                status = tasks.OF_TRAINED[task](_with_checkpoints(runs, configs, given), out)
             end_others(others, SAVE_S)
         except Exception as error:
             # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
@@ -631,7 +645,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
     """The recorded configuration with what was typed; training takes only what leaves the result as it is."""
     recorded = run.config()
     judge(_but_for(recorded, given), f"run={run.path}")
-    config = checking.completed(recorded)
+    config = completed(recorded)
     for name, value in given.items():
         if name in _OWN or (_names_a_class(name) and configuration.select(config, name) == value):
             continue
@@ -696,11 +710,44 @@ def _resolved(config: Config, value: Any) -> Any:
     return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
 
 
-def _evaluate(task: str, runs: list[RunDirectory], configs: list[Config], given: Mapping[str, Any]) -> int:
+def _to_evaluate(
+    runs: Sequence[RunDirectory], given: Mapping[str, Any], task: str, asked: Mapping[str, Any]
+) -> tasks.Runs:
+    """The runs with what was typed for them, and their weights."""
+    return _with_checkpoints(runs, [{**_with_overrides(run, given, task), **asked} for run in runs], given)
+
+
+def _with_checkpoints(
+    runs: Sequence[RunDirectory], configs: Sequence[Config], given: Mapping[str, Any]
+) -> tasks.Runs:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
     chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
-    out = Path(given["out"]).expanduser() if "out" in given else None
-    return tasks.OF_TRAINED[task](list(zip(runs, configs, chosen, strict=True)), out)
+    return list(zip(runs, configs, chosen, strict=True))
+
+
+_ROOT = "data.module.data_root_dir"
+
+
+def _roots(given: Mapping[str, Any], task: str) -> list[str]:
+    """The folders that one command is to test on; empty where it names none or one."""
+    roots = given.get(_ROOT)
+    if not isinstance(roots, list):
+        return []
+    if task != "test" or not roots or not all(isinstance(root, str) for root in roots):
+        raise ConfigError(f"{_ROOT}={as_typed(roots)}: several folders are for task=test", see="docs/use.md")
+    return list(dict.fromkeys(roots))
+
+
+def _asked(given: dict[str, Any], task: str) -> dict[str, Any]:
+    """The options of tests and predictions, taken from `given`."""
+    asked = {name: given.pop(name) for name in EVALUATION_OPTIONS if name in given}
+    for name, value in asked.items():
+        check_value(name, value, checking.ROOT_TYPES[name])
+        if task not in tasks.OF_TRAINED:
+            raise ConfigError(
+                f"{name}={as_typed(value)}: is for task=test and task=predict", see="docs/use.md"
+            )
+    return {**asked, "tta": list(views_asked(asked["tta"]))} if "tta" in asked else asked

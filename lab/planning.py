@@ -20,8 +20,9 @@ from crucible.command_line import describe
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
-from lab.config import SWEEP_OPTIONS, completed
+from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, attempt_of, passes
+from lab.recorded import completed
 
 SEE = "docs/sweeps.md"
 UNITS = ("seed", "data.module.fold")  # what arms are paired by

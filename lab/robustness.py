@@ -24,8 +24,8 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.corrupted import SEE, Cell, wanted_cells
 from datasets.ready import ReadyCorruptionsDataModule, find_ready
-from lab import config as checking
 from lab.build import build_data, build_trainer, file_fingerprint, with_weights
+from lab.recorded import completed
 from lab.scoring import data_to_score, trained_classes
 
 SCHEMA = 1
@@ -148,7 +148,7 @@ def _data(run: RunDirectory, config: Config, checkpoint: Path) -> _Corruptible:
         target = f"{ReadyCorruptionsDataModule.__module__}.{ReadyCorruptionsDataModule.__name__}"
         node = {"_target_": target, **{n: v for n, v in module.items() if n in own}}
         ready: Any = build_data({**config, "data": {**config["data"], "module": node}})
-        classes, source = trained_classes(run, checking.completed(run.config()), checkpoint)
+        classes, source = trained_classes(run, completed(run.config()), checkpoint)
         ready.score_for(classes, elsewhere=True)
         ready.setup("test")
         remarks = [

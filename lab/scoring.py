@@ -17,9 +17,9 @@ from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import SCHEME
-from lab import config as checking
 from lab.build import build_data
 from lab.experiment import identity
+from lab.recorded import EVALUATION_OPTIONS, completed
 
 # what of the data's options leaves a test as it is
 _NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
@@ -38,7 +38,7 @@ class DataToScore(NamedTuple):
         data: set up, its labels numbered as the network's outputs.
         folder: where the record belongs: the run's for its own data, else `RUN/tests/<fingerprint>`.
         fingerprint: of the data.
-        own: whether they are the run's own, as it was trained on them.
+        own: whether they are the run's own, read as the run itself tests them.
         remarks: what has to be said of them.
     """
 
@@ -62,15 +62,20 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     """
     as_recorded = run.config()
     judge({n: as_recorded.get(n) for n in ("model", "data", "user_dir")}, f"run={run.path}")
-    recorded = checking.completed(as_recorded)
+    recorded = completed(as_recorded)
     before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in _PLACES)
     classes, source = trained_classes(run, recorded, checkpoint)
     options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
+    options |= {n: config[n] for n in EVALUATION_OPTIONS if config.get(n)}
+    if config["data"]["module"].get("predict_dir") is not None:
+        if recorded["data"]["task"] == "classification" and not classes:
+            classes = [str(number) for number in range(recorded["data"]["num_classes"])]
+        return DataToScore(
+            _data(config, classes, elsewhere=False), run.path, "", True, [source] if source else []
+        )
     data = _data(config, classes, elsewhere=False)
-    if config["data"]["module"].get("predict_dir") is not None and classes:
-        return DataToScore(data, run.path, "", True, [])
     known, remarks = run.summary().get("data_fingerprint"), [source] if source and moved else []
     own = True
     if moved:

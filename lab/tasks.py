@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train; of recorded ones test, predict; and `load_run` for notebooks."""
+"""What a run can be asked to do: train; of recorded ones test, predict."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import logging
 import math
 import platform
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
+from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
 from callbacks.nonfinite import Guard
@@ -33,8 +35,7 @@ from callbacks.pruning import Pruning
 from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from callbacks.unreadable import Unreadable
-from crucible.cells import cell, text_of
-from crucible.command_line import import_from
+from crucible.cells import cell
 from crucible.configuration import Config, flatten
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
@@ -44,17 +45,19 @@ from crucible.masking import masked_in
 from crucible.metrics import build_metrics, of_split, scalars
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
-from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
 from datasets.real_labels import real_labels
-from lab.build import build_callback, build_data, build_model, build_trainer, with_weights
-from lab.config import check_known, completed
+from lab.build import build_callback, build_data, build_model, build_trainer
+from lab.calibration import reader
+from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
 from lab.states import find_state
 from lab.teachers import hand_in_teacher
+from lab.use import described_transform, network_facts
 from models.base_model import BaseModel
+from models.views import views_asked
 
 log = logging.getLogger("crucible")
 
@@ -97,6 +100,7 @@ def _train(
     hand_in_teacher(model, config)
     checkpoints = Checkpoints(run.checkpoints, **config["checkpoint"])
     checkpoints.run_id = run.summary().get("run_id", "")
+    checkpoints.network = network_facts(config)
     extra = [build_callback(name, node) for name, node in config["callbacks"].items() if node]
     fingerprint = run.summary().get("data_fingerprint", "")
     correctness = CorrectnessRecord(run.path / "test_correct.npz", fingerprint)
@@ -135,9 +139,23 @@ def _train(
     return final
 
 
-def test(
-    run: RunDirectory, config: Config, checkpoint: Path, out: Path | None = None
-) -> tuple[dict[str, float], Path | None, list[str]]:
+class Tested(NamedTuple):
+    """What a test came to.
+
+    Attributes:
+        values: of the metrics, by the names that they are logged under.
+        out: the record that they are written to; None where its folder cannot be written.
+        said: what was scored, and how, in a few lines.
+        images: that were scored.
+    """
+
+    values: dict[str, float]
+    out: Path | None
+    said: list[str]
+    images: int
+
+
+def test(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None = None) -> Tested:
     """Score the test split with the weights of `checkpoint`.
 
     Args:
@@ -146,10 +164,6 @@ def test(
         checkpoint: the weights.
         out: the file to write to; None: `RUN/test.json` for the run's own data, for others the one in
             `RUN/tests/<fingerprint of the data>`.
-
-    Returns:
-        the metrics; the record they are written to, None where its folder cannot be written; and what was scored, in
-        a few lines.
     """
     found = data_to_score(run, config, checkpoint)
     data, folder = found.data, out.parent if out else found.folder
@@ -157,7 +171,7 @@ def test(
     if out and why_not:
         raise _not_writable(out, why_not)
     out = None if why_not else out or folder / "test.json"
-    model = with_weights(config, checkpoint)
+    model, calibration, read = reader(run, config, checkpoint, found)
     plots = [
         instantiate(node, _convert_="all")
         for n, node in config["callbacks"].items()
@@ -166,6 +180,10 @@ def test(
     if (file := config["data"]["module"].get("real_labels")) is not None:
         names = getattr(data.samples("test").raw, "names", None)
         plots.append(RealLabels(real_labels(file, names, data.class_names)))
+    if calibration is not None:
+        plots.append(UncalibratedError(calibration.temperature))
+        if data.test_is_val:
+            read.append("the test is on the validation samples, to which the temperature was fitted")
     if out:
         folder.mkdir(parents=True, exist_ok=True)
         plots.append(CorrectnessRecord(folder / f"test_correct_{checkpoint.stem}.npz", found.fingerprint))
@@ -185,21 +203,31 @@ def test(
         record = {
             "checkpoint": checkpoint.name, "data": found.fingerprint, "own_data": found.own,
             "folder": config["data"]["module"].get("data_root_dir"), "samples": data.seen("test"),
-            "scored": [*scored, *found.remarks], "metrics": final, "time": time.time(),
+            "scored": [*scored, *read, *found.remarks], "metrics": final, "time": time.time(),
+            "tta": list(model.views.asked), "calibration": calibration.plain() if calibration else None,
         }  # fmt: skip
         write_atomically(out, json.dumps(record, indent=2) + "\n")
     if (seen := data.seen("test")) < (whole := len(data.samples("test"))):
         scored = [*scored, f"test on {seen} drawn of {whole} samples"]
     remarks = [] if out else [f"not recorded: {why_not}; out=FILE writes elsewhere"]
-    return final, out, [*([] if found.own else [_whose(found)]), *scored, *found.remarks, *remarks]
+    said = [*([] if found.own else [_whose(run, found)]), *scored, *read, *found.remarks, *remarks]
+    return Tested(final, out, said, seen)
 
 
 def _not_writable(out: Path, reason: str) -> ConfigError:
     return ConfigError(f"out={out}: cannot be written ({reason}); out=FILE writes elsewhere", see="README.md")
 
 
-def _whose(found: DataToScore) -> str:
-    return f"other data than the run's own, or read otherwise (fingerprint {found.fingerprint})"
+def _whose(run: RunDirectory, found: DataToScore) -> str:
+    known = run.summary().get("data_fingerprint")
+    whose = (
+        "the run's own data, read otherwise"
+        if known == found.fingerprint
+        else "other data than the run's own"
+    )
+    if known is None:
+        whose += ", or read otherwise"
+    return f"{whose} (fingerprint {found.fingerprint})"
 
 
 class Scores(NamedTuple):
@@ -269,12 +297,13 @@ def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, 
         "strategy": "auto",
     }
     found = data_to_score(run, config, checkpoint)
+    model, _, read = reader(run, config, checkpoint, found)
     samples = found.data.samples("predict")
     known = torch.arange(len(samples)) if samples.indices is None else torch.from_numpy(samples.indices)
     collector = _Collector(known.sort().values)
     trainer = build_trainer({**config, "trainer": options}, run.path, [collector], [])
-    trainer.predict(with_weights(config, checkpoint), datamodule=found.data, return_predictions=False)
-    return collector.scores(), found
+    trainer.predict(model, datamodule=found.data, return_predictions=False)
+    return collector.scores(), found._replace(remarks=[*found.remarks, *read])
 
 
 def predict(runs: Runs, out: Path | None) -> int:
@@ -287,7 +316,7 @@ def predict(runs: Runs, out: Path | None) -> int:
         raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
     if any(config["data"]["module"].get("real_labels") for _, config, _ in runs):
         raise ConfigError("data.module.real_labels: only task=test takes it", see="docs/data.md")
-    name = "predictions.csv" if len(runs) == 1 else f"predictions-of-{len(runs)}-runs.csv"
+    name = f"predictions{'' if len(runs) == 1 else f'-of-{len(runs)}-runs'}{_how(runs[0][1])}.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
     scores, found = average(runs)
@@ -318,15 +347,20 @@ def predict(runs: Runs, out: Path | None) -> int:
             else:
                 label, values = (f"{float(target):.6g}" if known else ""), [f"{float(row):.6g}"]
             writer.writerow(map(cell, [sample_name(samples.raw, number), label, *values]))
-    if not found.own:
-        for line in [_whose(found), *data.scored(), *found.remarks]:
-            _say(f"  {line}")
+    for line in [*([] if found.own else [_whose(runs[0][0], found), *data.scored()]), *found.remarks]:
+        _say(f"  {line}")
     _say(f"predictions of {_named(runs)}  ->  {out}")
     if unread:
         _say(f"{len(unread)} of {len(scores.sample)} samples could not be read and have no row:")
         for number in sorted(unread):
             _say(f"  {samples.why_unreadable(number) or sample_name(samples.raw, number)}")
     return 1 if unread else 0
+
+
+def _how(config: Config) -> str:
+    """How predictions are read, for the name of their file."""
+    asked = ["calibrate"] if config.get("calibrate") else []
+    return "".join(f"-{name}" for name in [*asked, *views_asked(config.get("tta"))])
 
 
 _CHUNK = 1 << 16  # rows of scores that are averaged at once
@@ -366,8 +400,8 @@ def average(runs: Runs) -> tuple[Scores, DataToScore]:
     return first._replace(unread=tuple(sorted(unread))), found
 
 
-def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
-    """Test metrics of the averaged probabilities (or values) of several runs."""
+def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore, int]:
+    """Test metrics of the averaged probabilities (or values) of several runs; the data, and how many were scored."""
     scores, found = average(runs)
     if scores.unread:
         raise ConfigError(found.data.samples("predict").why_unreadable(scores.unread[0]), see="")
@@ -384,7 +418,7 @@ def test_ensemble(runs: Runs) -> tuple[dict[str, float], DataToScore]:
             metrics.update(scores.scores[of_group], scores.target[of_group])
             values = scalars(metrics.compute(), found.data.class_names)
             final |= {f"test_{name}/{k}": float(v) for k, v in values.items()}
-    return final, found
+    return final, found, len(scores.sample)
 
 
 def test_all(runs: Runs, out: Path | None) -> int:
@@ -394,6 +428,11 @@ def test_all(runs: Runs, out: Path | None) -> int:
     """
     (run, config, checkpoint), *others = runs
     if asks_for_corruptions(config):
+        for name in EVALUATION_OPTIONS:
+            if config.get(name):
+                raise ConfigError(
+                    f"{name}={config[name]}: not with data.module.corruption", see="docs/use.md"
+                )
         if others:
             raise ConfigError(
                 f"data.module.corruption: {len(runs)} runs are tested as one by the mean of their probabilities, which "
@@ -401,41 +440,120 @@ def test_all(runs: Runs, out: Path | None) -> int:
                 see="docs/data.md",
             )
         return test_corrupted(run, config, checkpoint, out)
-    if others and config["data"]["module"].get("real_labels"):
+    found = _tested(runs, out)
+    if not is_child_rank():
+        _say(f"test of {_named(runs)}")
+        _say_tested(found)
+    return 0
+
+
+def _tested(runs: Runs, out: Path | None) -> Tested:
+    """A test of one run, or of several by the mean of their probabilities; recorded."""
+    (run, config, checkpoint), *others = runs
+    if not others:
+        return test(run, config, checkpoint, out)
+    if config["data"]["module"].get("real_labels"):
         raise ConfigError(
             "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
         )
-    if not others:
-        final, out, said = test(run, config, checkpoint, out)
+    final, found, images = test_ensemble(runs)
+    said = [*([] if found.own else [_whose(run, found)]), *found.data.scored(), *found.remarks]
+    on = "" if found.own else f"-on-{found.folder.name}"
+    typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
+    record = {
+        "runs": [str(run.path) for run, _, _ in runs],
+        "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
+        "data": found.fingerprint,
+        "metrics": final,
+        "scored": said,
+    }
+    if why_not := why_not_writable(out.parent.absolute()):
+        if typed:
+            raise _not_writable(out, why_not)
+        said.append(f"not recorded: {why_not}; out=FILE writes elsewhere")
+        out = None
     else:
-        final, found = test_ensemble(runs)
-        said = [*([] if found.own else [_whose(found)]), *found.data.scored(), *found.remarks]
-        on = "" if found.own else f"-on-{found.folder.name}"
-        typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
-        record = {
-            "runs": [str(run.path) for run, _, _ in runs],
-            "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
-            "data": found.fingerprint,
-            "metrics": final,
-        }
-        if why_not := why_not_writable(out.parent.absolute()):
-            if typed:
-                raise _not_writable(out, why_not)
-            said.append(f"not recorded: {why_not}; out=FILE writes elsewhere")
-            out = None
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(out, json.dumps(record, indent=2) + "\n")
-    if not is_child_rank():
-        _say(f"test of {_named(runs)}")
-        for line in said:
-            _say(f"  {line}")
-        for name, value in final.items():
-            if of_split(name, "test"):
-                _say(f"  {name:<24} {value:.4f}")
-        if out:
-            _say(f"  ->  {out}")
-    return 0
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(record, indent=2) + "\n")
+    return Tested(final, out, said, images)
+
+
+def _say_tested(found: Tested) -> None:
+    for line in found.said:
+        _say(f"  {line}")
+    for name, value in found.values.items():
+        if of_split(name, "test"):
+            _say(f"  {name:<24} {value:.4f}")
+    if found.out:
+        _say(f"  ->  {found.out}")
+
+
+def test_on(roots: Mapping[str, Callable[[], Runs]], out: Path | None) -> int:
+    """Test on several folders, one after the other, and put what came out into one table; the worst status.
+
+    Each test has its own record, as if it had been asked for alone. A folder that cannot be scored is said in a line,
+    has an empty row, and the others go on.
+
+    Args:
+        roots: the runs, with their configurations for each folder.
+        out: the table; None: `table.csv` in `RUN/tests`, of several runs beside them.
+    """
+    found: dict[str, Tested | None] = {}
+    runs: Runs = []
+    for root, of_root in roots.items():
+        try:
+            runs = of_root()
+            if asks_for_corruptions(runs[0][1]):
+                raise ConfigError(
+                    "data.module.corruption: has a table of its own, for one folder", see="docs/use.md"
+                )
+            tested = found[root] = _tested(runs, None)
+        except ConfigError as error:
+            found[root] = None
+            if not is_child_rank():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        if not is_child_rank():
+            _say(f"test of {_named(runs)} on {root}")
+            _say_tested(tested)
+    if runs and not is_child_rank():
+        name, first = f"table{_how(runs[0][1])}.csv", runs[0][0].path
+        beside = (
+            first / "tests" / name
+            if len(runs) == 1
+            else first.parent / f"ensemble-of-{len(runs)}-runs-{name}"
+        )
+        _write_table(found, out or beside, typed=out is not None)
+    return 0 if all(found.values()) else 2
+
+
+def _write_table(found: Mapping[str, Tested | None], file: Path, typed: bool) -> None:
+    """Show the tests on several folders as a table, and write it as CSV."""
+    names = list(
+        dict.fromkeys(n for tested in found.values() if tested for n in tested.values if of_split(n, "test"))
+    )
+    shown = [name for name in names if name.startswith("test/") and name.count("/") == 1]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("folder", "images", *(n.removeprefix("test/") for n in shown)):
+        table.add_column(name, justify="left" if name == "folder" else "right", overflow="fold")
+    rows: list[list[Any]] = [["folder", "images", *names, "record"]]
+    for root, tested in found.items():
+        values = tested.values if tested else {}
+        images = tested.images if tested else ""
+        table.add_row(root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown))
+        rows.append(
+            [root, images, *(values.get(n, "") for n in names), str(tested.out or "") if tested else ""]
+        )
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    if why_not := why_not_writable(file.parent.absolute()):
+        if typed:
+            raise _not_writable(file, why_not)
+        _say(f"  not recorded: {why_not}; out=FILE writes elsewhere")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([[cell(value) for value in row] for row in rows])
+    _say(f"  ->  {file}")
 
 
 def _named(runs: Runs) -> str:
@@ -448,43 +566,6 @@ def _say(text: str) -> None:
 
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
 OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {"test": test_all, "predict": predict}
-
-
-class LoadedRun(NamedTuple):
-    """A recorded run for a notebook."""
-
-    model: BaseModel
-    config: Config
-    metrics: Any
-    summary: dict[str, Any]
-
-
-def load_run(path: str | Path, checkpoint: str = "best", user_dir: str | Path | None = None) -> LoadedRun:
-    """A recorded run: its network in eval mode, its configuration, metrics.csv as a pandas table, its summary.
-
-    Args:
-        path: the run directory.
-        checkpoint: `best`, `last` or a file; where there is no best.ckpt, last.ckpt is taken.
-        user_dir: the folder of one's own code that the run was made with. What the run records is not asked: its
-            folder may be somebody else's.
-
-    Raises:
-        ConfigError: where its record is damaged, of another version, or names code that is neither Crucible's nor
-            in `user_dir`: one line says the file and the way on.
-    """
-    import pandas
-
-    run = RunDirectory(path)
-    recorded, summary, rows = run.config(), run.summary(), run.metrics()
-    if user_dir is not None:
-        user_dir = str(Path(user_dir).expanduser().resolve())
-        import_from(user_dir)
-    judge(recorded, f"run={run.path}", user_dir)
-    config = completed(recorded)
-    check_known(config)
-    model = with_weights(config, run.pick_checkpoint(checkpoint))
-    table = pandas.read_csv(run.path / "metrics.csv").rename(columns=text_of) if rows else pandas.DataFrame()
-    return LoadedRun(model, config, table, summary)
 
 
 # what the summary, the loggers and the banner say
@@ -529,6 +610,7 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
         "precision": str(config["trainer"]["precision"]),
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in packages}},
         "git": git_state(),
+        "transform": described_transform(config),
     }
 
 

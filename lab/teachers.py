@@ -16,7 +16,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
 from lab.build import file_fingerprint, with_weights
-from lab.config import completed
+from lab.recorded import completed
 from lab.summary import check_input
 from losses.distillation import Distil
 from models.base_model import BaseModel

@@ -183,7 +183,7 @@ class BaseModel(EvaluatedModel):
 
         Targets are never rounded.
         """
-        if self._use_channels_last():
+        if self._use_channels_last() and batch.input.ndim == 4:  # several crops of each are apart still
             batch = batch._replace(input=batch.input.contiguous(memory_format=torch.channels_last))
         batch = batch._replace(input=self.trainer.precision_plugin.convert_input(batch.input))
         if batch.target.is_floating_point():

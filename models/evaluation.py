@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from crucible.batch import Batch
-from crucible.machine import widened
 from crucible.metrics import remarks, scalars
 from crucible.sums import Sums
 from crucible.technique import Step, Weights
 from models.groups import GroupScores, Shares
+from models.views import Views
 from norms import share_buffers
 
 log = logging.getLogger("crucible")
@@ -32,6 +32,7 @@ class EvaluatedModel(LightningModule):
     step: Step
     metrics: nn.ModuleDict
     evaluation_criterion: nn.Module
+    views: Views = Views()  # of each input, as it is evaluated
     _sums: dict[str, Sums]
     _said: set[str]  # remarks on metrics
     _groups: dict[str, GroupScores]  # of the stages under way, where the data have groups
@@ -103,7 +104,7 @@ class EvaluatedModel(LightningModule):
             return self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
-        logits = widened(self.outputs(batch.input))
+        logits = self.views.read(self.outputs, batch.input)
         self._sums[stage].add(self.evaluation_criterion(logits, batch.target), logits, batch.target)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         self._metrics(stage).update(scores, batch.target, logits=logits)
@@ -147,7 +148,7 @@ class EvaluatedModel(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """`scores` (N, K) probabilities or (N,) values, `target` and `index` of one batch, float32 or wider."""
         with self._with_shipped():
-            logits = widened(self.outputs(batch.input))
+            logits = self.views.read(self.outputs, batch.input)
         scores = logits.softmax(dim=1) if self.task == "classification" else logits
         return {"scores": scores, "target": batch.target, "index": batch.index}
 

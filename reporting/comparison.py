@@ -86,6 +86,9 @@ class Table:
     floor: float = math.nan  # sd of one run's accuracy that the test set's size alone brings
     examples: int = 0
     robustness: Any = None  # `reporting.robustness.Robustness`, where its runs were tested under corruptions
+    elsewhere: Sequence[
+        Any
+    ] = ()  # `reporting.elsewhere.Elsewhere`, of each other data set that they were tested on
 
     @property
     def tested(self) -> list[Comparison]:

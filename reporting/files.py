@@ -37,6 +37,7 @@ def _results_csv(tables: Sequence[Table]) -> str:
     import pandas
 
     under = [other for table in tables if table.robustness for other in table.robustness.tables]
+    under += [other.table for table in tables for other in table.elsewhere]
     rows = [
         {n: cell(value) for n, value in row.items()} for table in [*tables, *under] for row in _rows(table)
     ]

@@ -14,6 +14,7 @@ from crucible.command_line import command, option
 from reporting import remarks
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table
+from reporting.elsewhere import Elsewhere
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
@@ -153,6 +154,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(*(Text(note) for note in remarks.notes(table)), brief=True)
     if table.robustness:
         _add_robustness(page, table)
+    if table.elsewhere:
+        _add_elsewhere(page, table)
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
@@ -333,6 +336,50 @@ def _add_robustness(page: Page, table: Table) -> None:
     ]
     grid = Grid(["corruption", *table.arms], rows, frozenset({"corruption"}))
     page.add(Fold("Accuracy by corruption, mean over severities and seeds", [grid]))
+
+
+_ELSEWHERE = (
+    "Tests of the same runs on other data, or on their own read otherwise (views of each image, a temperature: "
+    "docs/use.md); compared as the metric above is, each with its own correction for the number of techniques. One of "
+    "many tables in which a technique stands out may be chance."
+)
+
+
+def _add_elsewhere(page: Page, table: Table) -> None:
+    """What the runs' tests on other data say: the arms side by side, then each data set's comparison."""
+    several: Sequence[Elsewhere] = table.elsewhere
+    heads = [_on(other) for other in several]
+    rows = [
+        [_word(name), *(_metric(o.table, float(o.table.arms[name].spread()["mean"])) for o in several)]
+        for name in table.arms
+    ]
+    unit = several[0].table.metric.unit
+    page.add(
+        Heading(f"On other data{f', in{unit}' if unit else ''}", 3),
+        Grid(["arm", *heads], rows, frozenset({"arm"})),
+        Text(_ELSEWHERE),
+        brief=True,
+    )
+    for other, head in zip(several, heads, strict=True):
+        kind, metric = other.kind, other.table.metric
+        lines = [f"{c.arm}: {c.verdict}" for c in other.table.comparisons]
+        compared: list[Block] = [_comparison_grid(other.table), Items(lines)] if lines else []
+        page.add(
+            Text(
+                f"`{metric.name}` on {head}, {kind.samples} images, {kind.weights} weights of {other.tests} runs, "
+                f"against {other.table.baseline}:"
+            ),
+            *compared,
+            *(
+                [Text(f"Without this test: {', '.join(other.without[:10])}.", notice=True)]
+                if other.without
+                else []
+            ),
+        )
+
+
+def _on(other: Elsewhere) -> str:
+    return f"{other.kind.name} ({other.kind.how})" if other.kind.how else other.kind.name
 
 
 def _percent(value: float) -> Cell:

@@ -62,11 +62,13 @@ def robustness_of(table: Table, request: Request) -> Robustness | None:
     where a run has them, else the others, which is said.
     """
     counted = [(arm, run) for arm in table.arms.values() for run in arm.runs.values()]
-    weights = next((w for w in _preferred(request) if any(w in run.tested for _, run in counted)), None)
+    weights = next(
+        (w for w in preferred_weights(request) if any(w in run.tested for _, run in counted)), None
+    )
     if weights is None:
         return None
     remarks = []
-    if weights != _preferred(request)[0]:
+    if weights != preferred_weights(request)[0]:
         scored = "last epoch's" if weights == "best" else "best"
         remarks.append(
             f"These are tests of the {weights} weights, clean accuracy included; the {scored} ones, which this report "
@@ -88,16 +90,18 @@ def robustness_of(table: Table, request: Request) -> Robustness | None:
     for name in UNDER_CORRUPTIONS:
         values = {path: test.values[name] for path, test in tests.items() if name in test.values}
         if values:
-            tables.append(_rescored(table, Metric(f"test/{name}"), values, request))
+            tables.append(compared_by(table, Metric(f"test/{name}"), values, request))
     samples = next(iter(tests.values())).samples
     return Robustness(weights, samples, tests, tables, without, remarks)
 
 
-def _preferred(request: Request) -> tuple[str, str]:
+def preferred_weights(request: Request) -> tuple[str, str]:
+    """Whose tests are shown: of the weights that the report scores, else of the others."""
     return ("best", "last") if request.best else ("last", "best")
 
 
-def _rescored(table: Table, metric: Metric, values: Mapping[Path, float], request: Request) -> Table:
+def compared_by(table: Table, metric: Metric, values: Mapping[Path, float], request: Request) -> Table:
+    """The table's arms compared by values of another metric of their runs, as the report compares by its own."""
     margin = table.plan.margin if metric.default_margin is not None and table.metric.is_fraction else None
     asked = replace(request, metric=metric)
     try:

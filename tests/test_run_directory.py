@@ -27,7 +27,7 @@ from crucible.files import replacing, temporary_name
 from crucible.liveness import lives, this_process
 from crucible.options import ConfigError
 from crucible.run import LOST_AFTER_S, SCHEMA, Damaged, Held, RunDirectory
-from lab import config as checking
+from lab.recorded import completed
 
 STATE = damage.STATE
 COMMAND = [*STATE, "technique=[sam,mixup]"]
@@ -566,9 +566,7 @@ def test_a_claim_that_was_removed_or_damaged_by_hand_is_written_again(
 
 
 def test_every_option_that_a_recorded_configuration_may_lack_has_a_default() -> None:
-    whole = checking.completed(
-        {"data": {"num_classes": 7, "task": "classification", "input_dim": 2}, "seed": 5}
-    )
+    whole = completed({"data": {"num_classes": 7, "task": "classification", "input_dim": 2}, "seed": 5})
     assert (
         whole["model"]["num_classes"] == 7
         and whole["model"]["seed"] == 5

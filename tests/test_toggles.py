@@ -32,6 +32,8 @@ ALONE: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "rollback_limit": (2, {}, [{"on_nonfinite": "rollback"}]),
     "summary_depth": (3, {}, [{"task": "summary"}]),
     "out": ("PACK", {}, [{"task": "pack"}]),
+    "calibrate": (True, {}, []),
+    "tta": ("flip", {}, []),
     "pack.verify": (True, {}, [{"task": "pack"}]),
     "pack.size": (64, {}, [{"task": "pack"}]),
     "pack.quality": (80, {}, [{"task": "pack"}]),

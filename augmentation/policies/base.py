@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as v2F
 from augmentation.automatic import AugMix, AutoAugment, Automatic, rand_augment, trivial_augment
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
-from crucible.pictures import grey
+from crucible.pictures import Shape, grey
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
 Finite = Annotated[list[float] | None, "(-inf, inf)", "a value a channel"]
@@ -60,6 +60,12 @@ class Policy(nn.Module):
     def from_draws(self, image: Image.Image | Tensor, draws: Sequence[float]) -> Tensor:
         """As `sample`, from `draws`, uniform in [0, 1): a loader makes those of a whole batch at once."""
         return self.sample(image)
+
+    def large_enough(self, draws: Sequence[float]) -> Callable[[Shape], Shape] | None:
+        """Where a picture may be decoded smaller than it is: from its shape, the least of which `from_draws` with
+        these draws enlarges nothing. None: it is decoded whole.
+        """
+        return None
 
     def keeps(self, input: Tensor) -> bool:
         """Whether `sample` would hand on such a tensor unchanged, so that a loader may skip it."""
@@ -304,11 +310,16 @@ class AutomaticAugMix(PhotographPolicy):
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 (C, H, W) at another size: bilinear with antialias, by the kernel that torchvision takes for tensors.
 
-    It takes a crop that is a view as it is. PIL's resize of the same name differs by one level here and there.
+    PIL's resize of the same name differs by one level here and there.
     """
     if pixels.shape[1:] == (height, width):
         return pixels
-    return F.interpolate(pixels[None], size=(height, width), mode="bilinear", antialias=True)[0]
+    batch = pixels[None]
+    if (
+        pixels.stride(0) == 1
+    ):  # the kernel would turn a crop whose channels lie together into one where they lie apart
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
 
 
 def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) -> Tensor:
@@ -324,7 +335,15 @@ def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) ->
     """
     n, c, h, w = input.shape
     if by == 0:
-        return torch.where(draws[:, 2, None, None, None] < flip_chance, input.flip(3), input)
+        mirrored = draws[:, 2] < flip_chance
+        if (
+            input.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # a third of the time of the other form
+            output = torch.empty_like(input)
+            for image, into, mirror in zip(input, output, mirrored.tolist(), strict=True):
+                into.copy_(image.flip(2) if mirror else image)
+            return output
+        return torch.where(mirrored[:, None, None, None], input.flip(3), input)
     offset = (draws[:, :2] * (2 * by + 1)).long()
     x = torch.arange(w, device=input.device)
     rows = offset[:, :1] + torch.arange(h, device=input.device)

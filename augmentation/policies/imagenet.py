@@ -5,13 +5,15 @@ An option that a policy has no use for must be left null.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from augmentation.crops import DRAWS, crop_box, crop_boxes, resized_crops
+from augmentation.crops import DRAWS, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     RAND_AUGMENT,
@@ -25,6 +27,7 @@ from augmentation.policies.base import (
 )
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
+from crucible.pictures import Shape
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -32,6 +35,8 @@ class _ImagenetPolicy(PhotographPolicy):
     Args:
         size: height and width of the output in pixels.
         min_area: the random crop covers at least this fraction of the picture.
+        dct_scaling: decode a large JPEG at 1/2, 1/4 or 1/8 of its size where that leaves pixels enough: quicker, and
+            other pixels (docs/data.md); only with simplejpeg, elsewhere without effect.
         common: what every policy for photographs takes.
     """
 
@@ -49,9 +54,25 @@ class _ImagenetPolicy(PhotographPolicy):
         *,
         size: Annotated[int, "[1, inf)"] = 224,
         min_area: Annotated[float | None, "(0, 1]"] = None,
+        dct_scaling: bool = False,
         **common: Any,
     ) -> None:
         super().__init__({"min_area": min_area}, size=size, **common)
+        self.dct_scaling = dct_scaling
+
+    def large_enough(self, draws: Sequence[float]) -> Callable[[Shape], Shape] | None:
+        if not self.dct_scaling:
+            return None
+
+        def of(shape: Shape) -> Shape:
+            scale = self.scale_of(shape, draws)
+            return Shape(*(math.ceil(side * scale) for side in shape))
+
+        return of
+
+    def scale_of(self, shape: Shape, draws: Sequence[float]) -> float:
+        """By how much `resample` scales a picture of this shape, in the side where it is more."""
+        return self.size / min(shape)
 
 
 class BaselineTransform(_ImagenetPolicy):
@@ -67,6 +88,10 @@ class BaselineTransform(_ImagenetPolicy):
         """uint8 (C, H, W) to (C, size, size): a random part of it, resized."""
         top, left, height, width = crop_box(pixels.shape[1], pixels.shape[2], draws, self.options["min_area"])
         return resized(pixels[:, top : top + height, left : left + width], self.size, self.size)
+
+    def scale_of(self, shape: Shape, draws: Sequence[float]) -> float:
+        box = crop_box(*shape, draws, self.options["min_area"])
+        return self.size / min(box.height, box.width)
 
     def keeps(self, input: Tensor) -> bool:
         # of images in memory (N, C, H, W) the batch part makes the crops; what has the size already is cropped, and
@@ -124,14 +149,26 @@ class TestTransform(_ImagenetPolicy):
 
     def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
         """uint8 (C, H, W) to (C, size, size)."""
+        whole = self.enlarged(pixels)
+        top, left = (round((side - self.size) / 2) for side in whole.shape[1:])
+        return whole[:, top : top + self.size, left : left + self.size]
+
+    def enlarged(self, pixels: Tensor) -> Tensor:
+        """uint8 (C, H, W) at the size that the squares are cut from."""
         height, width = pixels.shape[1:]
         short = round(self.size / 0.875)
         if height < width:
             height, width = short, short * width // height
         else:
             height, width = short * height // width, short
-        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        return resized(pixels, height, width)[:, top : top + self.size, left : left + self.size]
+        return resized(pixels, height, width)
+
+    def five_crops(self, image: Image.Image | Tensor) -> Tensor:
+        """`image` to uint8 (5, channels, size, size): the corners, and the central square last."""
+        return corners_and_centre(self.enlarged(self._pixels(image)), self.size)
+
+    def scale_of(self, shape: Shape, draws: Sequence[float]) -> float:
+        return round(self.size / 0.875) / min(shape)
 
     def keeps(self, input: Tensor) -> bool:
         return False  # even of the right size, its border is cut off

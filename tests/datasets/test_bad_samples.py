@@ -97,6 +97,21 @@ def test_a_rank_says_it_too(ranks, images: Path) -> None:
     assert any(rank.status == 2 for rank in both)
 
 
+@pytest.mark.nightly
+def test_what_two_ranks_skip_is_counted_once(ranks, images: Path, tmp_path: Path) -> None:
+    for broken in ("a/3.jpg", "b/4.jpg"):
+        _truncated(images / "train" / broken)
+    both = ranks(*RUN, f"data.module.data_root_dir={images}", "data.module.num_workers=1", "trainer.devices=2",
+                 "trainer.accelerator=cpu", "data.module.on_error=skip", "trainer.max_epochs=2")  # fmt: skip
+    assert [rank.status for rank in both] == [0, 0], both[0].err + both[1].err
+    (run,) = runs_in(tmp_path / "experiments")
+    found = json.loads((run / "summary.json").read_text())["unreadable"]
+    assert sum(split["count"] for split in found.values()) == 2
+    assert {name for split in found.values() for name in split["samples"]} == {"a/3.jpg", "b/4.jpg"}
+    checksums = {json.loads(rank.read_text())["checksum"] for rank in run.glob("rank*.json")}
+    assert len(checksums) == 1, "replicas stay identical"
+
+
 class _Mine(BaseDataModule):
     def __init__(self, raw: Dataset, **options: object) -> None:
         super().__init__(name="mine", num_workers=options.pop("num_workers", 0), batch_size=2, **options)

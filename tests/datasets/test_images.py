@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from crucible.listing import image_files
 from datasets.images import (
     Arrays,
     ImageFiles,
     Names,
     SampleError,
     fingerprint,
-    image_files,
     with_channels,
 )
 from datasets.images import load_image as pixels_of

@@ -109,10 +109,38 @@ def test_a_photograph_is_decoded_smaller_only_where_that_is_asked_for() -> None:
     pytest.importorskip("simplejpeg")
     content = saved(noise(160, 240))
     assert decode(content, 3).shape == (3, 160, 240)
-    assert decode(content, 3, least=Shape(70, 100)).shape == (3, 80, 120)
-    assert decode(content, 3, least=Shape(100, 100)).shape == (3, 160, 240)
+    assert decode(content, 3, least=lambda _: Shape(70, 100)).shape == (3, 80, 120)
+    assert decode(content, 3, least=lambda _: Shape(100, 100)).shape == (3, 160, 240)
     turned = saved(noise(160, 240), exif=_exif(6))
-    assert decode(turned, 3, least=Shape(100, 70)).shape == (3, 120, 80)
+    assert decode(turned, 3, least=lambda _: Shape(100, 70)).shape == (3, 120, 80)
+
+
+@pytest.mark.parametrize("policy", [imagenet.BaselineTransform, imagenet.TestTransform])
+def test_large_photographs_scaled_while_they_are_decoded_give_nearly_the_same_crops(
+    tmp_path: Path, policy: type
+) -> None:
+    pytest.importorskip("simplejpeg")
+    for place, label in ((place, label) for place in range(4) for label in "ab"):
+        (tmp_path / label).mkdir(exist_ok=True)
+        # 16 times as large as the crops; one of them lies on its side
+        content = saved(noise(512, 640, place), quality=95, exif=_exif(6 if place == 3 else 1))
+        (tmp_path / label / f"{place}.jpg").write_bytes(content)
+
+    def inputs(scaled: bool) -> torch.Tensor:
+        data = ImageFolderDataModule(
+            name="large", data_root_dir=str(tmp_path), batch_size=6, num_workers=0, test_split=0.0, val_split=0.2,
+            train_transforms=policy(size=32, dct_scaling=scaled), test_transforms=policy(size=32, dct_scaling=scaled),
+            cache="none",
+        )  # fmt: skip
+        data.setup("fit")
+        batches = [*data.train_dataloader(), *data.val_dataloader()]
+        return torch.cat([b.input for b in batches])[torch.cat([b.index for b in batches]).argsort()].float()
+
+    whole, scaled = inputs(False), inputs(True)
+    assert whole.shape == scaled.shape == (8, 3, 32, 32)
+    assert not torch.equal(whole, scaled)  # something was scaled
+    error = (whole - scaled).square().mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(255**2 / error)).min() > 20  # PSNR in dB; another crop has less than 15
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 70), (1, 33, 20)])
@@ -276,6 +304,46 @@ def test_a_run_that_skips_counts_says_and_records_it(cli, tmp_path: Path, cache:
     assert sum(split["count"] for split in found.values()) == 2
     said = outcome.out + outcome.err + (run / "main.log").read_text()
     assert said.count("train/a/3.jpg: cannot be read") >= 1 and "train/b/4.jpg" in said
+
+
+STOP = """
+import os, signal
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        if Path("stop").exists() and trainer.global_step == int(Path("stop").read_text()):
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_run_that_was_stopped_has_skipped_what_the_whole_one_has(cli, tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "train", ["a", "b"], 12, (16, 16))
+    for broken in ("a/3.jpg", "a/5.jpg", "b/4.jpg"):
+        (tmp_path / "images" / "train" / broken).write_bytes(b"nonsense")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "stop.py").write_text(STOP)
+    command = [*RUN, f"data.module.data_root_dir={tmp_path / 'images'}", "data.module.on_error=skip",
+               "data.module.cache=none", "test_after_training=false", "user_dir=mine",
+               "+callbacks.stop._target_=stop.Stop"]  # fmt: skip
+    assert cli(*command, "exp_dir=whole").status == 0
+    (whole,) = runs_in(tmp_path / "whole")
+    batches = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    (tmp_path / "stop").write_text(str(batches - 1))  # what is left has not met them all
+    assert cli(*command, "exp_dir=stopped").status == 128 + 15
+    (tmp_path / "stop").unlink()
+    assert cli(*command, "exp_dir=stopped").status == 0
+    (stopped,) = runs_in(tmp_path / "stopped")
+    found = [json.loads((run / "summary.json").read_text())["unreadable"] for run in (whole, stopped)]
+    assert (
+        found[0] == found[1] and found[0]["train"]["count"] + found[0].get("val", {"count": 0})["count"] == 3
+    )
+    states = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (whole, stopped)
+    ]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_listing_is_what_it_was(tmp_path: Path) -> None:

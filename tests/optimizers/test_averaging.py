@@ -20,8 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from crucible.corrections import versions_of
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
-from lab.build import build_data
-from lab.tasks import with_weights
+from lab.build import build_data, with_weights
 from optimizers.averaging import Averaging, WeightAverage, attach_average
 
 
