@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from augmentation.policies.base import (
     AUGMIX,
+    FLIPS,
     RAND_AUGMENT,
     RESAMPLING,
     AutomaticAugMix,
@@ -40,38 +41,38 @@ class _CifarPolicy(PhotographPolicy):
 class BaselineTransform(_CifarPolicy):
     """Random shifts (padding 4) and flips, on the device."""
 
-    defaults = {"padding": 4, "flip": 0.5}
+    defaults = {"padding": 4, **FLIPS}
 
 
 class BaselineCutoutTransform(BaselineTransform):
     """The baseline and cutout (16 pixels)."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16}
 
 
 class AutoAugmentTransform(_CifarPolicy, AutomaticAutoAugment):
     """Shifts, flips, the AutoAugment policy found on CIFAR-10, and cutout, as in its paper."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RESAMPLING}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RESAMPLING}
     found_on = "cifar10"
 
 
 class RandAugmentTransform(_CifarPolicy, AutomaticRandAugment):
     """Shifts, flips, RandAugment (2 operations at 9 of 30), and cutout, as in its paper."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RAND_AUGMENT}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RAND_AUGMENT}
 
 
 class TrivialAugmentTransform(_CifarPolicy, AutomaticTrivialAugment):
     """Shifts, flips, TrivialAugment Wide (one operation at any of 31 strengths), and cutout, as in its paper."""
 
-    defaults = {"padding": 4, "flip": 0.5, "cutout_size": 16, **RESAMPLING}
+    defaults = {"padding": 4, **FLIPS, "cutout_size": 16, **RESAMPLING}
 
 
 class AugMixTransform(_CifarPolicy, AutomaticAugMix):
     """Shifts, flips and AugMix (3 chains of 1 to 3 operations, severity 3); its consistency loss is a technique."""
 
-    defaults = {"padding": 4, "flip": 0.5, **AUGMIX}
+    defaults = {"padding": 4, **FLIPS, **AUGMIX}
 
 
 class TestTransform(_CifarPolicy):
