@@ -475,6 +475,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*LeafSpec.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
     ".*The `srun` command is available on your system but is not used.*",
     ".*You have overridden `on_(after|before)_batch_transfer`.*",
     ".*Couldn't infer the batch indices.*",
