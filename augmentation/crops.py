@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,8 @@ from torch import Tensor
 ASPECT = (3 / 4, 4 / 3)  # width by height
 ATTEMPTS = 10  # at a box that fits into the image
 DRAWS = 2 * ATTEMPTS + 2  # areas, aspects, row, column
-MODES = ("bilinear", "bicubic")  # of resizing
+Mode = Literal["bilinear", "bicubic"]  # of resizing
+MODES: tuple[Mode, Mode] = ("bilinear", "bicubic")
 
 
 class Box(NamedTuple):
@@ -116,7 +117,9 @@ def resized_crops(images: Tensor, boxes: Tensor, size: int, bicubic: Tensor | No
         (N, C, size, size) uint8.
     """
     if images.device.type == "cpu" and not torch.compiler.is_compiling():
-        modes = ["bilinear"] * len(images) if bicubic is None else [MODES[b] for b in bicubic.tolist()]
+        modes: list[Mode] = (
+            ["bilinear"] * len(images) if bicubic is None else [MODES[b] for b in bicubic.tolist()]
+        )
         places = zip(images, boxes.tolist(), modes, strict=True)
         # uint8 and antialias: torchvision's kernel
         crops = [

@@ -35,7 +35,7 @@ from lab.use import described_transform, network_facts
 from models.base_model import BaseModel
 from models.weights import hub_folder, load_weights
 
-SEE = "docs/use.md"
+SEE = "docs/weights.md"
 LISTED = ("model.type", "model.init_from")  # options that a test takes a list of, for a table
 # of the data: what a test is asked for, and no fact of the weights
 _ASKED = ("predict_dir", "class_map", "corruption", "severity", "real_labels")
@@ -243,7 +243,7 @@ def _fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -279,7 +279,7 @@ def _record(
 def _beside(config: Config, overrides: Sequence[str], roots: Any, asked: Mapping[str, Any]) -> list[str]:
     """What `run=RUN` is to be told: what was typed of an evaluation, and where the data lie now."""
     own = ("task", "out", *EVALUATION_OPTIONS)
-    rooms = ("data.module.", "trainer.", "metrics", "callbacks.", "logger.")
+    rooms = ("data.module.", "trainer.", "metrics", "callbacks.")  # nothing of a test is logged elsewhere
     found = {}
     for override in overrides:
         name = override.lstrip("+").split("=", 1)[0]

@@ -132,7 +132,7 @@ def _use_given(config: Config, overrides: Sequence[str]) -> int:
             _let_go(given)
     if config["task"] != "test" or isinstance(config["data"]["module"].get("data_root_dir"), list):
         raise ConfigError(
-            f"task={config['task']}: a list of weights is for task=test on one folder", "docs/use.md"
+            f"task={config['task']}: a list of weights is for task=test on one folder", "docs/weights.md"
         )
     recorded: list[Given] = []
 
@@ -573,7 +573,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 f"run={runs[0].path}: holds weights from elsewhere ({summary['given']}), there is no training to go "
                 f"on with; task={' and task='.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
                 "from it",
-                see="docs/use.md",
+                see="docs/weights.md",
             )
         if not is_child_rank() and runs[0].state() == "running":
             error = f"{runs[0].path}: this run is in progress ({runs[0].holder()})"

@@ -211,16 +211,17 @@ class TimmFamily(BaseModel):
         if refused:
             raise ConfigError(
                 f"model.data_config={str(wanted).lower()}: {source} wants {refused}, which the evaluation policy does "
-                "not have; model.data_config=false keeps the data's own", "docs/use.md",
+                "not have; model.data_config=false keeps the data's own", "docs/weights.md",
             )  # fmt: skip
         count = described.get("num_classes") or known.get("num_classes") or 0
         names = described.get("label_names") or known.get("label_names")
         if names is None and count == 1000:
             names = ImageNetInfo("imagenet-1k").label_names()
-        whole = isinstance(names, (list, tuple)) and len(names) == count
+        if not isinstance(names, (list, tuple)) or len(names) != count:
+            names = None
         return OwnData(
             source, height, list(resolved["mean"]), list(resolved["std"]), resolved["interpolation"],
-            resolved["crop_pct"], resolved["crop_mode"], count, list(map(str, names)) if whole else None,
+            resolved["crop_pct"], resolved["crop_mode"], count, None if names is None else [str(n) for n in names],
         )  # fmt: skip
 
     def __init__(

@@ -90,7 +90,7 @@ class Frozen:
             raise ConfigError(
                 f"model.freeze={self.what}: is {what} of the network, whose parameters are {names[0]}, {names[1]}, ... "
                 f"{names[-1]}",
-                "docs/use.md",
+                "docs/weights.md",
             )
         self.parameters = [named[name] for name in found]
         held = set(self.parameters)
@@ -119,7 +119,7 @@ class Frozen:
                 raise ConfigError(
                     f"model.freeze={pattern}: no parameter of the network is named so; its parts are "
                     f"{', '.join(dict(network.named_children()))}",
-                    "docs/use.md",
+                    "docs/weights.md",
                 )
             found += hit
         return list(dict.fromkeys(found))
@@ -160,6 +160,8 @@ class Frozen:
     def before_a_batch(self, batch: Batch, key: int) -> Batch:
         """Let the part go where its epoch has come; a resumed training comes here, too."""
         assert self.until is not None
+        if self._module is None:  # samples are tried before there is a training
+            return batch
         if self.holds and self._module.current_epoch >= self.until:
             self.hold(False)
             log.info("epoch %d: what was frozen learns from here on", self._module.current_epoch)

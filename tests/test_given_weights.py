@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import runs_in
+from conftest import ROOT, runs_in
 from damage import main_in_process
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform, resolve_data_config
-from timm.models import save_for_hf
+from timm.models import adapt_input_conv, save_for_hf
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as v2F
 
 from augmentation.policies.imagenet import TestTransform
 from crucible import load_run
+from crucible.configuration import to_plain
+from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from lab.build import build_data
+from lab.config import settle_weights_data
+from models.weights import load_state
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -172,6 +182,56 @@ def test_what_timm_gives_is_recorded_and_what_is_typed_holds(place: Path, tmp_pa
     assert run_of(tmp_path).config()["data"]["module"]["test_transforms"]["size"] == 224
 
 
+def composed(*options: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        return to_plain(compose("train", list(options)))
+
+
+def test_fine_tuning_takes_the_size_that_timm_trains_in_and_a_test_that_it_tests_in() -> None:
+    typed = ["model=timm", "model.type=resnet10t", "model.pretrained=true", "data=imagenet"]
+    tuned, tested = composed(*typed), composed(*typed, "task=test")
+    (said,) = settle_weights_data(tuned, typed)
+    settle_weights_data(tested, typed)
+    assert "timm's data configuration of resnet10t.c3_in1k: 3x176x176, bicubic, crop_pct 0.875" in said
+    assert [c["data"]["input_size"] for c in (tuned, tested)] == [176, 224]
+    training, evaluation = (tuned["data"]["module"][f"{role}_transforms"] for role in ("train", "test"))
+    assert training["size"] == evaluation["size"] == 176 and "resize_by" not in training
+    assert tested["data"]["module"]["test_transforms"]["crop_pct"] == 0.95
+
+    for left in (["model.data_config=false"], ["model.pretrained=false"], ["data=cifar10"]):
+        config = composed(*typed, *left)
+        before = copy.deepcopy(config["data"])
+        said = " ".join(settle_weights_data(config, [*typed, *left]))
+        same = config["data"] == before
+        assert same or ("size and crop stay the data's" in said and config["data"]["input_size"] == 32)
+    grey = composed(*typed, "data.input_channels=1")
+    assert "mean and std stay the data's, of 1 channels" in settle_weights_data(grey, typed)[0]
+
+
+def test_a_crop_mode_that_the_policy_does_not_have_is_refused(place: Path, tmp_path: Path) -> None:
+    described = json.loads((place / "hub" / "config.json").read_text())
+    described["pretrained_cfg"]["crop_mode"] = "border"
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").symlink_to(place / "hub" / "model.safetensors")
+    config = composed("model=timm", f"model.init_from={tmp_path}", "data=imagenet")
+    with pytest.raises(
+        ConfigError, match="wants crop_mode=border, which the evaluation policy does not have"
+    ):
+        settle_weights_data(config, [])
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 4), (3, 7), (1, 3)])
+def test_a_stem_is_adapted_as_timm_does(before: int, after: int) -> None:
+    source, target = network_of(0, channels=before), network_of(1, channels=after)
+    report = load_state(target, source.state_dict(), "FILE")
+    assert "92 of 92 tensors loaded" in report and "conv1.0.weight: the weights of" in report
+    weight, adapted = source.state_dict()["conv1.0.weight"], target.state_dict()["conv1.0.weight"]
+    if before == 3:
+        assert torch.allclose(adapted, adapt_input_conv(after, weight))
+    assert torch.allclose(adapted.sum(dim=1), weight.sum(dim=1), atol=1e-5) or after % before
+
+
 @pytest.mark.slow
 def test_the_folder_is_used_as_a_runs_is_and_trains_no_more(place: Path, tmp_path: Path) -> None:
     command = ["task=test", f"model.init_from={place / 'hub'}", *timm_on(place)]
@@ -261,3 +321,47 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
     )
     line = refused(tmp_path, "task=test", *timm_on(place), *(o.format(place=place) for o in options))
     assert said in line and not runs_in(tmp_path)
+
+
+# docs/weights.md
+
+
+@pytest.mark.nightly
+def test_the_page_does_what_it_says(place: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[2:] for line in page.splitlines() if line.startswith("    python main.py ")]
+    assert len(commands) == 9
+    weights = tmp_path / "weights.pth"
+    torch.save(network_of(2, classes=1000).state_dict(), weights)
+    for known, name in zip(CLASSES, ("n01440764", "n01443537", "n01484850"), strict=True):
+        (tmp_path / "fish").mkdir(exist_ok=True)
+        (tmp_path / "fish" / name).symlink_to(place / "val" / known)
+    put = {"PATH": place / "val", "HUB": place / "hub", "FILE": place / "checkpoint.pth.tar"}
+    names = {"resnet50": "test_resnet", "resnet18": "test_resnet.r160_in1k"}
+    small = ["trainer.accelerator=cpu", "metrics=[acc]", "checkpoint.keep=none", "logger.wandb=null"]
+    short = ["trainer.max_epochs=2", "data.module.batch_size=8", "model.warmstart=0", "callbacks.plots=null"]
+    for command in commands:
+        pretrained, text = "model.pretrained=true" in command, "\n".join(command)
+        for name, value in (*put.items(), *names.items()):
+            value = tmp_path / "fish" if pretrained and name == "PATH" else value
+            text = re.sub(rf"(?<=[=\[,]){name}\b", str(value), text)
+        options = [*text.splitlines(), *small]
+        if pretrained:
+            options.append(f"+model.timm_kwargs.pretrained_cfg_overlay.file={weights}")
+        elif "model.type=test_resnet" in options:
+            options.append("data.num_classes=3")
+        done(tmp_path, *options, *([] if any(o.startswith("task=") for o in options) else short))
+    tuned = [RunDirectory(run) for run in runs_in(tmp_path) if (run / "metrics.csv").exists()]
+    assert len(tuned) == 4
+    for run in tuned:
+        module = run.config()["data"]["module"]
+        assert module["train_transforms"]["size"] == module["test_transforms"]["size"] == 64
+        assert (
+            module["train_transforms"]["mean"] == [0.5, 0.5, 0.5] and run.config()["data"]["input_size"] == 64
+        )
+        assert (
+            module["test_transforms"]["crop_pct"] == 0.9 and "interpolation" not in module["train_transforms"]
+        )
+        assert any("timm's data configuration of hub" in line for line in run.summary()["resolved"])
+        assert "92 of 92 tensors loaded" in (run.path / "main.log").read_text()
+    assert sum("frozen" in (run.path / "main.log").read_text() for run in tuned) == 2

@@ -33,7 +33,7 @@ CODE = (
     "optimizers",
     "callbacks",
 )
-# words that name other things too: arguments of networks, statistics, the policies' own cutout, calibration, gc's freeze
+# words that name other things too: arguments of networks, statistics, the policies' own cutout, gc's freeze
 FREE = {"norm", "activation", "cutout_size", "temperature", "freeze"}
 STAGES = (
     "network", "raw", "batch", "ready", "loss", "closure", "gradient", "groups", "optimizer", "schedule", "weights",

@@ -299,7 +299,7 @@ ON_BATCHES = Correction(
 class AutomaticAutoAugment(PhotographPolicy):
     """A policy with AutoAugment."""
 
-    corrections: ClassVar = (ON_BATCHES,)
+    corrections: ClassVar[tuple[Correction, ...]] = (ON_BATCHES,)
     found_on: ClassVar[Literal["cifar10", "imagenet"]]
 
     def build_automatic(self) -> Automatic:
@@ -309,7 +309,7 @@ class AutomaticAutoAugment(PhotographPolicy):
 class AutomaticRandAugment(PhotographPolicy):
     """A policy with RandAugment."""
 
-    corrections: ClassVar = (ON_BATCHES,)
+    corrections: ClassVar[tuple[Correction, ...]] = (ON_BATCHES,)
 
     def build_automatic(self) -> Automatic:
         return rand_augment(self.size, **self.chosen("num_ops", "magnitude", "magnitude_std", "prob"))

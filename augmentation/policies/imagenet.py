@@ -14,15 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.crops import (
-    ASPECT,
-    DRAWS,
-    MODES,
-    corners_and_centre,
-    crop_box,
-    crop_boxes,
-    resized_crops,
-)
+from augmentation.crops import ASPECT, DRAWS, MODES, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
     AUGMIX,
     FLIPS,
@@ -62,7 +54,7 @@ class _ImagenetPolicy(PhotographPolicy):
         common: what every policy for photographs takes.
     """
 
-    corrections: ClassVar = (
+    corrections: ClassVar[tuple[Correction, ...]] = (
         Correction(
             "data.module.train_transforms",
             2,
