@@ -27,6 +27,7 @@ FLOORS = (
         "lab.teachers",
         "lab.states",
         "lab.experiment",
+        "lab.given",
     ),
     ("lab.scoring", "lab.packing", "lab.calibration"),
     ("lab.robustness",),
