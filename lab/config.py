@@ -30,13 +30,14 @@ from crucible.options import (
 )
 from crucible.technique import Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
-from datasets.sampling import EvalSampler, batches_within
+from datasets.sampling import EvalSampler, batches_within, training_batches
 from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from models.views import View
 from norms import Norm
+from optimizers import OptimizerOptions
 from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 
@@ -166,6 +167,10 @@ def _packs(config: Config) -> bool:
     return config["task"] == "pack" and not config["pack"]["verify"]
 
 
+def _has_momentum(config: Config) -> bool:
+    return read_options(OptimizerOptions, config["model"]).momentum_in_use is not None
+
+
 NEEDED = (
     Needed(
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
@@ -182,6 +187,7 @@ NEEDED = (
         lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart")) or step_of(config).schedule,
         "model.scheduler, model.warmstart, or a technique that sets the rate: it never changes", "epoch",
     ),
+    Needed("model.lr_scale_momentum", _has_momentum, "an optimizer with a momentum: SGD and its kin", False),
     Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
@@ -670,7 +676,8 @@ def run_length(config: Config, data_module: Any) -> Length:
 
 
 def _training_batches(trainer: Mapping[str, Any], data_module: Any, world: int) -> int:
-    batches = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
+    samples = len(data_module.samples("train"))
+    batches = max(1, training_batches(samples, data_module.batch_size, world, data_module.drop_last))
     return batches_within(batches, trainer.get("overfit_batches") or trainer.get("limit_train_batches"))
 
 

@@ -365,6 +365,14 @@ def _differing(recorded: Config, config: Config) -> str:
     return ""
 
 
+_WITHOUT_COST = {"data.module.drop_last", "model.head_std"}
+# options younger than recorded costs, as a step costs what it did without them
+_YOUNGER = {
+    "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.shortcut": None,
+    "model.strided": False,
+}  # fmt: skip
+
+
 def kind(config: Config) -> str:
     """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and whether compiled."""
     target = find_target(config["model"]["_target_"], "")
@@ -379,6 +387,8 @@ def kind(config: Config) -> str:
             or n.removeprefix("model.") in own
         )
         and not n.startswith("data.module.fold")
+        and n not in _WITHOUT_COST
+        and not (n in _YOUNGER and v is _YOUNGER[n])
     }
     if config["model"].get("compile"):
         of_the_cost["model.compile"] = True
@@ -435,7 +445,7 @@ class Examiner:
         Raises:
             ConfigError: for whatever cannot run.
         """
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)

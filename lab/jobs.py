@@ -90,12 +90,12 @@ def run_composed(composed: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`
     if composed["task"] == "summary":
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         print_summary(config)
         return 0
     if composed["task"] == "pack":
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         return pack(config)
     if composed["task"] in tasks.OF_TRAINED:

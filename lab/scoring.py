@@ -22,7 +22,7 @@ from lab.experiment import identity
 from lab.recorded import EVALUATION_OPTIONS, completed
 
 # what of the data's options leaves a test as it is
-_NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
+_NOT_OF_A_TEST = ("train_transforms", "random_batches", "drop_last", "batch_size", "predict_dir")
 
 # what says which data they are
 _PLACES = (

@@ -61,6 +61,7 @@ LATE_OURS = {
     "crucible/__init__.py": "load_run is offered on the ground for notebooks",
     "lab/build.py": "types; load_run builds a network without the data sets",
     "crucible/metrics.py": "the calibration error is a torchmetrics metric, which the report does not need",
+    "norms/online.py": "its kernels need Triton, which is not everywhere, and only GPUs need them",
     "main.py": "--help and typing errors do not wait for torch",
     "report.py": "--help does not wait for NumPy",
     "hydra_plugins/crucible_sweepers/__init__.py": "Hydra loads its plugins for every command",

@@ -11,7 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.automatic import AugMix, AutoAugment, Automatic, rand_augment, trivial_augment
+from augmentation.automatic import (
+    AugMix,
+    AutoAugment,
+    Automatic,
+    Library,
+    rand_augment,
+    trivial_augment,
+    uda_rand_augment,
+)
 from augmentation.operations import Interpolation
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
@@ -243,6 +251,9 @@ class PhotographPolicy(ImagePolicy):
             for each), and where the automatic policies move pixels by parts of one (nearest, bilinear). Given, one
             value is for both, save that nearest is for the latter alone; null: bilinear, there nearest.
         fill: level of what was outside of the image there, 0 to 255.
+        operations: whose operations AutoAugment and RandAugment take: torchvision's, or those of
+            github.com/DeepVoltaire/AutoAugment (bicubic shears; `fill` there is 128), which RandAugment takes as UDA
+            does: 15 of them, Invert and a cutout among them, each at a strength of 1 to 9 of 10 (`prob` there is 0.5).
         common: what every image policy takes.
     """
 
@@ -264,15 +275,19 @@ class PhotographPolicy(ImagePolicy):
         all_ops: bool | None = None,
         interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None,
         fill: Annotated[int | None, "[0, 255]"] = None,
+        operations: Library | None = None,
         **common: Any,
     ) -> None:
         shared = {
             "flip": flip, "vertical_flip": vertical_flip, "cutout_size": cutout_size, "num_ops": num_ops,
             "magnitude": magnitude, "magnitude_std": magnitude_std, "prob": prob, "severity": severity,
             "mixture_width": mixture_width, "chain_depth": chain_depth, "all_ops": all_ops,
-            "interpolation": interpolation, "fill": fill,
+            "interpolation": interpolation, "fill": fill, "operations": operations,
         }  # fmt: skip
         super().__init__({**own, **shared}, **common)
+        if self.options.get("operations") == "deepvoltaire":  # which fix these themselves
+            fixed = {"interpolation": interpolation, "magnitude": magnitude, "magnitude_std": magnitude_std}
+            self.unused_options |= {name: value for name, value in fixed.items() if value is not None}
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Options by name, and those of resampling."""
@@ -303,7 +318,12 @@ class AutomaticAutoAugment(PhotographPolicy):
     found_on: ClassVar[Literal["cifar10", "imagenet"]]
 
     def build_automatic(self) -> Automatic:
-        return AutoAugment(self.size, self.found_on, **self.chosen())
+        return AutoAugment(
+            self.size,
+            self.found_on,
+            **self.chosen(),
+            operations=self.options.get("operations", "torchvision"),
+        )
 
 
 class AutomaticRandAugment(PhotographPolicy):
@@ -312,6 +332,9 @@ class AutomaticRandAugment(PhotographPolicy):
     corrections: ClassVar[tuple[Correction, ...]] = (ON_BATCHES,)
 
     def build_automatic(self) -> Automatic:
+        if self.options.get("operations") == "deepvoltaire":
+            num_ops, prob, fill = (self.options[name] for name in ("num_ops", "prob", "fill"))
+            return uda_rand_augment(self.size, num_ops, prob, fill)
         return rand_augment(self.size, **self.chosen("num_ops", "magnitude", "magnitude_std", "prob"))
 
 
