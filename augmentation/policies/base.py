@@ -273,7 +273,7 @@ class PhotographPolicy(ImagePolicy):
         mixture_width: Annotated[int | None, "[1, 16]"] = None,
         chain_depth: Annotated[int | None, "[0, 16]"] = None,
         all_ops: bool | None = None,
-        interpolation: Literal["nearest", "bilinear", "bicubic", "random"] | None = None,
+        interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None,
         fill: Annotated[int | None, "[0, 255]"] = None,
         operations: Library | None = None,
         **common: Any,

@@ -5,8 +5,12 @@ An option that a policy has no use for must be left null.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
+from torch import Tensor
+
+from augmentation.crops import MODES
 from augmentation.policies.base import (
     AUGMIX,
     FLIPS,
@@ -18,7 +22,9 @@ from augmentation.policies.base import (
     AutomaticTrivialAugment,
     PhotographPolicy,
     Pixels,
+    resized,
 )
+from crucible.options import ConfigError
 
 
 class _CifarPolicy(PhotographPolicy):
@@ -76,6 +82,18 @@ class AugMixTransform(_CifarPolicy, AutomaticAugMix):
 
 
 class TestTransform(_CifarPolicy):
-    """No augmentation."""
+    """No augmentation; images of another size are resized by `interpolation`, bilinear or bicubic."""
 
     __test__ = False  # not a test case, whatever its name looks like to pytest
+    defaults = {"interpolation": "bilinear"}
+
+    def resample(self, pixels: Tensor, draws: Sequence[float]) -> Tensor:
+        """uint8 (C, H, W) to (C, size, size): the whole picture resized."""
+        return resized(pixels, self.size, self.size, MODES[self.options["interpolation"] == "bicubic"])
+
+    def build_transform(self) -> None:
+        if (interpolation := self.options["interpolation"]) not in MODES:
+            raise ConfigError(
+                f"interpolation={interpolation}: {type(self).__name__} resizes by {', '.join(MODES)}",
+                "docs/data.md",
+            )

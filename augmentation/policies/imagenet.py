@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as v2F
 
 from augmentation.crops import ASPECT, DRAWS, MODES, corners_and_centre, crop_box, crop_boxes, resized_crops
 from augmentation.policies.base import (
@@ -34,6 +35,7 @@ from crucible.pictures import Shape
 
 CROPS = {"min_area": 0.08, "ratio": list(ASPECT)}
 CROP_PCT = 0.875
+_PIL_FILTERS = {name: Image.Resampling[name.upper()] for name in (*MODES, "lanczos")}
 
 
 class _ImagenetPolicy(PhotographPolicy):
@@ -44,6 +46,9 @@ class _ImagenetPolicy(PhotographPolicy):
         ratio: least and largest aspect of the random crop, width by height; null: 3/4 and 4/3.
         crop_pct: in evaluation, side of the central square by that of the resized picture, which is size / crop_pct,
             rounded down, as in timm.
+        crop_mode: in evaluation, center: the shorter side is resized to that, and the aspect stays; squash: both are.
+        resize_by: in evaluation, torch: torchvision's kernel for tensors; pil: PIL's, a level apart here and there, as
+            timm and torchvision evaluate; with it interpolation=lanczos, too.
         dct_scaling: decode a large JPEG at 1/2, 1/4 or 1/8 of its size where that leaves pixels enough: quicker, and
             other pixels (docs/data.md); only with simplejpeg, elsewhere without effect.
         common: what every policy for photographs takes.
@@ -57,7 +62,11 @@ class _ImagenetPolicy(PhotographPolicy):
             "crops were resized by PIL, and drawn with the flip one by one",
         ),
     )
-    resizings: ClassVar[tuple[str, ...]] = (*MODES, "random")
+
+    @property
+    def resizings(self) -> tuple[str, ...]:
+        """The filters that pictures may be resized by."""
+        return (*MODES, "random")
 
     def __init__(
         self,
@@ -66,6 +75,8 @@ class _ImagenetPolicy(PhotographPolicy):
         min_area: Annotated[float | None, "(0, 1]"] = None,
         ratio: Annotated[list[float] | None, "(0, inf)"] = None,
         crop_pct: Annotated[float | None, "(0, 1]"] = None,
+        crop_mode: Literal["center", "squash"] | None = None,
+        resize_by: Literal["torch", "pil"] | None = None,
         dct_scaling: bool = False,
         **common: Any,
     ) -> None:
@@ -73,7 +84,10 @@ class _ImagenetPolicy(PhotographPolicy):
             raise ConfigError(
                 f"ratio={ratio}: give the least and the largest aspect, [0.75, 1.333]", "docs/data.md"
             )
-        super().__init__({"min_area": min_area, "ratio": ratio, "crop_pct": crop_pct}, size=size, **common)
+        own = {
+            "min_area": min_area, "ratio": ratio, "crop_pct": crop_pct, "crop_mode": crop_mode, "resize_by": resize_by,
+        }  # fmt: skip
+        super().__init__(own, size=size, **common)
         self.dct_scaling = dct_scaling
         interpolation = self.options.get("interpolation", "bilinear")
         if self.automatic is None and interpolation not in self.resizings:
@@ -201,8 +215,14 @@ class TestTransform(_ImagenetPolicy):
             "data.module.test_transforms", 2, _rounds_otherwise, "the resized side was rounded up, not down"
         ),
     )
-    defaults = {"crop_pct": CROP_PCT, "interpolation": "bilinear"}
-    resizings = MODES  # it draws nothing
+    defaults = {
+        "crop_pct": CROP_PCT, "interpolation": "bilinear", "crop_mode": "center", "resize_by": "torch",
+    }  # fmt: skip
+
+    @property
+    def resizings(self) -> tuple[str, ...]:
+        # it draws nothing
+        return tuple(_PIL_FILTERS) if self.options["resize_by"] == "pil" else MODES
 
     @property
     def resized_side(self) -> int:
@@ -219,10 +239,15 @@ class TestTransform(_ImagenetPolicy):
         """uint8 (C, H, W) at the size that the squares are cut from."""
         height, width = pixels.shape[1:]
         short = self.resized_side
-        if height < width:
+        if self.options["crop_mode"] == "squash":
+            height, width = short, short
+        elif height < width:
             height, width = short, short * width // height
         else:
             height, width = short * height // width, short
+        if self.options["resize_by"] == "pil":
+            picture = v2F.to_pil_image(pixels).resize((width, height), _PIL_FILTERS[self.resizing])
+            return v2F.pil_to_tensor(picture)
         return resized(pixels, height, width, MODES[self.resizing == "bicubic"])
 
     def five_crops(self, image: Image.Image | Tensor) -> Tensor:

@@ -236,10 +236,18 @@ def test_random_crops_are_resized_by_the_filter_that_is_named(interpolation):
     assert seen == ({"bilinear", "bicubic"} if interpolation == "random" else {interpolation})
 
 
+def test_pictures_of_another_size_are_resized_by_the_filter_that_is_named():
+    image = torch.from_numpy(np.array(picture(50, 40))).permute(2, 0, 1)
+    for mode in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC):
+        expected = v2.functional.resize(image, [32, 32], mode)
+        assert torch.equal(cifar.TestTransform(interpolation=mode.value).sample(image), expected)
+
+
 def test_interpolations_that_a_policy_cannot_follow_are_refused():
     for made, interpolation in (
         (imagenet.TestTransform, "random"), (imagenet.TestTransform, "nearest"),
-        (imagenet.BaselineTransform, "nearest"), (imagenet.RandAugmentTransform, "random"),
+        (imagenet.BaselineTransform, "nearest"),
+        (cifar.TestTransform, "random"), (imagenet.RandAugmentTransform, "random"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"interpolation={interpolation}: {made.__name__}"):
             made(interpolation=interpolation)
