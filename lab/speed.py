@@ -41,13 +41,14 @@ def faster_here(config: Config, settled: Sequence[str]) -> str:
         return ""
     if not has_bf16_instructions():
         return ""
-    size = (
-        data["input_size"] if data["input_size"] < SMALL_IMAGE else data["input_size"] // 4
-    )  # behind a stem
+    size = data["input_size"]
+    if size >= SMALL_IMAGE:
+        size //= 4  # behind the stem
     factor = _remembered(size)
     if factor < WORTH_A_WORD:
         return ""
-    return f"{' '.join(BF16)}: a step of 3x3 convolutions on {size}x{size} is {factor:.1f} times as fast on this processor"
+    what = f"a step of 3x3 convolutions on {size}x{size}"
+    return f"{' '.join(BF16)}: {what} is {factor:.1f} times as fast on this processor"
 
 
 def _remembered(size: int) -> float:

@@ -151,6 +151,7 @@ def test_the_mode_of_compilation_is_recorded_and_handed_to_torch(
     assert compiled == [handed]
 
 
+@pytest.mark.slow
 def test_a_student_and_its_teacher_are_compiled_in_one_mode(
     compiled: list[dict[str, Any]], teacher: Path, tmp_path: Path
 ) -> None:
