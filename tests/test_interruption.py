@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Command, runs_in
+from conftest import TINY, Command, nightly, runs_in
 
 from lab.warm import WarmParent
 
@@ -118,7 +118,7 @@ def test_a_crash_is_recorded_with_its_reason(cli, tmp_path: Path) -> None:
     assert not (run / "claim").exists()
 
 
-@pytest.mark.parametrize("limit", [3, 1.0])
+@pytest.mark.parametrize("limit", [3, *nightly(1.0)])
 def test_a_crash_in_the_first_batch_of_an_epoch_loses_no_step(cli, tmp_path: Path, limit: float) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

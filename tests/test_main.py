@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, runs_in, write_images
+from record import command_ids
 
 from lab.config import Task
 from lab.tasks import OF_TRAINED
@@ -95,25 +96,19 @@ def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folde
 
 
 def test_what_changes_the_result_changes_the_identity_and_nothing_else_does(cli, tmp_path: Path) -> None:
-    for arguments in (
-        [],
-        ["data.module.num_workers=0"],
-        ["checkpoint.keep=last"],
-        ["model.powergrad_alpha=1.0"],
-    ):
-        cli(*TINY, *arguments)
-    assert len(runs_in(tmp_path)) == 1
-    for arguments in (
-        ["seed=1"],
-        ["model.powergrad_alpha=0.3"],
-        ["data.module.split_seed=1"],
-        ["model.lr=0.01"],
-    ):
-        cli(*TINY, *arguments)
-    runs = runs_in(tmp_path)
-    assert len(runs) == 5
-    hashes = {run.name.split("-")[0] for run in runs}
-    assert len(hashes) == 4, "seeds of one arm share the hash"
+    plain = " ".join(TINY)
+    same = [plain, *(f"{plain} {o}" for o in (
+        "data.module.num_workers=0", "checkpoint.keep=last", "model.powergrad_alpha=1.0",
+    ))]  # fmt: skip
+    other = [f"{plain} {o}" for o in (
+        "seed=1", "model.powergrad_alpha=0.3", "data.module.split_seed=1", "model.lr=0.01",
+    )]  # fmt: skip
+    ids = {command: found.partition(" ")[0] for command, found in command_ids([*same, *other]).items()}
+    assert len({ids[command] for command in same}) == 1
+    assert len(set(ids.values())) == 5
+    assert len({name.split("-")[0] for name in ids.values()}) == 4, "seeds of one arm share the hash"
+    cli(*TINY)
+    assert only_run(tmp_path).name == ids[plain]
 
 
 def test_the_arm_is_named_after_techniques_and_options(cli, tmp_path: Path) -> None:
