@@ -385,7 +385,7 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
         group = []
         for job, overrides in base.values():
             name = f"{options.baseline}_x{ratio:.2f}"
-            alike = f"model.compile={str(bool(job.config['model']['compile'])).lower()}"
+            alike = f"model.compile={str(job.config['model']['compile'] or False).lower()}"
             stretched = [*overrides, *stretch(job.config, ratio), alike, option("arm", name)]
             rival = examine(examiner, compose, stretched, (), options)
             if rival.job is not None:
@@ -435,7 +435,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
     logs = []
     for pair in pairs:
         base, arm = (run.known() for run in pair)
-        if len({bool(select(run.config(), "model.compile")) for run in pair}) > 1:
+        if len({select(run.config(), "model.compile") or False for run in pair}) > 1:
             continue
         if base.get("device") == arm.get("device") and base.get("wall_time_s") and arm.get("wall_time_s"):
             logs.append(

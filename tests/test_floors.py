@@ -24,6 +24,7 @@ FLOORS = (
         "lab.build",
         "lab.use",
         "lab.summary",
+        "lab.speed",
         "lab.teachers",
         "lab.states",
         "lab.experiment",
