@@ -128,11 +128,11 @@ def simulate(
     null = truth == 0
     false, false_size = wrong(found.found, truth), wrong_size(found.found, truth)
     return Outcome(
-        coverage=_share(((at.low <= truth) & (truth <= at.high)).mean(axis=1)),
-        family_wise=_share(((found.p <= s.ALPHA) & null).any(axis=1)),
-        wrong=_share(false.any(axis=1)),
-        wrong_size=_share((false | false_size).any(axis=1)),
-        decided=_share((found.found != "undecided").mean(axis=1)),
+        coverage=share_of_tables(((at.low <= truth) & (truth <= at.high)).mean(axis=1)),
+        family_wise=share_of_tables(((found.p <= s.ALPHA) & null).any(axis=1)),
+        wrong=share_of_tables(false.any(axis=1)),
+        wrong_size=share_of_tables((false | false_size).any(axis=1)),
+        decided=share_of_tables((found.found != "undecided").mean(axis=1)),
         runs=float((seeds.sum(axis=1) + seeds.max(axis=1)).mean()),
     )
 
@@ -150,7 +150,7 @@ def wrong_size(found: NDArray[Any], truth: NDArray[np.float64]) -> NDArray[np.bo
     return np.asarray((more & (np.abs(truth) <= MARGIN)) | (less & (np.abs(truth) >= MARGIN)))
 
 
-def _share(of_tables: NDArray[Any]) -> Share:
+def share_of_tables(of_tables: NDArray[Any]) -> Share:
     values = of_tables.astype(np.float64)
     return Share(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 
