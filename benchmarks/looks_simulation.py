@@ -156,11 +156,11 @@ def saving(tables: int, rng: np.random.Generator) -> tuple[list[str], str]:
         for n, part in zip(FIXED[::-1], (twenty, ten, five), strict=True)
     )
     text = (
-        f"Means over these cells: the looks decide {100 * decided:.0f}% of the arms with {runs:.0f} runs; fixed numbers "
-        f'{by_fixed}.\nAgainst "20 to be safe" the looks take {saved:.0f}% fewer runs and decide {less:.0f} points fewer.'
-        "\n\n**The honest limit**: whoever knew sd and effects, and fixed for each cell the number of seeds that decides "
-        f"as often, would take {known:.0f} runs\n({100 * (runs / known - 1):+.0f}% for the looks). What they buy is not "
-        "having to know."
+        f"Means over these cells: the looks decide {100 * decided:.0f}% of the arms with {runs:.0f} runs; fixed "
+        f'numbers {by_fixed}.\nAgainst "20 to be safe" the looks take {saved:.0f}% fewer runs and decide {less:.0f} '
+        "points fewer.\n\n**The honest limit**: whoever knew sd and effects, and fixed for each cell the number of "
+        f"seeds that decides as often, would take {known:.0f} runs\n({100 * (runs / known - 1):+.0f}% for the looks). "
+        "What they buy is not having to know."
     )
     return rows, text
 
