@@ -265,6 +265,8 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
             )
     elif recorded is not None:
         margin = recorded / metric.scale
+    elif first is not None and first.decides is not None:
+        margin = None
     else:
         margin = metric.default_margin
         if margin is not None:

@@ -375,7 +375,7 @@ def steps_of_sweep(
         moderate: `variance=shared`.
     """
     assert sweep.decides is not None
-    names, units = sorted(sweep.techniques), [(seed, 0) for seed in sweep.decides.seeds]
+    names, units = sorted(sweep.techniques), [(seed, sweep.decides.fold) for seed in sweep.decides.seeds]
     base = arms.get(baseline, Arm(baseline))
     d = np.full((len(names), len(units)), np.nan)
     known, wrecked = np.zeros(d.shape, dtype=np.bool_), np.zeros(d.shape, dtype=np.bool_)

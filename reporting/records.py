@@ -38,6 +38,7 @@ class Decides(NamedTuple):
     """What a sweep of `until=decided` fixed besides: its looks are `Sweep.planned`."""
 
     seeds: tuple[int, ...]  # in the order in which they are run
+    fold: int
     metric: str
     futility: float
     order: Order

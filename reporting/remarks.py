@@ -27,6 +27,15 @@ def warnings(table: Table) -> list[str]:
     ]
 
 
+def before_more_seeds(table: Table) -> list[str]:
+    """What of it is to be looked at before a sweep spends more seeds: runs, differences, spreads."""
+    return [
+        *_outliers(table),
+        *(w for c in table.comparisons for w in _of_a_difference(c, table)),
+        *_of_the_seeds(table),
+    ]
+
+
 def _repeated(table: Table) -> Iterable[str]:
     for name, arm in sorted(table.arms.items()):
         counted = {run.unit: run for run in arm.all_runs}
@@ -38,11 +47,26 @@ def _repeated(table: Table) -> Iterable[str]:
             )
 
 
-def _of_the_runs(table: Table) -> Iterable[str]:
-    """Runs and counts that a reader should go to."""
-    for arm in table.arms.values():
+def _outliers(table: Table) -> Iterable[str]:
+    """Runs that diverged, or lie far from their arm."""
+    arms = list(table.arms.values())
+    for arm in arms:
         for run in arm.diverged:
             yield f"{arm.name}, {unit_name(run.unit)} diverged: {run.diverged} ({run.path.name})"
+    for arm, distances in zip(arms, s.outlying([a.values for a in arms]), strict=True):
+        for unit, distance in zip(sorted(arm.runs), distances, strict=True):
+            if distance > s.OUTLIER_SD:
+                where = arm.runs[unit].path.name
+                sds = f"{distance:.0f} sd"
+                yield f"{arm.name}, {unit_name(unit)} lies {sds} from its arm's median: look at this run ({where})"
+
+
+def _of_the_runs(table: Table) -> Iterable[str]:
+    """Runs and counts that a reader should go to."""
+    yield from _outliers(table)
+    for arm in table.arms.values():
+        for run in arm.dropped:
+            yield f"{arm.name}, {unit_name(run.unit)}: the sweep went on without this run ({run.path.name})"
         for run in arm.incomplete:
             why = f": {run.remark}" if run.remark else ""
             yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name}){why}"
@@ -53,20 +77,15 @@ def _of_the_runs(table: Table) -> Iterable[str]:
     if with_few_runs:
         yield f"fewer than 5 runs: {', '.join(with_few_runs)}"
     base = table.arms[table.baseline]
+    at_look = {c.arm: c.step.units for c in table.comparisons if c.step is not None}  # more are not asked for
     for arm in table.arms.values():
-        without = sorted(set(arm.runs) - set(base.runs)), sorted(set(base.runs) - set(arm.runs))
-        for units, there, lacks in ((without[0], arm, base), (without[1], base, arm)):
+        here, there = (set(a.runs) & at_look.get(arm.name, set(a.runs)) for a in (arm, base))
+        without = sorted(here - there), sorted(there - here)
+        for units, has, lacks in ((without[0], arm, base), (without[1], base, arm)):
             if units:
                 listed = ", ".join(map(unit_name, units))
-                yield f"missing pair: {there.name} has {listed}, {lacks.name} has not; not in the difference"
-    arms = list(table.arms.values())
-    for arm, distances in zip(arms, s.outlying([a.values for a in arms]), strict=True):
-        for unit, distance in zip(sorted(arm.runs), distances, strict=True):
-            if distance > s.OUTLIER_SD:
-                where = arm.runs[unit].path.name
-                sds = f"{distance:.0f} sd"
-                yield f"{arm.name}, {unit_name(unit)} lies {sds} from its arm's median: look at this run ({where})"
-    if len({unit[1] for arm in arms for unit in arm.runs}) > 1:
+                yield f"missing pair: {has.name} has {listed}, {lacks.name} has not; not in the difference"
+    if len({unit[1] for arm in table.arms.values() for unit in arm.runs}) > 1:
         yield "folds share training data, so their differences are not independent: intervals are too narrow"
 
 

@@ -723,7 +723,13 @@ def test_the_report_says_by_which_rule_it_judged(tmp_path):
 # Seeds until it is decided
 
 
-PLANNED = {"seeds": list(range(10, 30)), "metric": "test/acc", "futility": 0.1, "order": "together"}
+PLANNED = {
+    "seeds": list(range(10, 30)),
+    "fold": 0,
+    "metric": "test/acc",
+    "futility": 0.1,
+    "order": "together",
+}
 
 
 def make_decided(root: Path, counts: dict[str, int], **facts) -> dict[str, np.ndarray]:
