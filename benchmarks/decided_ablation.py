@@ -29,9 +29,9 @@ from reporting.comparison import compare  # noqa: E402
 from reporting.records import read_runs  # noqa: E402
 from reporting.request import read_arguments  # noqa: E402
 
-EPOCHS = 6
+EPOCHS = 4
 ABLATION = [
-    "sweep=ablation", "technique=baseline,mixup,label_smoothing,powergrad", "until=decided", "looks=[4,6,9,14]",
+    "sweep=ablation", "technique=baseline,mixup,label_smoothing,powergrad", "until=decided", "looks=[4,6,9]",
     "margin_points=1", "model=cifar_resnet", "model.depth=8", f"trainer.max_epochs={EPOCHS}", "n_jobs=2",
     "logger.wandb=null", "callbacks.plots=null", "trainer.enable_progress_bar=false",
 ]  # fmt: skip
