@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from crucible.command_line import command
-from crucible.masking import masked
+from crucible.files import write_atomically
+from crucible.masking import masked_in
 from crucible.metrics import find_metric, of_split
 from crucible.options import ConfigError, suggest
 from lab.experiment import Examiner
@@ -286,9 +289,19 @@ class Deciding:
             ConfigError: where another machine has come first, with another plan.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {**self.facts, "command": masked(command(*sys.argv[1:]))}
-        with contextlib.suppress(FileExistsError), self.file.open("x", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2) + "\n")
+        content = {**self.facts, "command": command(*sys.argv[1:])}
+        text = json.dumps(masked_in(content), indent=2) + "\n"
+        mine = self.file.with_name(f".{self.file.stem}-{socket.gethostname()}-{os.getpid()}")
+        write_atomically(mine, text)
+        try:
+            os.link(mine, self.file)  # the first one stays
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not self.file.exists():
+                write_atomically(self.file, text)
+        finally:
+            mine.unlink()
         self._agree()
 
     @property
@@ -413,7 +426,8 @@ class Deciding:
         for (arm, _), one in self._jobs.items():
             assert one.job is not None
             run = one.job.run
-            if run.path in self._read and not self.options.drop_failed:
+            known = self._read.get(run.path)
+            if known is not None and (known.dropped or not known.diverged):
                 continue
             if run.known().get("status") not in ("finished", "failed"):
                 continue

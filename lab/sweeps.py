@@ -418,7 +418,12 @@ class Sweep:
             for one in self._all:
                 if one.state == "held":
                     print(f"  {one.name()}: {one.reason}")
-        failures = [one for one in self._all if one.state not in ("finished", "held", *NO_RUN)]
+        failures = [
+            one
+            for one in self._all
+            if one.state not in ("finished", "held", *NO_RUN)
+            and not (one.job and one.job.run.known().get("dropped"))
+        ]
         if failures:
             print(f"\n{len(failures)} of the sweep's jobs did not finish:", file=sys.stderr)
             for one in failures:

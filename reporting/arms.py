@@ -250,7 +250,7 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     """Margin and seeds as the first sweep fixed them, where the request does not say otherwise."""
     metric = request.metric
     sweeps = {run.sweep.folder: run.sweep for run in runs if run.sweep is not None}
-    first = first_sweep(runs)
+    first = first_sweep(run for run in runs if run.sweep and run.sweep.decides) or first_sweep(runs)
     recorded = first.margin_points if first and metric.default_margin is not None else None
     remarks = []
     if request.margin is not None:

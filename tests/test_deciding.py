@@ -234,7 +234,7 @@ def test_a_baseline_that_failed_pauses_the_sweep_and_can_be_dropped(
     report = cli("runs=experiments", script="report.py").out
     assert "mixup: unstable: 1 of 4 baseline runs diverged" in report
     outcome = decide("looks=[4,6]", "drop_failed=true")
-    assert "dropped: baseline, seed 1" in outcome.out
+    assert outcome.status == 0 and "dropped: baseline, seed 1" in outcome.out
     assert verdicts(outcome)["mixup"].startswith("helps by more than 0.30 points (look 1 of 2, 4 seeds")
     report = cli("runs=experiments", script="report.py").out
     assert f"mixup: {verdicts(outcome)['mixup']}" in report
