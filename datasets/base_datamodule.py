@@ -166,6 +166,7 @@ class BaseDataModule(LightningDataModule):
         train_transforms: policy of the training samples; null: `IdentityTransform`.
         test_transforms: policy of all other samples; null: `IdentityTransform`.
         random_batches: draw training samples with replacement.
+        drop_last: leave out of each epoch the samples that do not fill a batch; else they are a smaller one.
         num_workers: loader processes; "auto": none where nothing is left to do per sample, else one a core.
         prefetch_factor: batches each worker holds ready.
         persistent_workers: keep the workers from epoch to epoch.
@@ -222,6 +223,7 @@ class BaseDataModule(LightningDataModule):
         train_transforms: Policy | None = None,
         test_transforms: Policy | None = None,
         random_batches: bool = False,
+        drop_last: bool = True,
         num_workers: Literal["auto"] | Annotated[int, "[0, inf)"] = "auto",
         prefetch_factor: Annotated[int, "[1, inf)"] = 2,
         persistent_workers: bool = True,
@@ -254,6 +256,7 @@ class BaseDataModule(LightningDataModule):
         self.train_transforms = train_transforms or IdentityTransform()
         self.test_transforms = test_transforms or IdentityTransform()
         self.random_batches = random_batches
+        self.drop_last = drop_last
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
@@ -576,7 +579,7 @@ class BaseDataModule(LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches, all of one size; begins where a restored state ended."""
+        """Shuffled training batches, all of one size but for a last one; begins where a restored state ended."""
         samples, (rank, world) = self.samples("train"), self._place()
         whole = self.batch_size * world
         if len(samples) < whole:
@@ -601,6 +604,7 @@ class BaseDataModule(LightningDataModule):
             start=start,
             frozen=frozen,
             left_out=self._places_left_out(samples),
+            drop_last=self.drop_last,
         )
 
     def _places_left_out(self, samples: Samples) -> list[int]:
@@ -619,7 +623,7 @@ class BaseDataModule(LightningDataModule):
         samples, (rank, world) = self.samples("train"), self._place()
         sampler = EpochSampler(
             len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
-            left_out=self._places_left_out(samples),
+            left_out=self._places_left_out(samples), drop_last=self.drop_last,
         )  # fmt: skip
         return itertools.islice(self._loader(samples, sampler), count)
 
