@@ -454,7 +454,7 @@ class Deciding:
         for c in table.comparisons:
             print(f"  {c.arm}: {c.verdict}")
         for warning in remarks.before_more_seeds(table):
-            print(f"  look at this before more is spent: {warning}")
+            print(f"  look at this: {warning}")
         print(flush=True)
 
 

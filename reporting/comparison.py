@@ -501,11 +501,7 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
     if finding != "undecided":
         return finding, f"{finding} than {shown}" if " by " in finding else finding
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
-    text = f"undecided: between {low} and {high}{metric.unit}"
-    if c.t.low > 0 or c.t.high < 0:
-        text += f" (excludes 0 alone, not after correction for {table.family})"
-    elif margin is not None and -margin < c.t.low and c.t.high < margin:
-        text += f" (within ±{shown} alone, not after correction for {table.family})"
+    text = f"undecided: between {low} and {high}{metric.unit}{_alone(c, table)}"
     return finding, text + _more_seeds(c, table)
 
 
@@ -514,12 +510,22 @@ def family_of(c: Comparison, table: Table) -> int:
     return table.family if c.step is None else c.step.family
 
 
+def _alone(c: Comparison, table: Table) -> str:
+    """What an undecided arm's interval would say if there were no other arm."""
+    margin, correction = table.plan.margin, f"alone, not after correction for {family_of(c, table)})"
+    if c.t.low > 0 or c.t.high < 0:
+        return f" (excludes 0 {correction}"
+    if margin is not None and -margin < c.t.low and c.t.high < margin:
+        return f" (within ±{table.metric.formatted(margin)}{table.metric.unit} {correction}"
+    return ""
+
+
 def _at_a_look(c: Comparison, step: Step, table: Table) -> tuple[str, str]:
     """The verdict of the last look that was reached."""
     metric, margin, last = table.metric, table.plan.margin, step.looks[-1]
     shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
-    between = f"between {low} and {high}{metric.unit}"
+    between = f"between {low} and {high}{metric.unit}{_alone(c, table)}"
     where = f"look {step.look} of {len(step.looks)}, {step.seeds} seeds"
     if step.found == "stopped":
         text = f"stopped at {step.seeds} seeds: {between}; chance of a decision by {last} seeds {step.chance:.0%}"

@@ -251,7 +251,7 @@ def test_a_technique_that_diverges_is_unstable_and_one_that_fails_is_waited_for(
     bench.fails.pop(("powergrad", 2))
     outcome = decide("retry_failed=true")
     assert verdicts(outcome)["mixup"] == "unstable: 1 of 3 runs diverged"
-    assert "look at this before more is spent: mixup, seed 1 diverged: train/loss is nan" in outcome.out
+    assert "look at this: mixup, seed 1 diverged: train/loss is nan" in outcome.out
     assert bench.started.count(("mixup", 1)) == 1 and bench.started.count(("powergrad", 2)) == 2
 
 
