@@ -91,7 +91,8 @@ def _step(size: int, half: bool) -> Callable[[], None]:
         channels = width
     network, images = nn.Sequential(*layers), torch.randn(_BATCH, _CHANNELS[0], size, size)
     if half:
-        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))
+        network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
