@@ -91,7 +91,7 @@ def _step(size: int, half: bool) -> Callable[[], None]:
         channels = width
     network, images = nn.Sequential(*layers), torch.randn(_BATCH, _CHANNELS[0], size, size)
     if half:
-        network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
