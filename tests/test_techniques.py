@@ -63,6 +63,8 @@ def test_each_techniques_options_are_named_in_its_own_file_only() -> None:
     elsewhere = []
     for room in CODE:
         for file in (ROOT / room).rglob("*.py"):
+            if file.stem == "other_words":  # which answers other works' words by the options' names
+                continue
             here = file.relative_to(ROOT).with_suffix("")
             names = named_in(file)
             for kind in TECHNIQUES:
