@@ -171,10 +171,6 @@ NEEDED = (
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
         "trainer.gradient_clip_val: the largest length, or number, that a gradient keeps",
     ),
-    Needed(
-        "trainer.log_every_n_steps", _others_callbacks,
-        "a callback of your own that logs by the step; Crucible logs by the epoch",
-    ),
     Needed("trainer.min_epochs", _can_end_early, "trainer.max_time or a callback, to end the training before"),
     Needed("trainer.min_steps", _can_end_early, "trainer.max_time or a callback, to end the training before"),
     Needed(

@@ -34,6 +34,7 @@ from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
 from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
+from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
 from crucible.configuration import Config, flatten
@@ -107,7 +108,9 @@ def _train(
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
     before: list[Callback] = [Unreadable(run)] if data.on_error == "skip" else []
-    callbacks: list[Callback] = [*before, Recorder(run), guard, *extra, *after]
+    every = config["trainer"].get("log_every_n_steps")
+    by_step = [StepRecorder(run, every)] if every else []
+    callbacks: list[Callback] = [*before, Recorder(run), guard, *by_step, *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     # without ours (callbacks.progress=null) Lightning would show a bar of its own
