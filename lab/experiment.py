@@ -375,7 +375,7 @@ def kind(config: Config) -> str:
             or n in ("trainer.precision", "trainer.devices")
             or n.removeprefix("model.") in own
         )
-        and not n.startswith("data.module.fold")
+        and not n.startswith(("data.module.fold", "data.module.balanced_batches"))
     }
     if config["model"].get("compile"):
         of_the_cost["model.compile"] = True
