@@ -30,6 +30,7 @@ from rich.table import Table
 from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
+from callbacks.early_stopping import EarlyStopping
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
 from callbacks.real_labels import RealLabels
@@ -123,6 +124,10 @@ def _train(
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
     if trainer.is_global_zero and checkpoints.remarks:
         run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
+    if reason := next((c.reason for c in extra if isinstance(c, EarlyStopping)), ""):
+        log.warning("ended after epoch %d of %g: %s", trainer.current_epoch, model.epochs, reason)
+        if trainer.is_global_zero:
+            run.update_summary(ended_early=reason)
     if checkpoints.refused:
         raise Diverged("diverged: the weights are not finite; last.ckpt holds the last state that is")
     if any(weights.active and weights.updates is None for weights in model.step.weights):
