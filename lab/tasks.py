@@ -626,7 +626,7 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
     arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
-    flat = flatten({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")})
+    flat = flatten({k: v for k, v in config.items() if k not in ("logger", "techniques")})
     return {
         "name": run.path.name,
         "id": f"{run.path.name}-{summary.get('started', 0):.0f}",  # the same after a resume, another when run afresh

@@ -64,6 +64,6 @@ class ClassWeights(Technique):
                         "model.class_weights=balanced: all classes have as many samples, all weights are 1"
                     )
                 weights = found.tolist()
-            criterion.weights = torch.tensor(weights, dtype=torch.float32, device=module.device)  # type: ignore[assignment]
+            criterion.weights = torch.tensor(weights, dtype=torch.float32, device=module.device)
 
         step.optimizer.append(weigh)  # once, when the data are read and the device is known
