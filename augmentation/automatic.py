@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from augmentation.operations import Cell, Interpolation, Operations
 
+Library = Literal["torchvision", "deepvoltaire"]
 BINS = 31  # magnitudes 0 to 30
 _BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 _WITHOUT_STRENGTH = ("Identity", "AutoContrast", "Equalize", "Invert")
@@ -70,6 +71,25 @@ def augmix_strengths(height: int, width: int) -> dict[str, list[float]]:
         "TranslateY": _evenly(0, height / 3, 10),
         "Posterize": _bits(4, 4, 10),
     }
+
+
+def deepvoltaire_strengths(height: int, width: int) -> dict[str, list[float]]:
+    """Of the operations of github.com/DeepVoltaire/AutoAugment, of ten: AutoAugment's, as PIL's functions take them."""
+    levels = strengths(height, width, 10)
+    return levels | {
+        # whole pixels: the nearest one is taken
+        "TranslateX": [float(round(level)) for level in levels["TranslateX"]],
+        "TranslateY": [float(round(level)) for level in levels["TranslateY"]],
+        "Solarize": [256 / 255 * level for level in levels["Solarize"]],
+    }
+
+
+def _deepvoltaire(name: str, levels: Mapping[str, Sequence[float]], place: int) -> tuple[Cell, Cell]:
+    """Both signs of an operation at a strength of ten; all but rotations, which are counter-clockwise, have two."""
+    level = levels[name][place] if name in levels else 0.0
+    bicubic = name.startswith("Shear")
+    other = -level if name in _SIGNED and name != "Rotate" else level
+    return Cell(name, level, bicubic), Cell(name, other, bicubic)
 
 
 def _weighted(
@@ -174,6 +194,35 @@ def rand_augment(
     return Drawn(chances, num_ops, size, size, interpolation, fill)
 
 
+UDA_NAMES = (*(name for name in NAMES if name != "Identity"), "Invert", "Cutout")
+
+
+def uda_rand_augment(size: int, num_ops: int = 2, prob: float = 0.5, fill: int = 128) -> Drawn:
+    """The RandAugment of UDA (Xie et al., arXiv 1904.12848): operations of 15, each at a strength of 1 to 9 of ten.
+
+    As in github.com/jizongFox/uda, and so in MIC-DKFZ/image_classification: of DeepVoltaire's operations all but the
+    one that does nothing, and Cutout, whose square of 2 to 20 pixels may hang over the edge.
+
+    Args:
+        size: height and width of the images.
+        num_ops: operations an image gets.
+        prob: chance of each operation; otherwise nothing happens in its place.
+        fill: level of what was outside of the image.
+    """
+    levels = deepvoltaire_strengths(size, size)
+    each = prob / len(UDA_NAMES) / 9
+    chances = [(Cell("Identity"), 1 - prob)]
+    for name in UDA_NAMES:
+        for place in range(1, 10):
+            if name == "Cutout":
+                half = round(20 * place / 9) // 2
+                centres = [(row, column) for row in range(size) for column in range(size)]
+                chances += [(Cell(name, half, centre=centre), each / size**2) for centre in centres]
+            else:
+                chances += [(cell, each / 2) for cell in _deepvoltaire(name, levels, place)]
+    return Drawn(chances, num_ops, size, size, "nearest", fill)
+
+
 def trivial_augment(size: int, interpolation: Interpolation = "nearest", fill: int = 0) -> Drawn:
     """TrivialAugment Wide (Müller and Hutter, arXiv 2103.10158): one operation of 14, at any of 31 strengths."""
     chances = list(_weighted(NAMES, wide_strengths(), [1 / BINS] * BINS))
@@ -222,6 +271,8 @@ class AutoAugment(Automatic):
         found_on: the data that the pairs were found on.
         interpolation: where pixels are moved by parts of one.
         fill: level of what was outside of the image.
+        operations: torchvision's, or those of github.com/DeepVoltaire/AutoAugment: shears by PIL's bicubic kernel,
+            other moves to the nearest pixel, whole pixels rounded, rotations counter-clockwise only.
     """
 
     draws = 5  # the pair; chance and sign of each operation
@@ -233,14 +284,19 @@ class AutoAugment(Automatic):
         found_on: Literal["cifar10", "imagenet"],
         interpolation: Interpolation = "nearest",
         fill: int = 0,
+        operations: Library = "torchvision",
     ) -> None:
         super().__init__()
-        levels = strengths(size, size, 10)
+        as_in_torchvision = operations == "torchvision"
+        levels = strengths(size, size, 10) if as_in_torchvision else deepvoltaire_strengths(size, size)
         pairs = subpolicies(found_on)
         cells = [Cell("Identity")]
         for name, _, place in (step for pair in pairs for step in pair):
-            level = levels[name][place] if name in levels else 0.0
-            cells += [Cell(name, level), Cell(name, -level if name in _SIGNED else level)]
+            if as_in_torchvision:
+                level = levels[name][place] if name in levels else 0.0
+                cells += [Cell(name, level), Cell(name, -level if name in _SIGNED else level)]
+            else:
+                cells += _deepvoltaire(name, levels, place)
         self.operations = Operations(cells, size, size, interpolation, fill)
         self.register_buffer(
             "chances", torch.tensor([[chance for _, chance, _ in pair] for pair in pairs]), persistent=False

@@ -30,11 +30,12 @@ LEVELS = 256
 # the kernels, by number; all moves of pixels are one of them
 KERNELS = (
     "identity", "affine", "brightness", "color", "contrast", "sharpness", "posterize", "solarize", "autocontrast",
-    "equalize", "invert",
+    "equalize", "invert", "shear_x", "shear_y", "hole",
 )  # fmt: skip
-AFFINE = KERNELS.index("affine")
+AFFINE, SHEAR_X, SHEAR_Y = (KERNELS.index(name) for name in ("affine", "shear_x", "shear_y"))
 MOST_PLACES = 1 << 22  # numbers of pixels that a CPU keeps ready, 32 MiB
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+HOLE = (125, 122, 113)  # levels of what Cutout covers, about CIFAR-10's mean, as in UDA's augmentation
 
 
 class Cell(NamedTuple):
@@ -43,11 +44,16 @@ class Cell(NamedTuple):
     Attributes:
         name: of the operation, as in torchvision: `ShearX`, ..., `Invert`, or `Identity`.
         magnitude: signed, in the operation's own unit: the tangent of a shear, pixels of a translation, degrees,
-            1 less than the factor of a blend, bits of Posterize, the part of 255 from which Solarize inverts.
+            1 less than the factor of a blend, bits of Posterize, the part of 255 from which Solarize inverts, half the
+            side of Cutout in pixels.
+        bicubic: a shear by PIL's bicubic kernel, whatever the others are done by.
+        centre: row and column of Cutout's first pixel behind its middle.
     """
 
     name: str
     magnitude: float = 0.0
+    bicubic: bool = False
+    centre: tuple[int, int] = (0, 0)
 
 
 def inverse_affine(cell: Cell, height: int, width: int) -> list[float]:
@@ -55,7 +61,7 @@ def inverse_affine(cell: Cell, height: int, width: int) -> list[float]:
 
     Shears keep the upper left corner, as in the published AutoAugment; rotations are counter-clockwise.
     """
-    name, magnitude = cell
+    name, magnitude = cell[:2]
     if name.startswith("Translate"):
         by = -float(int(magnitude))
         return [1.0, 0.0, by, 0.0, 1.0, 0.0] if name == "TranslateX" else [1.0, 0.0, 0.0, 0.0, 1.0, by]
@@ -69,8 +75,13 @@ def inverse_affine(cell: Cell, height: int, width: int) -> list[float]:
 
 
 def _numbers(cell: Cell, height: int, width: int) -> tuple[int, list[float]]:
-    """The kernel of a cell, and its numbers: two, or the six of a transformation on the scale of `grid_sample`."""
-    name, magnitude = cell
+    """The kernel of a cell, and its numbers, six at most: those of a transformation on the scale of `grid_sample`."""
+    name, magnitude = cell[:2]
+    if cell.bicubic:
+        return KERNELS.index("shear_x" if name == "ShearX" else "shear_y"), [magnitude]
+    if name == "Cutout":
+        row, column = cell.centre
+        return KERNELS.index("hole"), [row, column, magnitude]
     if name in GEOMETRIC:
         matrix = torch.tensor(inverse_affine(cell, height, width))
         half = torch.tensor([0.5 * width] * 3 + [0.5 * height] * 3)
@@ -83,7 +94,8 @@ def _numbers(cell: Cell, height: int, width: int) -> tuple[int, list[float]]:
         return KERNELS.index("posterize"), [float(((1 << bits) - 1) << (8 - bits))]
     if name == "Solarize":
         # of whole levels, those from the next whole one on
-        return KERNELS.index("solarize"), [math.ceil(torch.tensor(255.0 * magnitude).item())]
+        threshold = math.ceil(torch.tensor(255.0 * magnitude).item())
+        return KERNELS.index("solarize" if threshold <= 255 else "identity"), [threshold]
     return KERNELS.index(name.lower()), []
 
 
@@ -176,6 +188,12 @@ class Operations(nn.Module):
     def _run(self, number: int, images: Tensor, numbers: Tensor) -> Tensor:
         if number == AFFINE:
             return affine(images, numbers, self.interpolation, self.fill)
+        if number == SHEAR_X:
+            return shear(images, numbers[:, 0], self.fill)
+        if number == SHEAR_Y:
+            return shear(images.mT, numbers[:, 0], self.fill).mT
+        if number == KERNELS.index("hole"):
+            return hole(images, numbers)
         first, second = (numbers[:, i].view(-1, 1, 1, 1) for i in (0, 1))
         return _POINTWISE[number](images, first, second)
 
@@ -229,6 +247,49 @@ def affine(images: Tensor, numbers: Tensor, interpolation: Interpolation, fill: 
         else:
             moved = moved.sub(fill).mul(inside).add(fill)
     return moved.round().to(torch.uint8)
+
+
+def shear(images: Tensor, tangent: Tensor, fill: int) -> Tensor:
+    """Shear each image along its rows, bicubic as PIL's `transform`: Keys' kernel with a = -1, results rounded down.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        tangent: (N,) float32; the upper left corner keeps its place.
+        fill: level outside of the image.
+    """
+    n, c, h, w = images.shape
+    row = torch.arange(h, device=images.device, dtype=torch.float32)[:, None] + 0.5
+    place = torch.arange(w, device=images.device, dtype=torch.float32) + tangent.view(n, 1, 1, 1) * row
+    left = place.floor()
+    d = place - left
+    before, here, after, last = (
+        images.gather(3, (left.long() + k).clamp(0, w - 1).expand(n, c, h, w)).float() for k in (-1, 0, 1, 2)
+    )
+    square, cube = 2 * (before - here) + after - last, here - before + last - after
+    value = here + d * (after - before + d * (square + d * cube))
+    inside = (place >= -0.5) & (place < w - 0.5)
+    return torch.where(inside, value, float(fill)).clamp_(0, 255).to(torch.uint8)
+
+
+def hole(images: Tensor, numbers: Tensor) -> Tensor:
+    """Cover a square, as far as it lies inside, with the colour `HOLE`, or its grey.
+
+    Args:
+        images: (N, 1 or 3, H, W) uint8.
+        numbers: (N, 3 or more) float32: row and column of the centre, half the side.
+    """
+    row, column, half = numbers[:, :3, None].unbind(1)
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows, columns = ((at >= to - half) & (at < to + half) for at, to in ((y, row), (x, column)))
+    # the levels are made there: a copied tensor would make the host wait for it
+    levels = (
+        HOLE
+        if images.shape[1] == 3
+        else (int(sum(part * level for part, level in zip(GREY, HOLE, strict=True))),)
+    )
+    covered = rows[:, :, None] & columns[:, None, :]
+    parts = [torch.where(covered, level, images[:, i]) for i, level in enumerate(levels)]
+    return torch.stack(parts, dim=1)
 
 
 def _blend(images: Tensor, plain: Tensor, factor: Tensor, rest: Tensor) -> Tensor:

@@ -86,13 +86,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="batch size of the training step")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled")
     parser.add_argument("--alpha", type=float, default=0.3)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     rows = []
-    for compiled in (False, True):
+    for compiled in (False,) if arguments.eager else (False, True):
         criteria: list[Criterion] = [PowerGradCrossEntropy(arguments.alpha), F.cross_entropy]
         if compiled:
             criteria = [torch.compile(criterion, fullgraph=True, dynamic=False) for criterion in criteria]

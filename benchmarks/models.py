@@ -68,6 +68,11 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] =
         torchvision.models.resnet50,
         "torchvision resnet50",
     ),
+    "ResNet-50, timm's": (
+        lambda: ResNet50(num_classes=1000).model,
+        lambda: timm.create_model("resnet50"),
+        "timm resnet50",
+    ),
     "PreAct ResNet-50": (
         lambda: PreActResNet50(num_classes=1000).model,
         lambda: timm.create_model("resnetv2_50"),

@@ -113,7 +113,7 @@ def norm_table(arguments: argparse.Namespace) -> list[str]:
         name for name in [*NORMS, LOOP] if not arguments.norms or name.startswith(tuple(arguments.norms))
     ]
     rows = []
-    for shape in SHAPES:
+    for shape in [(4, 32, 4, 4)] if arguments.small else SHAPES:
         for dtype_name in arguments.dtypes:
             x = torch.randn(shape, device=arguments.device, dtype=DTYPES[dtype_name]).requires_grad_()
             grad = torch.randn_like(x)
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="pairs of timings a row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--small", action="store_true", help="one small shape, to try the script")
     parser.add_argument("--norms", nargs="*", default=[], help="only norms whose name starts so")
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])

@@ -128,7 +128,9 @@ class Recorder(Callback):
         seconds, self._open = self._epoch_seconds(), False
         # also those before a stop within the epoch, which the state brings back
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        images = batches * trainer.datamodule.batch_size * trainer.world_size  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        # the last batch may be a smaller one (drop_last=false)
+        images = min(batches * data.batch_size * trainer.world_size, len(data.samples("train")))
         self.train_seconds += seconds
         self.images += images
         if trainer.is_global_zero:

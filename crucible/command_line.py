@@ -18,6 +18,7 @@ from crucible.files import missing
 from crucible.handover import pass_on, received
 from crucible.masking import masked
 from crucible.options import ConfigError, is_number, suggest
+from crucible.other_words import flag_here, option_here
 from crucible.writing import Unwritable, is_of_the_place, unwritable
 
 BAD_INPUT = 2
@@ -160,6 +161,9 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         name, equals, value = argument.partition("=")
         if name not in _FLAGS:
+            follows = value if equals else next(iter(rest), "-")
+            if here := flag_here(name, None if follows.startswith("-") or "=" in follows else follows):
+                raise ConfigError(f"{name}: no flag of Crucible's; here it is {here}", see="README.md")
             bare = argument.lstrip("-")
             way = (
                 f"options are written without dashes: {bare}"
@@ -313,7 +317,7 @@ def explain(error: Exception) -> int:
             file=sys.stderr,
         )
         return 1
-    message = masked(message)
+    message = masked(_at_home(message))
     print(f"error: {message} (see {see})" if see else f"error: {message}", file=sys.stderr)
     # Hydra's error of a group without that choice is an OSError by its class
     of_the_system = any(
@@ -321,6 +325,17 @@ def explain(error: Exception) -> int:
     )
     mistaken = not of_the_system or any(isinstance(cause, ConfigError) for cause in _causes(error))
     return BAD_INPUT if mistaken else 1
+
+
+def _at_home(message: str) -> str:
+    """The message; where another project's word is what it complains of, what that is called here instead."""
+    for argument in sys.argv[1:]:
+        name, _, value = argument.lstrip("+~").partition("=")
+        # a class is complained of by its own name
+        named = name in message or ("." in value and value.rpartition(".")[2] in message)
+        if named and (here := option_here(argument)):
+            return f"{argument}: here it is {here}"
+    return message
 
 
 def describe(error: Exception) -> tuple[str | None, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from crucible import rooms
-from crucible.options import ConfigError, suggest
+from crucible.options import ConfigError, signature_options, suggest
+from crucible.other_words import module_here
 from crucible.trust import shadowed
 
 Config = dict[str, Any]
@@ -33,12 +35,72 @@ NOT_SEMANTIC = {
 }  # fmt: skip
 
 
-def to_plain(config: DictConfig) -> Config:
-    """The configuration as plain containers, interpolations resolved."""
+def to_plain(config: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """The configuration as plain containers, interpolations resolved, short names of networks spelled out.
+
+    Args:
+        config: composed.
+        overrides: what was typed for it.
+
+    Raises:
+        ConfigError: as `spell_out`.
+    """
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     plain = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    if isinstance(plain.get("model"), dict):
+        spell_out(plain["model"], overrides)
     return plain  # type: ignore[return-value]
+
+
+def spell_out(model: dict[str, Any], overrides: Sequence[str] = ()) -> None:
+    """Put a family's variant under its `_target_`, in place, where it is named in short: model=resnet model.depth=50.
+
+    A class says in `short` what it is called (`{"depth": 50}`). The two spellings make one configuration, and so one
+    run. A short name wins over the `_target_` of a file, and what was typed over both.
+
+    Args:
+        model: the options of the model.
+        overrides: what was typed.
+
+    Raises:
+        ConfigError: for a variant that the family does not have, and where another `_target_` was typed beside it.
+    """
+    path = model.get("_target_")
+    if not isinstance(path, str) or not model.keys() & _SHORT:
+        return
+    target = find_target(path, "model._target_")
+    family = sys.modules[target.__module__]
+    module = rooms.public(family.__name__)
+    typed = {o.lstrip("+").partition("=")[0] for o in overrides}
+    variants: dict[str, dict[Any, str]] = {}
+    for name, kind in vars(family).items():
+        if inspect.isclass(kind) and kind.__module__ == family.__name__:
+            for option, value in vars(kind).get("short", {}).items():
+                variants.setdefault(option, {})[value] = f"{module}.{name}"
+    for option, known in variants.items():
+        wanted = model.pop(option, None)
+        short_typed, target_typed = f"model.{option}" in typed, "model._target_" in typed
+        if wanted is None or (target_typed and not short_typed):
+            continue
+        if isinstance(wanted, bool) or wanted not in tuple(known):
+            raise ConfigError(
+                f"model.{option}={wanted!r}: {module} has {', '.join(map(str, known))}",
+                see="docs/models.md",
+            )
+        if target_typed and known[wanted] != path:
+            raise ConfigError(
+                f"model.{option}={wanted} is {known[wanted]}, and model._target_={path} another network: give one of "
+                "the two",
+                see="docs/models.md",
+            )
+        model["_target_"] = known[wanted]
+    for option in _SHORT & model.keys():  # the file of a family has it, a class of one's own need not
+        if model[option] is None and option not in signature_options(target):
+            del model[option]
+
+
+_SHORT = {"depth", "type"}  # the options by which variants are named
 
 
 LONGEST_NAME = 100  # bytes; a folder's name has at most 255, and we add to it
@@ -103,7 +165,19 @@ def find_target(path: str, option: str) -> Any:
             raise ConfigError(
                 f"{option}={path}: there is no module {absent}", see="docs/extending.md"
             ) from None
+        if here := module_here(absent):
+            raise ConfigError(
+                f"{option}={path} imports {absent}; here: {here}", see="docs/extending.md"
+            ) from error
         raise ConfigError(f"{option}={path} needs the package {absent}, which is not installed") from error
+    except (
+        ImportError
+    ) as error:  # a relative import in a file of one's own, which is no package, or a wrong name
+        raise ConfigError(
+            f"{option}={path} cannot be imported: {' '.join(str(error).split())}; import by the full name, such as "
+            "from datasets.base_datamodule import BaseDataModule",
+            see="docs/extending.md",
+        ) from error
     except ValueError:
         raise ConfigError(f"{option}={path!r} is not of the form module.Class") from None
     if not hasattr(module, attribute):

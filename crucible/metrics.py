@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from crucible.configuration import select
 from crucible.corrections import HALF_PRECISION, Correction
 from crucible.options import ConfigError, suggest
+from crucible.other_words import metric_here
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,9 @@ def check_metrics(names: Sequence[str], task: str, num_classes: int) -> None:
     known = [row.name for row in METRICS if row.task == task]
     for name in names:
         if name not in known:
-            raise ConfigError(f"metrics: {name!r} is not a metric for {task}{suggest(name, known)}")
+            here = metric_here(name)
+            way = suggest(name, known) if here is None else f"; here it is {here}"
+            raise ConfigError(f"metrics: {name!r} is not a metric for {task}{way}")
     if "top5" in names and num_classes <= 5:
         raise ConfigError(
             f"metrics: top5 is always 1 with data.num_classes={num_classes}; it needs at least 6 classes"

@@ -215,7 +215,10 @@ def check_value(name: str, value: Any, annotation: Any) -> Any:
         literals = re.search(r"one of ([^()]*?)(?: or |$)", allowed)
         hint = ""
         if isinstance(value, str) and literals:
-            near = difflib.get_close_matches(value, literals.group(1).split(", "), n=1)
+            choices = literals.group(1).split(", ")
+            near = [c for c in choices if c.lower() == value.lower()] or difflib.get_close_matches(
+                value, choices, n=1
+            )
             hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name} must be {allowed}, got {shown(value)}{hint}") from None
 

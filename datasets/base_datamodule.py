@@ -167,6 +167,7 @@ class BaseDataModule(LightningDataModule):
         test_transforms: policy of all other samples; null: `IdentityTransform`.
         random_batches: draw training samples with replacement.
         balanced_batches: draw each class as often, its samples alike, with replacement.
+        drop_last: leave out of each epoch the samples that do not fill a batch; else they are a smaller one.
         num_workers: loader processes; "auto": none where nothing is left to do per sample, else one a core.
         prefetch_factor: batches each worker holds ready.
         persistent_workers: keep the workers from epoch to epoch.
@@ -224,6 +225,7 @@ class BaseDataModule(LightningDataModule):
         test_transforms: Policy | None = None,
         random_batches: bool = False,
         balanced_batches: bool = False,
+        drop_last: bool = True,
         num_workers: Literal["auto"] | Annotated[int, "[0, inf)"] = "auto",
         prefetch_factor: Annotated[int, "[1, inf)"] = 2,
         persistent_workers: bool = True,
@@ -265,6 +267,7 @@ class BaseDataModule(LightningDataModule):
             )
         self.random_batches = random_batches
         self.balanced_batches = balanced_batches
+        self.drop_last = drop_last
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.persistent_workers = persistent_workers
@@ -587,7 +590,7 @@ class BaseDataModule(LightningDataModule):
     # Loaders
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training batches, all of one size; begins where a restored state ended."""
+        """Shuffled training batches, all of one size but for a last one; begins where a restored state ended."""
         samples, (rank, world) = self.samples("train"), self._place()
         whole = self.batch_size * world
         if len(samples) < whole:
@@ -613,6 +616,7 @@ class BaseDataModule(LightningDataModule):
             frozen=frozen,
             left_out=self._places_left_out(samples),
             chances=self._chances(),
+            drop_last=self.drop_last,
         )
 
     def _training_labels(self) -> np.ndarray:
@@ -648,6 +652,7 @@ class BaseDataModule(LightningDataModule):
         sampler = EpochSampler(
             len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
             left_out=self._places_left_out(samples), chances=self._chances(),
+            drop_last=self.drop_last,
         )  # fmt: skip
         return itertools.islice(self._loader(samples, sampler), count)
 

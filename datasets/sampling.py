@@ -13,12 +13,18 @@ from crucible.keyed import stream_key
 KeyedBatch = tuple[int, list[int]]  # (epoch, sample numbers)
 
 
+def training_batches(samples: int, batch_size: int, world_size: int = 1, drop_last: bool = True) -> int:
+    """Batches of an epoch, on each rank; a last one that is not full counts where it has a sample for each rank."""
+    whole, rest = divmod(samples, batch_size * world_size)
+    return whole + (not drop_last and rest >= world_size)
+
+
 class EpochSampler(Sampler[KeyedBatch]):
     """Training batches, in an order that is a function of (seed, epoch).
 
     Each rank takes its slice of each global batch, so that global batch b of an epoch is the same set of
     samples for any number of ranks with the same global batch size. What does not fill a global batch is
-    left out, in each epoch something else.
+    left out, in each epoch something else; or it is a smaller batch, shared out evenly.
 
     Args:
         samples: number of samples.
@@ -31,6 +37,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         frozen: every epoch has the order of epoch 0.
         left_out: numbers of samples in whose places others stand, drawn; all else stays as it is.
         chances: (samples,) of each to be drawn, which then is independent and with replacement; None: they are equal.
+        drop_last: leave out what does not fill a global batch; else only what cannot be shared out over the ranks.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         frozen: bool = False,
         left_out: Collection[int] = (),
         chances: np.ndarray | None = None,
+        drop_last: bool = True,
     ) -> None:
         self.samples = samples
         self.batch_size = batch_size
@@ -57,6 +65,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         self.frozen = frozen
         self.left_out = left_out
         self.chances = chances
+        self.drop_last = drop_last
         self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
@@ -65,7 +74,11 @@ class EpochSampler(Sampler[KeyedBatch]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch, also where the first one begins in the middle."""
-        return self.samples // (self.batch_size * self.world_size)
+        return training_batches(self.samples, self.batch_size, self.world_size, self.drop_last)
+
+    def size(self, batch: int) -> int:
+        """Samples of a batch of an epoch, on each rank."""
+        return min(self.batch_size, self.samples // self.world_size - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[KeyedBatch]:
         epoch = self.epoch
@@ -87,8 +100,9 @@ class EpochSampler(Sampler[KeyedBatch]):
         # a loader is iterated twice before its first batch, so that reading `start` must not use it up
         first = self.start[1] if epoch == self.start[0] else 0
         for batch in range(first, len(self)):
-            begin = (batch * self.world_size + self.rank) * self.batch_size
-            yield epoch, order[begin : begin + self.batch_size].tolist()
+            size = self.size(batch)
+            begin = batch * self.world_size * self.batch_size + self.rank * size
+            yield epoch, order[begin : begin + size].tolist()
 
 
 class FrozenEpochSampler(EpochSampler, SequentialSampler):  # type: ignore[misc]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from crucible.configuration import spell_out
 from lab.config import resolve_network
 from lab.summary import build_on_meta, count_multiply_adds
 
@@ -63,6 +64,7 @@ class Row:
             "model": {**options, "num_classes": SIZE_AND_CLASSES[self.data][1], "input_channels": 3},
             "data": {"input_size": self.pixels},
         }
+        spell_out(config["model"])
         resolve_network(config)
         return build_on_meta(config).model
 

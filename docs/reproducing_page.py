@@ -34,7 +34,12 @@ FAMILIES = {
         "Online Normalization",
         "[arXiv 1905.05894](https://arxiv.org/abs/1905.05894) against the other norms.",
     ),
-    "powergrad": ("PowerGrad", "[arXiv 2111.12495](https://arxiv.org/abs/2111.12495), ImageNet."),
+    "powergrad": (
+        "PowerGrad",
+        "[arXiv 2111.12495](https://arxiv.org/abs/2111.12495), ImageNet. The weights in its repository's training "
+        "files (`checkpoint.pth.tar`, `model_best.pth.tar`) start a row's network by `model.init_from=FILE`, as those "
+        "in torchvision's layout do for the rows of its networks.",
+    ),
     "stylized": (
         "Stylized-ImageNet",
         "[arXiv 1811.12231](https://arxiv.org/abs/1811.12231): training on Stylized-ImageNet (SIN), on it and ImageNet "

@@ -30,13 +30,14 @@ from crucible.options import (
 )
 from crucible.technique import Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
-from datasets.sampling import EvalSampler, batches_within
+from datasets.sampling import EvalSampler, batches_within, training_batches
 from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
 from models.views import View
 from norms import Norm
+from optimizers import OptimizerOptions
 from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 
@@ -172,6 +173,10 @@ def _packs(config: Config) -> bool:
     return config["task"] == "pack" and not config["pack"]["verify"]
 
 
+def _has_momentum(config: Config) -> bool:
+    return read_options(OptimizerOptions, config["model"]).momentum_in_use is not None
+
+
 NEEDED = (
     Needed(
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
@@ -184,12 +189,13 @@ NEEDED = (
         lambda config: any(config["model"].get(o) for o in ("scheduler", "warmstart")) or step_of(config).schedule,
         "model.scheduler, model.warmstart, or a technique that sets the rate: it never changes", "epoch",
     ),
+    Needed("model.lr_scale_momentum", _has_momentum, "an optimizer with a momentum: SGD and its kin", False),
     Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
-    Needed("out", lambda config: config["task"] == "pack", "task=pack, or a recorded run: run=RUN task=test|predict"),
+    Needed("out", lambda config: config["task"] in ("pack", "test", "predict"), "task=pack, task=test or task=predict"),
     *(
-        Needed(name, lambda config: False, "a recorded run: run=RUN task=test|predict", default)
+        Needed(name, lambda config: config["task"] in ("test", "predict"), "task=test or task=predict", default)
         for name, default in (("calibrate", False), ("tta", None))
     ),
     Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
@@ -466,6 +472,65 @@ def _check_techniques(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
+def settle_weights_data(config: Config, overrides: Sequence[str]) -> list[str]:
+    """Settle what weights from elsewhere say of their network and its input, in place; what is typed holds.
+
+    A folder of timm's names the network; weights of timm's come with size, normalisation, filter and crop.
+
+    Returns:
+        what was settled, in a few words each.
+
+    Raises:
+        ConfigError: for a folder of another network than the one that was typed, and what the policy cannot do.
+    """
+    target = find_target(config["model"]["_target_"], "model._target_")
+    if not hasattr(target, "own_data"):  # only networks of timm's know
+        return []
+    model, data = config["model"], config["data"]
+    typed = {o.lstrip("+~").split("=", 1)[0] for o in overrides} - {
+        "data",
+        "model",
+    }  # groups' files are not typed
+    settled = list(target.settle_network(model, typed))
+    own = target.own_data(model, evaluates=config["task"] != "train")
+    if own is None or data["input_dim"] != 2:
+        return settled
+    kept: set[str] = set()
+
+    def told(option: str) -> bool:
+        found = [o for o in typed if option == o or option.startswith(f"{o}.")]
+        kept.update(found)
+        return bool(found)
+
+    colours = {"mean": own.mean, "std": own.std} if data["input_channels"] == len(own.mean) else {}
+    crop = {
+        "interpolation": own.interpolation, "crop_pct": own.crop_pct, "crop_mode": own.crop_mode, "resize_by": "pil",
+    }  # fmt: skip
+    whole = True
+    for role in ("train_transforms", "test_transforms"):
+        node = data["module"].get(role)
+        if not isinstance(node, dict) or "_target_" not in node:
+            continue
+        takes = signature_options(find_target(node["_target_"], f"data.module.{role}._target_"))
+        photographs = "crop_pct" in takes
+        whole &= photographs
+        size = {"size": own.size} if photographs and not told("data.input_size") else {}
+        values = {**colours, **size, **(crop if photographs and role == "test_transforms" else {})}
+        for name, value in values.items():
+            if name in takes and not told(f"data.module.{role}.{name}"):
+                node[name] = value
+    if whole and "data.input_size" not in typed:
+        data["input_size"] = own.size
+    said = str(own)
+    if not colours:
+        said += f"; mean and std stay the data's, of {data['input_channels']} channels"
+    if not whole:
+        said += "; size and crop stay the data's, whose policies are not augmentation.policies.imagenet"
+    if kept:
+        said += f"; as typed: {', '.join(sorted(kept))}"
+    return [*settled, said]
+
+
 AUTOMATIC_FROM_DATA = ("cifar_size",)
 SMALL_IMAGE = 96
 
@@ -569,8 +634,13 @@ def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None
         check_watched("model.lr_monitor", config["model"].get("lr_monitor") or "val/loss", others)
 
 
-def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> None:
-    trainer, model = config["trainer"], config["model"]
+def resolve_precision(config: Config, settled: list[str]) -> None:
+    """Settle the precision, in place.
+
+    Raises:
+        ConfigError: for one, or more devices, than the machine has.
+    """
+    trainer = config["trainer"]
     kind, count = device_kind(trainer["accelerator"]), device_count(trainer)
     if trainer["precision"] is None:
         bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -588,6 +658,12 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
         trainer["sync_batchnorm"] = kind == "cuda" and count * trainer["num_nodes"] > 1
     elif trainer["sync_batchnorm"] and kind != "cuda":
         raise ConfigError("trainer.sync_batchnorm=true needs GPUs; leave it null on a CPU")
+
+
+def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> None:
+    resolve_precision(config, settled)
+    trainer, model = config["trainer"], config["model"]
+    kind, count = device_kind(trainer["accelerator"]), device_count(trainer)
     world = count * trainer["num_nodes"]
     if step_of(config).setting.of(Norm).norm == "sync" and kind != "cuda":
         raise ConfigError(f"model.norm=sync needs GPUs, this run uses the {kind}; use batch or ghost")
@@ -625,7 +701,8 @@ def run_length(config: Config, data_module: Any) -> Length:
 
 
 def _training_batches(trainer: Mapping[str, Any], data_module: Any, world: int) -> int:
-    batches = max(1, len(data_module.samples("train")) // (data_module.batch_size * world))
+    samples = len(data_module.samples("train"))
+    batches = max(1, training_batches(samples, data_module.batch_size, world, data_module.drop_last))
     return batches_within(batches, trainer.get("overfit_batches") or trainer.get("limit_train_batches"))
 
 

@@ -38,7 +38,7 @@ from lab.summary import check_input, check_samples
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
-from models.weights import load_weights
+from models.weights import hub_folder, load_weights
 
 RECOGNISED = (
     "its data were recognised by names and sizes of files: the fingerprint of that time read no pixels"
@@ -152,8 +152,9 @@ def _files(config: Config) -> list[tuple[str, dict[str, Any], str]]:
     ]
 
 
-def _weights_of(path: str) -> str:
-    """The file that `model.init_from` names: of a run's folder its best.ckpt, or last.ckpt where it kept no best.
+def weights_of(path: str) -> str:
+    """The file that `model.init_from` names: of a run's folder its best.ckpt, or last.ckpt where it kept no best; of
+    one of timm's its weights.
 
     Raises:
         ConfigError: for a folder that is no run's, of one in progress, and of one without weights.
@@ -161,6 +162,8 @@ def _weights_of(path: str) -> str:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
+    if hub := hub_folder(folder):
+        return str(hub[0])
     run = RunDirectory(folder.resolve())
     if (state := run.state()) in ("absent", "running"):
         reason = (
@@ -362,6 +365,14 @@ def _differing(recorded: Config, config: Config) -> str:
     return ""
 
 
+_WITHOUT_COST = {"data.module.balanced_batches", "data.module.drop_last", "model.head_std"}
+# options younger than recorded costs, as a step costs what it did without them
+_YOUNGER = {
+    "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.shortcut": None,
+    "model.strided": False,
+}  # fmt: skip
+
+
 def kind(config: Config) -> str:
     """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and whether compiled."""
     target = find_target(config["model"]["_target_"], "")
@@ -375,7 +386,9 @@ def kind(config: Config) -> str:
             or n in ("trainer.precision", "trainer.devices")
             or n.removeprefix("model.") in own
         )
-        and not n.startswith(("data.module.fold", "data.module.balanced_batches"))
+        and not n.startswith("data.module.fold")
+        and n not in _WITHOUT_COST
+        and not (n in _YOUNGER and v is _YOUNGER[n])
     }
     if config["model"].get("compile"):
         of_the_cost["model.compile"] = True
@@ -432,7 +445,7 @@ class Examiner:
         Raises:
             ConfigError: for whatever cannot run.
         """
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
@@ -446,19 +459,22 @@ class Examiner:
             )
         if config["task"] != "train":
             raise ConfigError(
-                f"task={config['task']} works on a recorded run: python main.py run=RUN task={config['task']}",
-                "README.md",
+                f"task={config['task']} is one command of its own: python main.py without -m; of a recorded run "
+                f"python main.py run=RUN task={config['task']}",
+                "docs/use.md",
             )
+        of_weights = checking.settle_weights_data(config, overrides)
         data, fingerprint = self._read_data(config)
-        settled = [*checking.resolve(config, data), *data.remarks]
+        settled = [*of_weights, *checking.resolve(config, data), *data.remarks]
         checking.check(config, overrides)
         contents: dict[str, str | None] = {"data": fingerprint}
         if config["model"].get("init_from") is not None:
-            config["model"]["init_from"] = _weights_of(str(config["model"]["init_from"]))
+            config["model"]["init_from"] = weights_of(str(config["model"]["init_from"]))
         for option, room, key in _files(config):
             if room.get(key) is not None:
                 contents[option] = file_fingerprint(option, room[key])
-                room[key] = str(Path(room[key]).expanduser().resolve())
+                # a link stays one: beside it lies what describes it
+                room[key] = str(Path(room[key]).expanduser().absolute())
         for option in network_options(config["model"]):
             config["model"][option], contents[f"model.{option}"] = settle_teacher(config)
         self._construct(config, data)

@@ -50,6 +50,7 @@ from lab import config as checking
 from lab import tasks
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
+from lab.given import Given, each_given, record_given
 from lab.packing import pack
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.ranks import (
@@ -89,14 +90,16 @@ def run_composed(composed: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     HydraConfig.instance().cfg = None  # from here on this is `main.py run=RUN`
     if composed["task"] == "summary":
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         print_summary(config)
         return 0
     if composed["task"] == "pack":
-        config = configuration.to_plain(composed)
+        config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         return pack(config)
+    if composed["task"] in tasks.OF_TRAINED:
+        return _use_given(configuration.to_plain(composed), overrides)
     for override in overrides:
         if (name := override.split("=", 1)[0].split(".")[0].lstrip("+~")) in SWEEP_OPTIONS:
             raise ConfigError(
@@ -114,6 +117,49 @@ def run_composed(composed: DictConfig) -> int:
         raise
     _tell_the_sweep(job, status)
     return status
+
+
+def _use_given(config: Config, overrides: Sequence[str]) -> int:
+    """`task=test` or `task=predict` of weights from elsewhere: recorded, and evaluated as a run is; the status."""
+    every = each_given(config, overrides)
+    if "" in every:
+        given = record_given(config, overrides)
+        for line in given.said:
+            _say(line)
+        try:
+            return run_recorded([option("run", given.run.path), *given.beside])
+        finally:
+            _let_go(given)
+    if config["task"] != "test" or isinstance(config["data"]["module"].get("data_root_dir"), list):
+        raise ConfigError(
+            f"task={config['task']}: a list of weights is for task=test on one folder", "docs/weights.md"
+        )
+    recorded: list[Given] = []
+
+    def runs_of(one: Config, typed: Sequence[str]) -> tasks.Runs:
+        for earlier in recorded[-1:]:
+            _let_go(earlier)
+        recorded.append(given := record_given(one, typed))
+        for line in given.said:
+            _say(line)
+        told = _read_arguments([option("run", given.run.path), *given.beside])
+        return _to_evaluate([given.run], told, "test", _asked(told, "test"))
+
+    _take_part(config["trainer"], 1)
+    out = Path(config["out"]).expanduser() if config.get("out") else None
+    with quiet_lightning():
+        try:
+            rows = {name: partial(runs_of, *one) for name, one in every.items()}
+            return tasks.test_on(rows, out, "weights")
+        finally:
+            for last in recorded[-1:]:
+                _let_go(last)
+
+
+def _let_go(given: Given) -> None:
+    if not given.keep:
+        for file in given.run.checkpoints.glob("*.ckpt"):
+            file.unlink()
 
 
 def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> None:
@@ -429,6 +475,7 @@ _EXPECTED_WARNINGS = (  # of what Crucible does on purpose
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*LeafSpec.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
     ".*The `srun` command is available on your system but is not used.*",
     ".*You have overridden `on_(after|before)_batch_transfer`.*",
     ".*Couldn't infer the batch indices.*",
@@ -495,13 +542,7 @@ _WHEN_EVALUATING = ("data.module", "trainer", "metrics", "callbacks", "logger")
 
 def run_recorded(arguments: Sequence[str]) -> int:
     """`run=RUN [task=...] [ckpt_path=...] [option=value ...]`; the exit status."""
-    given: dict[str, Any] = {}
-    for argument in arguments:
-        name, _, value = argument.lstrip("+").partition("=")
-        if name in _OWN:  # texts: a path may have any characters
-            given[name] = value if name == "run" else unquoted(value)
-        else:
-            given.update([parse(argument)])
+    given = _read_arguments(arguments)
     task = given.get("task", "train")
     known = ["train", *tasks.OF_TRAINED]
     if task not in known:
@@ -526,6 +567,13 @@ def run_recorded(arguments: Sequence[str]) -> int:
         if "ckpt_path" in given:
             raise ConfigError(
                 "ckpt_path starts a new run from a training state; run=RUN resumes from its last.ckpt"
+            )
+        if "given" in (summary := runs[0].known()):
+            raise ConfigError(
+                f"run={runs[0].path}: holds weights from elsewhere ({summary['given']}), there is no training to go "
+                f"on with; task={' and task='.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
+                "from it",
+                see="docs/weights.md",
             )
         if not is_child_rank() and runs[0].state() == "running":
             error = f"{runs[0].path}: this run is in progress ({runs[0].holder()})"
@@ -564,6 +612,18 @@ def run_recorded(arguments: Sequence[str]) -> int:
             ended.set()
             end_others(others, 0)
         return status
+
+
+def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """`{option: value}` of what is typed for a recorded run."""
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        name, _, value = argument.lstrip("+").partition("=")
+        if name in _OWN:  # texts: a path may have any characters
+            given[name] = value if name == "run" else unquoted(value)
+        else:
+            given.update([parse(argument)])
+    return given
 
 
 def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[RunDirectory], task: str) -> int:

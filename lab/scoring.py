@@ -22,7 +22,7 @@ from lab.experiment import identity
 from lab.recorded import EVALUATION_OPTIONS, completed
 
 # what of the data's options leaves a test as it is
-_NOT_OF_A_TEST = ("train_transforms", "random_batches", "batch_size", "predict_dir")
+_NOT_OF_A_TEST = ("train_transforms", "random_batches", "drop_last", "batch_size", "predict_dir")
 
 # what says which data they are
 _PLACES = (
@@ -69,6 +69,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     classes, source = trained_classes(run, recorded, checkpoint)
     options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
     options |= {n: config[n] for n in EVALUATION_OPTIONS if config.get(n)}
+    given = "given" in run.known()  # weights from elsewhere: no data are those of a training here
     if config["data"]["module"].get("predict_dir") is not None:
         if recorded["data"]["task"] == "classification" and not classes:
             classes = [str(number) for number in range(recorded["data"]["num_classes"])]
@@ -78,7 +79,12 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     data = _data(config, classes, elsewhere=False)
     known, remarks = run.summary().get("data_fingerprint"), [source] if source and moved else []
     own = True
-    if moved:
+    if given:
+        data = _data(config, classes, elsewhere=True)
+        data.prepare_data()
+        own = data.fingerprint() == known
+        remarks = [*data.remarks, *remarks]
+    elif moved:
         try:
             own = _is_the_runs(run, recorded, data)
         except ConfigError:  # it has no training images, say

@@ -457,7 +457,14 @@ def _earlier_ratio(sample: Job, arm: str) -> float | None:
     return identities.pop() if len(identities) == 1 else None
 
 
-_EPOCHS = ("warmstart", "cooldown", "lr_milestones", "lr_step_size", "lr_restarts")  # of the schedule
+_EPOCHS = (
+    "warmstart",
+    "cooldown",
+    "lr_milestones",
+    "lr_step_size",
+    "lr_restarts",
+    "lr_ahead",
+)  # of the schedule
 
 
 def stretch(config: Mapping[str, Any], ratio: float) -> list[str]:

@@ -496,19 +496,21 @@ def _say_tested(found: Tested) -> None:
         _say(f"  ->  {found.out}")
 
 
-def test_on(roots: Mapping[str, Callable[[], Runs]], out: Path | None) -> int:
-    """Test on several folders, one after the other, and put what came out into one table; the worst status.
+def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str = "folder") -> int:
+    """Test on several folders, or several weights, one after the other, and put what came out into one table; the worst
+    status.
 
-    Each test has its own record, as if it had been asked for alone. A folder that cannot be scored is said in a line,
-    has an empty row, and the others go on.
+    Each test has its own record, as if it had been asked for alone. What cannot be scored is said in a line, has an
+    empty row, and the others go on.
 
     Args:
-        roots: the runs, with their configurations for each folder.
-        out: the table; None: `table.csv` in `RUN/tests`, of several runs beside them.
+        rows: the runs with their configurations for each folder; or those of each weights.
+        out: the table; None: `table.csv` in `RUN/tests`, of several runs beside them, of weights beside their folders.
+        what: a row is of: `folder` or `weights`.
     """
     found: dict[str, Tested | None] = {}
     runs: Runs = []
-    for root, of_root in roots.items():
+    for root, of_root in rows.items():
         try:
             runs = of_root()
             if asks_for_corruptions(runs[0][1]):
@@ -522,29 +524,32 @@ def test_on(roots: Mapping[str, Callable[[], Runs]], out: Path | None) -> int:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             continue
         if not is_child_rank():
-            _say(f"test of {_named(runs)} on {root}")
+            _say(
+                f"test of {_named(runs)} on {root}" if what == "folder" else f"test of {root}: {_named(runs)}"
+            )
             _say_tested(tested)
     if runs and not is_child_rank():
         name, first = f"table{_how(runs[0][1])}.csv", runs[0][0].path
-        beside = (
-            first / "tests" / name
-            if len(runs) == 1
-            else first.parent / f"ensemble-of-{len(runs)}-runs-{name}"
-        )
-        _write_table(found, out or beside, typed=out is not None)
+        if what == "weights":
+            beside = first.parent / f"weights-{name}"
+        elif len(runs) == 1:
+            beside = first / "tests" / name
+        else:
+            beside = first.parent / f"ensemble-of-{len(runs)}-runs-{name}"
+        _write_table(found, out or beside, what, typed=out is not None)
     return 0 if all(found.values()) else 2
 
 
-def _write_table(found: Mapping[str, Tested | None], file: Path, typed: bool) -> None:
-    """Show the tests on several folders as a table, and write it as CSV."""
+def _write_table(found: Mapping[str, Tested | None], file: Path, what: str, typed: bool) -> None:
+    """Show several tests as a table, and write it as CSV."""
     names = list(
         dict.fromkeys(n for tested in found.values() if tested for n in tested.values if of_split(n, "test"))
     )
     shown = [name for name in names if name.startswith("test/") and name.count("/") == 1]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("folder", "images", *(n.removeprefix("test/") for n in shown)):
-        table.add_column(name, justify="left" if name == "folder" else "right", overflow="fold")
-    rows: list[list[Any]] = [["folder", "images", *names, "record"]]
+    for name in (what, "images", *(n.removeprefix("test/") for n in shown)):
+        table.add_column(name, justify="left" if name == what else "right", overflow="fold")
+    rows: list[list[Any]] = [[what, "images", *names, "record"]]
     for root, tested in found.items():
         values = tested.values if tested else {}
         images = tested.images if tested else ""

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class BaseModel(EvaluatedModel):
         ConfigError: for an option that nobody consumes, a bad value, or a pair without meaning.
     """
 
+    short: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # how this variant of its module's family is asked for: {"depth": 50}
     model: nn.Module
     weights_report: str = ""  # what `init_from` or pretrained weights filled, for the banner
 
@@ -322,7 +325,7 @@ class BaseModel(EvaluatedModel):
         options = self.optimizer_options
         if self.schedule_options.lr_scale_batch is not None:
             batch = trainer.datamodule.batch_size * trainer.world_size * accumulated  # type: ignore[attr-defined]
-            options = replace(options, lr=options.lr * self.schedule_options.batch_factor(batch))
+            options = self.schedule_options.for_batch(options, batch)
         optimizer = build_optimizer(self, options, step.groups)
         trainer.fit_loop.setup_data()  # so that the epoch's length is known
         steps_per_epoch = self.steps_per_epoch = max(1, math.ceil(trainer.num_training_batches / accumulated))

@@ -86,16 +86,19 @@ class DeformableResNetModel(ResNetModel):
 class DeformableResNet18(DeformableResNetModel):
     """18 layers, 12.4 M parameters."""
 
+    short = {"depth": 18}
     block, layers, weights = (BasicBlock, *(DeformableBasicBlock,) * 3), (2, 2, 2, 2), "resnet18"
 
 
 class DeformableResNet50(DeformableResNetModel):
     """50 layers, 26.8 M parameters."""
 
+    short = {"depth": 50}
     block, layers, weights = (Bottleneck, *(DeformableBottleneck,) * 3), (3, 4, 6, 3), "resnet50"
 
 
 class DeformableResNet101(DeformableResNetModel):
     """101 layers, 46.8 M parameters."""
 
+    short = {"depth": 101}
     block, layers, weights = (Bottleneck, *(DeformableBottleneck,) * 3), (3, 4, 23, 3), "resnet101"

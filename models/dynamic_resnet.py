@@ -23,10 +23,11 @@ from models.layers import (
     drop_path_rates,
     global_average,
     initialise,
+    start_head,
     zero_last_norms,
 )
 from models.non_local import NonLocal
-from models.residual import GatedResidualModel
+from models.residual import EitherBlock, Layers
 from models.weights import load_state
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
@@ -48,7 +49,7 @@ class ResNet(nn.Module):
         num_outputs: size of the head.
         input_dim: spatial dimensions, 1 to 3.
         input_channels: channels of the input.
-        width: channels of the stem and inside the first stage's blocks; they double with each stage.
+        width: channels inside the first stage's blocks; they double with each stage.
         cifar_size: small input: a stem of stride 1 without max-pooling, 1/8 of the input at the end
             instead of 1/32; 3x3 instead of 7x7.
         stem: C: three 3x3 convolutions in place of the 7x7; D: also average pools before the shortcuts' 1x1
@@ -60,8 +61,10 @@ class ResNet(nn.Module):
         non_local: self-attention after every other block of the second and third stage; see
             `models.non_local`.
         zero_init_residual: each block starts as its shortcut.
+        head_std: the head starts from N(0, head_std) and zeros; None: torch's default.
         activation: makes an activation module.
         shortcut: where a block changes the shape; see `models.layers.ResidualBlock`.
+        stem_channels: channels of the stem; None: `width`.
     """
 
     def __init__(
@@ -81,15 +84,18 @@ class ResNet(nn.Module):
         se_rd_ratio: float | None = None,
         non_local: bool = False,
         zero_init_residual: bool = False,
+        head_std: float | None = None,
         activation: Activation = nn.ReLU,
         shortcut: Shortcut = "conv",
+        stem_channels: int | None = None,
     ) -> None:
         super().__init__()
         stride = 1 if cifar_size else 2
+        channels = stem_channels or width
         if stem is None:
-            self.conv1 = conv(input_dim, input_channels, width, 3 if cifar_size else 7, stride)
+            self.conv1 = conv(input_dim, input_channels, channels, 3 if cifar_size else 7, stride)
         else:
-            half = width // 2
+            half = channels // 2
             self.conv1 = nn.Sequential(
                 conv(input_dim, input_channels, half, 3, stride),
                 BATCH_NORM[input_dim](half),
@@ -97,15 +103,14 @@ class ResNet(nn.Module):
                 conv(input_dim, half, half, 3),
                 BATCH_NORM[input_dim](half),
                 activation(),
-                conv(input_dim, half, width, 3),
+                conv(input_dim, half, channels, 3),
             )
-        self.bn1 = BATCH_NORM[input_dim](width)
+        self.bn1 = BATCH_NORM[input_dim](channels)
         self.act = activation()
         self.maxpool = nn.Identity() if cifar_size else MAX_POOL[input_dim](3, stride=2, padding=1)
 
         kinds = block if isinstance(block, tuple) else (block,) * len(layers)
         rates = iter(drop_path_rates(stochastic_depth, sum(layers), shakedrop))
-        channels = width
         self.stages = tuple(f"layer{i + 1}" for i in range(len(layers)))
         for i, name in enumerate(self.stages):
             stage = nn.Sequential()
@@ -131,6 +136,7 @@ class ResNet(nn.Module):
         self.dropout: nn.Module = nn.Dropout(resnet_dropout) if resnet_dropout > 0 else nn.Identity()
         self.fc = nn.Linear(channels, num_outputs)
         initialise(self)
+        start_head(self.fc, head_std)
         if zero_init_residual:
             zero_last_norms(self)
 
@@ -162,11 +168,12 @@ def _imagenet_weights(name: str) -> dict[str, Tensor]:
         socket.setdefaulttimeout(timeout)
 
 
-class ResNetModel(GatedResidualModel):
+class ResNetModel(EitherBlock):
     """The options of every ResNet; a variant names its block, its stages and, where they fit, torchvision's weights."""
 
     block: ClassVar[Block]
-    layers: ClassVar[tuple[int, ...]]
+    layers: ClassVar[Layers]
+    basic_layers: ClassVar[Layers | None] = None  # of one with bottlenecks, had it basic blocks
     width: ClassVar[int] = 64
     weights: ClassVar[str | None] = None
 
@@ -176,17 +183,27 @@ class ResNetModel(GatedResidualModel):
         stem: Annotated[
             Literal["C", "D"] | None, "ResNet-C or -D (arXiv 1812.01187); null: one convolution"
         ] = None,
+        shortcut: Annotated[
+            Literal["conv", "pool_conv"] | None,
+            "1x1 convolution where the shape changes, strided or behind an average; null: pool_conv with stem D",
+        ] = None,
         non_local: Annotated[bool, "self-attention in the middle stages (arXiv 1711.07971)"] = False,
         pretrained: Annotated[bool, "start from torchvision's ImageNet weights"] = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if stem == "D" and shortcut == "conv":
+            raise ConfigError(
+                "model.shortcut=conv: with model.stem=D the shortcuts average; model.stem=C has these"
+            )
+        block, layers = self.block_and_layers()
         self.model = ResNet(
-            self.block,
-            self.layers,
+            block,
+            layers,
             width=self.width,
             cifar_size=cifar_size,
             stem=stem,
+            shortcut=shortcut or "conv",
             non_local=non_local,
             **self.network_options,
         )
@@ -202,6 +219,8 @@ class ResNetModel(GatedResidualModel):
                 f"data.input_channels={self.input_channels}": self.input_channels != 3,
                 "model.cifar_size=true": cifar_size,
                 f"model.stem={stem}": stem is not None,
+                f"model.shortcut={shortcut}": shortcut == "pool_conv",
+                "model.bottleneck=false": (block, layers) != (self.block, self.layers),
                 "model.squeeze_excitation=true": options["se_rd_ratio"] is not None,
                 "model.non_local=true": non_local,
                 "model.shakedrop=true": options["shakedrop"],
@@ -216,32 +235,45 @@ class ResNetModel(GatedResidualModel):
             source = f"model.pretrained=true (torchvision's {self.weights})"
             self.weights_report = load_state(self.model, _imagenet_weights(self.weights), source)
 
+    def block_and_layers(self) -> tuple[Block, Layers]:
+        """The block, or one for each stage, and how many blocks each stage has."""
+        first = self.block[0] if isinstance(self.block, tuple) else self.block
+        layers = self.layers_of(first.expansion > 1, self.layers, self.basic_layers)
+        return self.block if layers is self.layers else BasicBlock, layers
+
 
 class ResNet18(ResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers, weights = BasicBlock, (2, 2, 2, 2), "resnet18"
 
 
 class ResNet34(ResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers, weights = BasicBlock, (3, 4, 6, 3), "resnet34"
 
 
 class ResNet50(ResNetModel):
-    """50 layers, 25.6 M parameters."""
+    """50 layers, 25.6 M parameters; 36.6 M in basic blocks."""
 
+    short = {"depth": 50}
     block, layers, weights = Bottleneck, (3, 4, 6, 3), "resnet50"
+    basic_layers = 4, 6, 10, 5
 
 
 class ResNet101(ResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers, weights = Bottleneck, (3, 4, 23, 3), "resnet101"
 
 
 class ResNet152(ResNetModel):
-    """152 layers, 60.2 M parameters."""
+    """152 layers, 60.2 M parameters; 87.1 M in basic blocks."""
 
+    short = {"depth": 152}
     block, layers, weights = Bottleneck, (3, 8, 36, 3), "resnet152"
+    basic_layers = 4, 13, 55, 4

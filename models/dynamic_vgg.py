@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from torch import Tensor, nn
 
-from crucible.corrections import Correction, option_is
+from crucible.corrections import Correction
 from crucible.options import ConfigError
 from models.base_model import BaseModel
-from models.layers import ADAPTIVE_AVG_POOL, BATCH_NORM, CONV, MAX_POOL, Activation, initialise
+from models.layers import (
+    ADAPTIVE_AVG_POOL,
+    BATCH_NORM,
+    CONV,
+    MAX_POOL,
+    Activation,
+    conv,
+    global_average,
+    initialise,
+    start_head,
+)
 
 WIDTHS = (64, 128, 256, 512, 512)
+STRIDED_WIDTHS = {4: (64, 128, 256, 512), 6: (64, 128, 256, 512, 512, 512)}  # of so many stages
 POOLED = 7  # positions along each dimension in front of the three linear layers
 HIDDEN = 4096
 
@@ -91,13 +103,62 @@ class VGG(nn.Module):
         return self.classifier(x.flatten(1))
 
 
+def _has_three_linear_layers(config: Mapping[str, Any]) -> bool:
+    return config["model"].get("cifar_size") is False and not config["model"].get("strided")
+
+
+class StridedVGG(nn.Module):
+    """`(N, C, *spatial)` float to `(N, num_outputs)`: a VGG that strides instead of pooling.
+
+    That of github.com/MIC-DKFZ/dynamic-network-architectures (24d174f): convolutions without biases, the first of each
+    stage but the first with stride 2, and one linear layer on the global average; the two others' places are taken by
+    further convolutions. Initialised with He's normal for convolutions, torch's default for the head.
+
+    Args:
+        layers: convolutions in each stage; four stages, or six for large input.
+        num_outputs: size of the head.
+        input_dim: spatial dimensions, 1 to 3.
+        input_channels: channels of the input.
+        dropout: rate before the head, in [0, 1).
+        activation: makes an activation module.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...],
+        num_outputs: int = 1000,
+        *,
+        input_dim: int = 2,
+        input_channels: int = 3,
+        dropout: float = 0.0,
+        activation: Activation = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential()
+        channels, stride = input_channels, 1
+        for width, convolutions in zip(STRIDED_WIDTHS[len(layers)], layers, strict=True):
+            for _ in range(convolutions):
+                self.features.append(conv(input_dim, channels, width, 3, stride))
+                self.features.append(BATCH_NORM[input_dim](width))
+                self.features.append(activation())
+                channels, stride = width, 1
+            stride = 2
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.fc = nn.Linear(channels, num_outputs)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(global_average(self.features(x))))
+
+
 class _VGGModel(BaseModel):
-    """The options of every VGG; a variant names its stages."""
+    """The options of every VGG; a variant names its stages, and those of `StridedVGG`, for large and small input."""
 
     layers: ClassVar[tuple[int, int, int, int, int]]
+    strided_layers: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]]
     corrections: ClassVar = (
         Correction(
-            "model._target_", 2, option_is("model.cifar_size", False),
+            "model._target_", 2, _has_three_linear_layers,
             "the three linear layers of VGG started with torch's default instead of N(0, 0.01) and zeros",
         ),
     )  # fmt: skip
@@ -105,30 +166,48 @@ class _VGGModel(BaseModel):
     def __init__(
         self,
         cifar_size: Annotated[bool, "one linear layer as the head, for images below 96 pixels"] = False,
+        strided: Annotated[
+            bool,
+            "strides instead of pooling, one linear layer, more convolutions (dynamic-network-architectures)",
+        ] = False,
         resnet_dropout: Annotated[
-            float | None, "[0, 1)", "dropout rate in the classifier; null: 0.5, with cifar_size 0"
+            float | None, "[0, 1)", "dropout rate in the classifier; null: 0.5, with cifar_size or strided 0"
+        ] = None,
+        head_std: Annotated[
+            float | None, "(0, inf)", "the last layer starts from N(0, head_std) and zeros; null: as built"
         ] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        usual = 0.0 if cifar_size else 0.5
-        self.model = VGG(
-            self.layers,
-            self.num_outputs,
-            input_dim=self.input_dim,
-            input_channels=self.input_channels,
-            cifar_size=cifar_size,
-            dropout=usual if resnet_dropout is None else resnet_dropout,
-        )
+        usual = 0.0 if cifar_size or strided else 0.5
+        options: dict[str, Any] = {
+            "num_outputs": self.num_outputs,
+            "input_dim": self.input_dim,
+            "input_channels": self.input_channels,
+            "dropout": usual if resnet_dropout is None else resnet_dropout,
+        }
+        if strided:
+            network = StridedVGG(self.strided_layers[cifar_size], **options)
+            start_head(network.fc, head_std)
+            self.model = network
+        else:
+            self.model = VGG(self.layers, cifar_size=cifar_size, **options)
+            head = self.model.classifier[-1]
+            assert isinstance(head, nn.Linear)
+            start_head(head, head_std)
 
 
 class VGG16(_VGGModel):
     """16 layers with weights, 138.4 M parameters; 14.7 M with cifar_size."""
 
+    short = {"depth": 16}
     layers = (2, 2, 3, 3, 3)
+    strided_layers = (2, 2, 2, 3, 3, 3), (2, 3, 5, 5)
 
 
 class VGG19(_VGGModel):
     """19 layers with weights, 143.7 M parameters; 20.0 M with cifar_size."""
 
+    short = {"depth": 19}
     layers = (2, 2, 4, 4, 4)
+    strided_layers = (2, 2, 3, 3, 4, 4), (3, 4, 5, 6)

@@ -1,8 +1,8 @@
 """ResNets without normalization, by Fixup (Zhang et al., arXiv 1901.09321), for 1-D, 2-D and 3-D input.
 
-`ResNet18WithoutNorm` is the network that the PowerGrad work (arXiv 2111.12495) calls `resnet18_wobn`. That work
-leaves open how it is initialised; Fixup is chosen here because it trains at the usual learning rates. Beyond the paper
-it follows the author's code (github.com/hongyi-zhang/Fixup): a block's first bias lies before its projected shortcut
+They train without norms at the usual learning rates. What the PowerGrad work (arXiv 2111.12495) calls `resnet18_wobn`
+is another network: a plain ResNet-18 whose norms are left out, model=resnet model.norm=none. Beyond the paper this
+one follows the author's code (github.com/hongyi-zhang/Fixup): a block's first bias lies before its projected shortcut
 too, and scalars and biases learn at a tenth of the rate.
 """
 
@@ -136,10 +136,12 @@ class FixupResNetModel(BaseModel):
 class ResNet18WithoutNorm(FixupResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     layers = (2, 2, 2, 2)
 
 
 class ResNet34WithoutNorm(FixupResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     layers = (3, 4, 6, 3)

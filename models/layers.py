@@ -309,6 +309,13 @@ def initialise(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def start_head(head: nn.Linear, std: float | None) -> None:
+    """Draw the head's weights from N(0, std) and set its biases to zero, in place; None: it stays torch's default."""
+    if std is not None:
+        nn.init.normal_(head.weight, std=std)
+        nn.init.zeros_(head.bias)
+
+
 def zero_last_norms(network: nn.Module) -> None:
     """Zero the weight of the norm that ends each residual branch, so that each block starts as its shortcut.
 

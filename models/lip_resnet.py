@@ -125,28 +125,33 @@ class LIPResNetModel(ResNetModel):
         zero_init_residual: Annotated[
             bool, "each block starts as its shortcut (arXiv 1706.02677), as in the authors' code"
         ] = True,
+        head_std: Annotated[
+            float | None, "(0, inf)", "the head starts from N(0, head_std) and zeros; null: torch's default"
+        ] = 0.01,
         **kwargs: Any,
     ) -> None:
-        super().__init__(zero_init_residual=zero_init_residual, **kwargs)
+        super().__init__(zero_init_residual=zero_init_residual, head_std=head_std, **kwargs)
         if kwargs.get("stem") == "D":
             raise ConfigError("model.stem=D pools before the shortcuts, which LIPResNet does already; use C")
+        if kwargs.get("shortcut") == "pool_conv":
+            raise ConfigError("model.shortcut=pool_conv: LIPResNet pools before the shortcuts already")
         network: Any = self.model
         if not isinstance(network.maxpool, nn.Identity):
             network.maxpool = LIPMaxPool(network.bn1.num_features, self.input_dim)
         for module in network.modules():
             if isinstance(module, LIP):
                 nn.init.zeros_(module.conv.weight)  # type: ignore[arg-type]
-        nn.init.normal_(network.fc.weight, std=0.01)
-        nn.init.zeros_(network.fc.bias)
 
 
 class LIPResNet50(LIPResNetModel):
     """50 layers, 23.9 M parameters."""
 
+    short = {"depth": 50}
     layers = (3, 4, 6, 3)
 
 
 class LIPResNet101(LIPResNetModel):
     """101 layers, 42.9 M parameters."""
 
+    short = {"depth": 101}
     layers = (3, 4, 23, 3)

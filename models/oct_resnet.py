@@ -232,28 +232,33 @@ class OctResNetModel(ResidualModel):
 class OctResNet18(OctResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers = OctaveBasicBlock, (2, 2, 2, 2)
 
 
 class OctResNet34(OctResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers = OctaveBasicBlock, (3, 4, 6, 3)
 
 
 class OctResNet50(OctResNetModel):
     """50 layers, 25.6 M parameters."""
 
+    short = {"depth": 50}
     block, layers = OctaveBottleneck, (3, 4, 6, 3)
 
 
 class OctResNet101(OctResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers = OctaveBottleneck, (3, 4, 23, 3)
 
 
 class OctResNet152(OctResNetModel):
     """152 layers, 60.2 M parameters."""
 
+    short = {"depth": 152}
     block, layers = OctaveBottleneck, (3, 8, 36, 3)

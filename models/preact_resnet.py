@@ -21,8 +21,9 @@ from models.layers import (
     drop_path_rates,
     global_average,
     initialise,
+    start_head,
 )
-from models.residual import GatedResidualModel
+from models.residual import EitherBlock, GatedResidualModel, Layers
 
 
 class PreActBasicBlock(nn.Module):
@@ -123,6 +124,8 @@ class PreActResNet(nn.Module):
         shakedrop: ShakeDrop in each block; see `PreActBasicBlock`.
         se_rd_ratio: squeeze-and-excitation in each block with this width ratio; None: without.
         zero_init_residual: each block starts as its shortcut: the last layer of its branch is zero.
+        head_std: the head starts from N(0, head_std) and zeros; None: torch's default.
+        final_norm: a norm and an activation behind the last block.
         block_dropout: dropout rate inside each block, in [0, 1).
         activation: makes an activation module.
     """
@@ -143,6 +146,8 @@ class PreActResNet(nn.Module):
         shakedrop: bool = False,
         se_rd_ratio: float | None = None,
         zero_init_residual: bool = False,
+        head_std: float | None = None,
+        final_norm: bool = True,
         block_dropout: float = 0.0,
         activation: Activation = nn.ReLU,
     ) -> None:
@@ -175,11 +180,12 @@ class PreActResNet(nn.Module):
                     )
                 )
                 channels = width * block.expansion
-        self.norm = BATCH_NORM[input_dim](channels)
-        self.act = activation()
+        self.norm = BATCH_NORM[input_dim](channels) if final_norm else nn.Identity()
+        self.act = activation() if final_norm else nn.Identity()
         self.dropout = nn.Dropout(resnet_dropout) if resnet_dropout > 0 else nn.Identity()
         self.fc = nn.Linear(channels, num_outputs)
         initialise(self)
+        start_head(self.fc, head_std)
         if zero_init_residual:
             for module in self.blocks:
                 nn.init.zeros_(module.branch[-1].weight)  # type: ignore[union-attr, index]
@@ -201,44 +207,59 @@ class PreActModel(GatedResidualModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        options = self.network_options | {"cifar_size": cifar_size}
-        self.network: Callable[..., PreActResNet] = partial(PreActResNet, **options)
+        self.network_options["cifar_size"] = cifar_size
+        self.network: Callable[..., PreActResNet] = partial(PreActResNet, **self.network_options)
 
 
-class _PreActResNetModel(PreActModel):
+class _PreActResNetModel(PreActModel, EitherBlock):
     block: ClassVar[type[PreActBasicBlock]]
-    layers: ClassVar[tuple[int, int, int, int]]
+    layers: ClassVar[Layers]
+    basic_layers: ClassVar[Layers | None] = None  # of one with bottlenecks, had it basic blocks
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        final_norm: Annotated[bool, "norm and activation behind the last block, as in the paper"] = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.model = self.network(self.block, [[64 * 2**i] * n for i, n in enumerate(self.layers)])
+        layers = self.layers_of(self.block is PreActBottleneck, self.layers, self.basic_layers)
+        block = self.block if layers is self.layers else PreActBasicBlock
+        widths = [[64 * 2**i] * n for i, n in enumerate(layers)]
+        self.model = self.network(block, widths, final_norm=final_norm)
 
 
 class PreActResNet18(_PreActResNetModel):
     """18 layers, 11.7 M parameters."""
 
+    short = {"depth": 18}
     block, layers = PreActBasicBlock, (2, 2, 2, 2)
 
 
 class PreActResNet34(_PreActResNetModel):
     """34 layers, 21.8 M parameters."""
 
+    short = {"depth": 34}
     block, layers = PreActBasicBlock, (3, 4, 6, 3)
 
 
 class PreActResNet50(_PreActResNetModel):
-    """50 layers, 25.5 M parameters."""
+    """50 layers, 25.5 M parameters; 36.6 M in basic blocks."""
 
+    short = {"depth": 50}
     block, layers = PreActBottleneck, (3, 4, 6, 3)
+    basic_layers = 4, 6, 10, 5
 
 
 class PreActResNet101(_PreActResNetModel):
     """101 layers, 44.5 M parameters."""
 
+    short = {"depth": 101}
     block, layers = PreActBottleneck, (3, 4, 23, 3)
 
 
 class PreActResNet152(_PreActResNetModel):
-    """152 layers, 60.2 M parameters."""
+    """152 layers, 60.2 M parameters; 87.1 M in basic blocks."""
 
+    short = {"depth": 152}
     block, layers = PreActBottleneck, (3, 8, 36, 3)
+    basic_layers = 4, 13, 55, 4

@@ -9,6 +9,7 @@ from models.base_model import BaseModel
 from norms import Norm
 
 SE_RD_RATIO = 1 / 16
+Layers = tuple[int, ...]  # blocks of each stage
 
 
 class ResidualModel(BaseModel):
@@ -22,6 +23,9 @@ class ResidualModel(BaseModel):
         zero_init_residual: Annotated[bool, "each block starts as its shortcut (arXiv 1706.02677)"] = False,
         resnet_dropout: Annotated[float, "[0, 1)", "dropout rate before the head"] = 0.0,
         stochastic_depth: Annotated[float, "[0, 1)", "drop rate of the last block (arXiv 1603.09382)"] = 0.0,
+        head_std: Annotated[
+            float | None, "(0, inf)", "the head starts from N(0, head_std) and zeros; null: torch's default"
+        ] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -36,6 +40,7 @@ class ResidualModel(BaseModel):
             "zero_init_residual": zero_init_residual,
             "resnet_dropout": resnet_dropout,
             "stochastic_depth": stochastic_depth,
+            "head_std": head_std,
         }
 
 
@@ -58,3 +63,38 @@ class GatedResidualModel(ResidualModel):
             "shakedrop": shakedrop,
             "se_rd_ratio": se_rd_ratio if squeeze_excitation else None,
         }
+
+
+class EitherBlock(GatedResidualModel):
+    """And of those with variants that are built of basic blocks or of bottlenecks."""
+
+    def __init__(
+        self,
+        bottleneck: Annotated[
+            bool | None, "1x1, 3x3 and 1x1 convolution instead of two 3x3; null: as the variant is published"
+        ] = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.bottleneck = bottleneck
+
+    def layers_of(self, has: bool, layers: Layers, others: Layers | None) -> Layers:
+        """The blocks of each stage.
+
+        Args:
+            has: whether the variant has bottlenecks.
+            layers: of the variant.
+            others: with the other kind of block; None: nobody uses one.
+
+        Raises:
+            ConfigError: for blocks that the variant does not have.
+        """
+        if self.bottleneck in (None, has):
+            return layers
+        if others is None:
+            kind = "bottlenecks" if has else "basic blocks"
+            raise ConfigError(
+                f"model.bottleneck={str(self.bottleneck).lower()}: {type(self).__name__} has {kind} only; leave it "
+                "null, or take the 50 or 152 of resnet, preact_resnet or se_resnet, which have either"
+            )
+        return others

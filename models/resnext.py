@@ -21,10 +21,12 @@ class Bottleneck32x8d(Bottleneck):
 class ResNeXt50(ResNetModel):
     """ResNeXt-50 32x4d: 25.0 M parameters."""
 
+    short = {"depth": 50}
     block, layers, weights = Bottleneck32x4d, (3, 4, 6, 3), "resnext50_32x4d"
 
 
 class ResNeXt101(ResNetModel):
     """ResNeXt-101 32x8d: 88.8 M parameters."""
 
+    short = {"depth": 101}
     block, layers, weights = Bottleneck32x8d, (3, 4, 23, 3), "resnext101_32x8d"

@@ -24,28 +24,33 @@ class SEResNetModel(ResNetModel):
 class SEResNet18(SEResNetModel):
     """18 layers, 11.8 M parameters."""
 
+    short = {"depth": 18}
     block, layers = ResNet18.block, ResNet18.layers
 
 
 class SEResNet34(SEResNetModel):
     """34 layers, 22.0 M parameters."""
 
+    short = {"depth": 34}
     block, layers = ResNet34.block, ResNet34.layers
 
 
 class SEResNet50(SEResNetModel):
     """50 layers, 28.1 M parameters."""
 
-    block, layers = ResNet50.block, ResNet50.layers
+    short = {"depth": 50}
+    block, layers, basic_layers = ResNet50.block, ResNet50.layers, ResNet50.basic_layers
 
 
 class SEResNet101(SEResNetModel):
     """101 layers, 49.3 M parameters."""
 
+    short = {"depth": 101}
     block, layers = ResNet101.block, ResNet101.layers
 
 
 class SEResNet152(SEResNetModel):
     """152 layers, 66.8 M parameters."""
 
-    block, layers = ResNet152.block, ResNet152.layers
+    short = {"depth": 152}
+    block, layers, basic_layers = ResNet152.block, ResNet152.layers, ResNet152.basic_layers

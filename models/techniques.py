@@ -21,14 +21,15 @@ from models.convert import ActivationSwap, BlurDownsampling
 from norms import Norm
 from optimizers.averaging import Averaging
 from optimizers.centralization import GradientCentralization
-from optimizers.groups import LayerDecay, UndecayNorm
+from optimizers.freezing import Freeze
+from optimizers.groups import HeadRate, LayerDecay, UndecayNorm
 from optimizers.lookahead import Lookahead
 from optimizers.sam import Sam
 
 TECHNIQUES: tuple[type[Technique], ...] = (
     Norm, ActivationSwap, BlurDownsampling, BinaryCrossEntropy, PowerGrad, LabelSmoothing, ClassWeights, Distil,
-    Distort, AugMixConsistency, Mix, ManifoldMixup, UndecayNorm, LayerDecay, GradientCentralization, Lookahead, Sam,
-    Averaging,
+    Distort, AugMixConsistency, Mix, ManifoldMixup, Freeze, UndecayNorm, LayerDecay, HeadRate, GradientCentralization,
+    Lookahead, Sam, Averaging,
 )  # fmt: skip
 
 

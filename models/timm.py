@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import timm
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.layers import DropPath
 from timm.models.resnest import ResNestBottleneck
 from torch import nn
 
-from crucible.options import ConfigError
+from crucible.options import ConfigError, signature_options
 from models.base_model import BaseModel
+from models.weights import hub_folder, stem_words
 
 # arguments of timm's that have an option of their own
 OPTION_OF = {
@@ -22,6 +25,42 @@ OPTION_OF = {
     "pretrained": "model.pretrained",
     "checkpoint_path": "model.init_from",
 }
+
+
+CROP_MODES = ("center", "squash")  # that our evaluation policy has
+
+
+class OwnData(NamedTuple):
+    """What weights of timm's were made for, as `timm.data.resolve_data_config` gives it.
+
+    Attributes:
+        source: the weights' name.
+        size: height and width in pixels.
+        mean: a value a channel, on the scale 0 to 1.
+        std: likewise.
+        interpolation: filter of the resizing.
+        crop_pct: side of the square by that of the resized picture.
+        crop_mode: `center` or `squash`.
+        num_classes: of the weights.
+        label_names: of their classes; None: unknown.
+    """
+
+    source: str
+    size: int
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    num_classes: int
+    label_names: list[str] | None
+
+    def __str__(self) -> str:
+        numbers = (f"{name} {[round(v, 4) for v in getattr(self, name)]}" for name in ("mean", "std"))
+        return (
+            f"timm's data configuration of {self.source}: {len(self.mean)}x{self.size}x{self.size}, "
+            f"{self.interpolation}, crop_pct {self.crop_pct:g}, crop_mode {self.crop_mode}, {', '.join(numbers)}"
+        )
 
 
 def build_timm(
@@ -118,9 +157,72 @@ class TimmFamily(BaseModel):
         resnet_dropout: timm's `drop_rate`.
         pretrained: start from timm's weights.
         timm_kwargs: further arguments of the network.
+        data_config: whether size, mean, std, filter and crop are those that timm gives with the weights.
     """
 
     variants: ClassVar[dict[Any, str]] = {}  # this family's names to timm's
+
+    @classmethod
+    def settle_network(cls, options: dict[str, Any], typed: Collection[str]) -> list[str]:
+        """Let a folder of timm's say what network its weights are of, in place; what was settled, in a few words.
+
+        Args:
+            options: of `model`.
+            typed: the options that were typed.
+        """
+        return []
+
+    @classmethod
+    def own_data(cls, options: Mapping[str, Any], *, evaluates: bool) -> OwnData | None:
+        """What the weights that `model.*` names were made for; None where the data's own facts are to hold.
+
+        Args:
+            options: of `model`.
+            evaluates: the weights are tested as they are: in the size of timm's own tests, where it differs, and
+                for files that describe nothing, too.
+
+        Raises:
+            ConfigError: for what the evaluation policy cannot do.
+        """
+        wanted, path = options.get("data_config"), options.get("init_from")
+        hub = hub_folder(path) if path else None
+        if wanted is False or not (wanted or options.get("pretrained") or hub or (evaluates and path)):
+            return None
+        variant = options.get("type", signature_options(cls)["type"][1])
+        name = cls.variants.get(variant, variant)
+        if hub:
+            described = hub[1]
+            known, source = described.get("pretrained_cfg") or described, hub[0].parent.name
+        else:
+            found = timm.get_pretrained_cfg(name, allow_unregistered=True)
+            if found is None:
+                return None  # what there is to say of the name, building it will
+            described, known = {}, found.to_dict()
+            source = f"{name.split('.')[0]}.{found.tag}" if found.tag else name
+        resolved = resolve_data_config(pretrained_cfg=known, use_test_size=evaluates)
+        _, height, width = resolved["input_size"]
+        refused = None
+        if height != width:
+            refused = f"input of {height}x{width}"
+        elif resolved["crop_mode"] not in CROP_MODES:
+            refused = f"crop_mode={resolved['crop_mode']}"
+        elif resolved["interpolation"] not in ("bilinear", "bicubic", "lanczos"):
+            refused = f"interpolation={resolved['interpolation']}"
+        if refused:
+            raise ConfigError(
+                f"model.data_config={str(wanted).lower()}: {source} wants {refused}, which the evaluation policy does "
+                "not have; model.data_config=false keeps the data's own", "docs/weights.md",
+            )  # fmt: skip
+        count = described.get("num_classes") or known.get("num_classes") or 0
+        names = described.get("label_names") or known.get("label_names")
+        if names is None and count == 1000:
+            names = ImageNetInfo("imagenet-1k").label_names()
+        if not isinstance(names, (list, tuple)) or len(names) != count:
+            names = None
+        return OwnData(
+            source, height, list(resolved["mean"]), list(resolved["std"]), resolved["interpolation"],
+            resolved["crop_pct"], resolved["crop_mode"], count, None if names is None else [str(n) for n in names],
+        )  # fmt: skip
 
     def __init__(
         self,
@@ -133,11 +235,18 @@ class TimmFamily(BaseModel):
         ] = None,
         pretrained: Annotated[bool, "start from timm's weights of this name"] = False,
         timm_kwargs: Annotated[dict[str, Any] | None, "further arguments of the network"] = None,
+        data_config: Annotated[
+            bool | None,
+            "size, mean, std, filter and crop as timm gives them with the weights; null: with weights of timm's",
+        ] = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        name = self.variants.get(type, type)
+        if pretrained:
+            self.weights_report = self._adapted(name)
         self.model = build_timm(
-            self.variants.get(type, type),
+            name,
             self,
             stochastic_depth=stochastic_depth,
             resnet_dropout=resnet_dropout,
@@ -145,9 +254,34 @@ class TimmFamily(BaseModel):
             timm_kwargs=timm_kwargs,
         )
 
+    def _adapted(self, name: str) -> str:
+        """What timm changes in its weights for other data, for people."""
+        found, lines = timm.get_pretrained_cfg(name, allow_unregistered=True), []
+        if found is None:
+            return ""
+        if (channels := found.input_size[0]) != self.input_channels:
+            lines.append(f"  first convolution: {stem_words(channels, self.input_channels)}")
+        if found.num_classes != self.num_outputs:
+            lines.append(f"  head: new, of {self.num_outputs} outputs; the weights' has {found.num_classes}")
+        return "\n".join([f"model.pretrained=true: timm's weights of {name}", *lines])
+
 
 class TimmModel(TimmFamily):
     """Any network of timm, by its name there."""
+
+    @classmethod
+    def settle_network(cls, options: dict[str, Any], typed: Collection[str]) -> list[str]:
+        if not options.get("init_from") or (hub := hub_folder(options["init_from"])) is None:
+            return []
+        name, arguments = hub[1]["architecture"], hub[1].get("model_args") or {}
+        if "model.type" in typed and options["type"].split(".")[0] != name:
+            raise ConfigError(
+                f"model.type={options['type']}: model.init_from={options['init_from']} is of {name}"
+            )
+        options["type"] = name
+        others = {n: v for n, v in arguments.items() if n not in OPTION_OF}
+        options["timm_kwargs"] = {**others, **(options.get("timm_kwargs") or {})}
+        return [f"model.type={name}, as config.json says"]
 
     def __init__(
         self,

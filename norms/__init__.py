@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
+from crucible.corrections import Correction, option_is
 from crucible.technique import Setting, Step, Technique
 from norms.convert import check_norm_kwargs, convert_norm
 from norms.online import (
@@ -38,6 +39,13 @@ class Norm(Technique):
     """Another norm in place of the network's batch norms."""
 
     needs: ClassVar = {"norm_kwargs": ("norm",)}
+    corrections: ClassVar = (
+        Correction(
+            "model.compile", 2,
+            lambda config: option_is("model.compile", True)(config) and option_is("model.norm", "online")(config),
+            "under torch 2.11 no gradient passed an online norm that was compiled",
+        ),
+    )  # fmt: skip
 
     norm: Annotated[NormName | None, "in place of the network's batch norms; null: as built"] = None
     norm_kwargs: Annotated[

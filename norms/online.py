@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import torch
@@ -60,100 +62,173 @@ def scan_variable(factors: Tensor, inputs: Tensor, start: Tensor) -> tuple[Tenso
     return torch.cat((start[None], state[:-1])), state[-1]
 
 
-def _stream(
-    offset: Tensor, s2: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The statistics that normalise each sample of a batch.
-
-    Args:
-        offset: mean of each sample less `m`, `(N, C)`.
-        s2: variance of each sample, `(N, C)`.
-        m, var: the state before the batch, `(C,)`.
-
-    Returns:
-        `(N, C)`: the streamed mean, 1 / sigma, and the means over space of y and of y^2; `(C,)`: the state after
-        the batch.
-    """
-    drift, last_drift = scan_constant((1 - alpha) * offset, alpha, torch.zeros_like(m))
-    d = offset - drift
-    variance, last_var = scan_constant((1 - alpha) * (s2 + alpha * d * d), alpha, var)
-    inv = torch.rsqrt(variance + eps)
-    y1 = d * inv
-    y2 = (s2 + d * d) * inv * inv
-    return m + drift, inv, y1, y2, m + last_drift, last_var.clone()
-
-
-# Opaque to the compiler, which would otherwise recompute these in the backward, from a state that the forward
-# has meanwhile advanced. It also shortens compilation.
-@library.custom_op("online_norm::stream", mutates_args=())
-def _stream_compiled(
-    offset: Tensor, s2: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _stream(offset.contiguous(), s2.contiguous(), m, var, alpha, eps)
-
-
-@_stream_compiled.register_fake
-def _(
-    offset: Tensor, s2: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    mean, inv, y1, y2 = (offset.new_empty(offset.shape) for _ in range(4))
-    return mean, inv, y1, y2, torch.empty_like(m), torch.empty_like(m)
-
-
-def _control(
-    d0: Tensor, d1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, u: Tensor, v: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The control processes' states at each sample of a batch.
-
-    Args:
-        d0, d1: means over space of dL/dy and of y dL/dy, `(N, C)`.
-        y1, y2, inv: as `_stream` returns them.
-        u, v: the states before the batch, `(C,)`.
-
-    Returns:
-        u and v at each sample, `(N, C)`, and after the batch, `(C,)`.
-    """
-    vs, last_v = scan_variable(1 - (1 - alpha) * y2, d1, v)
-    us, last_u = scan_constant((d0 - (1 - alpha) * vs * y1) * inv, alpha, u)
-    return us, vs, last_u.clone(), last_v.clone()
-
-
-@library.custom_op("online_norm::control", mutates_args=())
-def _control_compiled(
-    d0: Tensor, d1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, u: Tensor, v: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _control(d0.contiguous(), d1.contiguous(), y1, y2, inv, u, v, alpha)
-
-
-@_control_compiled.register_fake
-def _(
-    d0: Tensor, d1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, u: Tensor, v: Tensor, alpha: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return d0.new_empty(d0.shape), d0.new_empty(d0.shape), torch.empty_like(u), torch.empty_like(u)
-
-
-def _expand(stat: Tensor, x: Tensor) -> Tensor:
-    return stat.view(stat.shape + (1,) * (x.ndim - 2))
-
-
-# The CPU's batch-norm kernels, on a view in which each (sample, channel) is a channel: they reduce and rescale
-# at the speed of memory, where a chain of elementwise operations makes a pass over memory for each.
+# The steps of a pass. A large tensor is only reduced over space and rescaled. Means over space are `(N, C)`, or come in
+# K parts `(N, K, C)` whose sum they are: how kernels fill a GPU. `w` and `b` are the affine map's, of any dtype.
 
 
 def _small_half(x: Tensor) -> bool:
     return x.element_size() < 4 and x[0, 0].numel() < _LARGE_PLANE
 
 
-def _plane_sums(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over space of `g` and of `g (x - mean)`, each `(N, C)`; contiguous input, `mean` `(N, C)`."""
+def _expand(stat: Tensor, x: Tensor) -> Tensor:
+    return stat.view(stat.shape + (1,) * (x.ndim - 2))
+
+
+def _space(x: Tensor) -> list[int]:
+    return list(range(2, x.ndim))
+
+
+def _whole(parts: Tensor) -> Tensor:
+    return parts if parts.ndim == 2 else parts.sum(1)
+
+
+def _as(dtype: torch.dtype, *tensors: Tensor) -> Iterator[Tensor]:
+    return (t if t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def _moments(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over space of `x - m` and of its square, for the streamed mean `m` `(C,)`.
+
+    About the streamed mean: about zero, a mean far from zero would cancel the variance.
+    """
+    shifted = x.to(torch.promote_types(x.dtype, m.dtype)) - _expand(m[None], x)
+    return shifted.mean(_space(x)), (shifted * shifted).mean(_space(x))
+
+
+def _stream_(
+    offset: Tensor, square: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics that normalise each sample of a batch.
+
+    Args:
+        offset, square: as `_moments` returns them.
+        m, var: the state before the batch, `(C,)`; overwritten by the one after it where that is finite.
+
+    Returns:
+        `(N, C)`: the streamed mean, 1 / sigma, and the means over space of y and of y^2.
+    """
+    offset, square = _whole(offset), _whole(square)
+    start, start_var = _as(offset.dtype, m, var)
+    s2 = (square - offset * offset).clamp_min(0)
+    drift, last_drift = scan_constant((1 - alpha) * offset, alpha, torch.zeros_like(start))
+    d = offset - drift
+    variance, last_var = scan_constant((1 - alpha) * (s2 + alpha * d * d), alpha, start_var)
+    inv = torch.rsqrt(variance + eps)
+    y1 = d * inv
+    y2 = (s2 + d * d) * inv * inv
+    last_m = start + last_drift
+    finite = torch.isfinite(last_m + last_var)
+    mean = start + drift  # before `m` changes: `start` may be `m`
+    m.copy_(torch.where(finite, last_m, start))
+    var.copy_(torch.where(finite, last_var, start_var))
+    return mean, inv, y1, y2
+
+
+def _layer_scale(y1: Tensor, y2: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+    """The inverse root mean square of z = w y + b in each sample, `(N, 1)`."""
+    w, b = _as(y1.dtype, w, b)
+    return torch.rsqrt((w * w * y2 + 2 * w * b * y1 + b * b).mean(1, keepdim=True) + eps)
+
+
+def _normalise(x: Tensor, mean: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None) -> Tensor:
+    """`r z`, in the dtype of `x` or a wider one; `r` None: `z`."""
+    scale, shift = _output_scale(inv, w, b, r)
+    return (x.to(mean.dtype) - _expand(mean, x)) * _expand(scale, x) + _expand(shift, x)
+
+
+def _output_scale(inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
+    r = torch.ones_like(inv[:, :1]) if r is None else r
+    w, b = _as(inv.dtype, w, b)
+    return w * r * inv, b * r
+
+
+def _slopes(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over space of `grad` and of `grad (x - mean)`."""
+    wide, centred = grad.to(mean.dtype), x.to(mean.dtype) - _expand(mean, x)
+    return wide.mean(_space(x)), (wide * centred).mean(_space(x))
+
+
+def _along(g0: Tensor, g1: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    """r^3 times the mean of z dL/d(out) in each sample, `(N, 1)`: what layer scaling takes away along z."""
+    w, b = _as(inv.dtype, w, b)
+    return r * r * r * (w * (_whole(g1) * inv) + b * _whole(g0)).mean(1, keepdim=True)
+
+
+def _control_(
+    g0: Tensor, g1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None,
+    along: Tensor | None, u: Tensor, v: Tensor, plane: int, alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The control processes' states at each sample of a batch.
+
+    Args:
+        g0, g1: as `_slopes` returns them.
+        y1, y2, inv: as `_stream_` returns them.
+        r, along: as `_layer_scale` and `_along` return them; None without layer scaling.
+        u, v: the states before the batch, `(C,)`; overwritten by those after it where these are finite.
+        plane: positions of a channel.
+
+    Returns:
+        u and v at each sample, `(N, C)`, and the gradients of `w` and `b` in their dtype, `(C,)`.
+    """
+    g0, g1 = _whole(g0), _whole(g1) * inv
+    wide, shift, start_u, start_v = _as(inv.dtype, w, b, u, v)
+    d0, d1 = (g0, g1) if r is None else (r * g0, r * g1)  # means over space of dL/dz and of y dL/dz
+    if along is not None:
+        d0 = d0 - along * (wide * y1 + shift)
+        d1 = d1 - along * (wide * y2 + shift * y1)
+    vs, last_v = scan_variable(1 - (1 - alpha) * y2, wide * d1, start_v)
+    us, last_u = scan_constant((wide * d0 - (1 - alpha) * vs * y1) * inv, alpha, start_u)
+    # A gradient that overflowed, as loss scaling provokes, must not stay in the control state for good.
+    finite = torch.isfinite(last_v + last_u + y2.sum(0))
+    v.copy_(torch.where(finite, last_v, start_v))
+    u.copy_(torch.where(finite, last_u, start_u))
+    return us, vs, (plane * d1.sum(0)).to(w.dtype), (plane * d0.sum(0)).to(b.dtype)
+
+
+def _input_gradient(
+    grad: Tensor, x: Tensor, mean: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None, us: Tensor, vs: Tensor,
+    along: Tensor | None, alpha: float,
+) -> Tensor:  # fmt: skip
+    """dL/dx, in the dtype of `x` or a wider one."""
+    of_grad, of_x, constant = _input_scales(inv, w, b, r, us, vs, along, alpha)
+    centred = x.to(mean.dtype) - _expand(mean, x)
+    return grad.to(mean.dtype) * _expand(of_grad, x) + (centred * _expand(of_x, x) + _expand(constant, x))
+
+
+def _input_scales(
+    inv: Tensor,
+    w: Tensor,
+    b: Tensor,
+    r: Tensor | None,
+    us: Tensor,
+    vs: Tensor,
+    along: Tensor | None,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    w, b = _as(inv.dtype, w, b)
+    gain = 1 - alpha
+    of_x, constant = -gain * vs * inv * inv, -gain * us
+    if along is not None:
+        of_x = of_x - along * (w * inv) ** 2
+        constant = constant - along * w * b * inv
+    return (w * inv if r is None else w * r * inv), of_x, constant
+
+
+# The large passes on a CPU: its batch-norm kernels, on a view in which each (sample, channel) is a channel, reduce and
+# rescale at the speed of memory, where a chain of elementwise operations makes a pass over memory for each.
+
+
+def _plane_means(g: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over space of `g` and of `g (x - mean)`, each `(N, C)`; contiguous input, `mean` `(N, C)`."""
+    plane = x[0, 0].numel()
     if _small_half(x):
         g, x = g.float(), x.float()
-    view, mean = (1, mean.numel(), -1), mean.flatten()
+    view, shape, mean = (1, mean.numel(), -1), mean.shape, mean.flatten()
     one = torch.ones_like(mean)
     _, products, sums = torch.ops.aten.native_batch_norm_backward(
         g.view(view), x.view(view), one, mean, one, mean, one, True, 0.0, [False, True, True]
     )
-    return sums.view(x.shape[:2]), products.view(x.shape[:2])
+    return sums.view(shape) / plane, products.view(shape) / plane
 
 
 def _rescale(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -171,6 +246,167 @@ def _rescale(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     )[0]
     # not a view: what a Function returns must not be one, or no activation could work on it in place
     return torch.ops.aten._unsafe_view(out, x.shape)
+
+
+class _Steps:
+    """The steps in any mode and on any device, one operation after the other."""
+
+    moments, slopes = staticmethod(_moments), staticmethod(_slopes)
+    stream_, control_ = staticmethod(_stream_), staticmethod(_control_)
+    layer_scale, along = staticmethod(_layer_scale), staticmethod(_along)
+    normalise, input_gradient = staticmethod(_normalise), staticmethod(_input_gradient)
+
+
+class _CpuSteps(_Steps):
+    """The steps on a contiguous tensor of a CPU, not compiled."""
+
+    @staticmethod
+    def moments(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        if x.element_size() < 4:  # `x - m` is lost in the input's own rounding
+            start = m.to(torch.promote_types(x.dtype, m.dtype))
+            mean, product = _plane_means(x, x, start.expand(x.shape[:2]))
+            offset = mean - start
+            return offset, product - start * offset
+        shifted = x - _expand(m[None], x)
+        return _plane_means(shifted, shifted, shifted.new_zeros(x.shape[:2]))
+
+    @staticmethod
+    def normalise(x: Tensor, mean: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None) -> Tensor:
+        scale, shift = _output_scale(inv, w, b, r)
+        return _rescale(x, mean, scale, shift.expand_as(inv))
+
+    @staticmethod
+    def slopes(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        return _plane_means(grad, x, mean)
+
+    @staticmethod
+    def input_gradient(
+        grad: Tensor, x: Tensor, mean: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None, us: Tensor,
+        vs: Tensor, along: Tensor | None, alpha: float,
+    ) -> Tensor:  # fmt: skip
+        of_grad, of_x, constant = _input_scales(inv, w, b, r, us, vs, along, alpha)
+        if _small_half(x):
+            out = _rescale(grad, torch.zeros_like(mean), of_grad, torch.zeros_like(mean))
+            out += _rescale(x, mean, of_x, constant)
+            return out
+        out = _rescale(grad, torch.zeros_like(mean), of_grad, constant - mean * of_x)
+        return out.addcmul_(x, _expand(of_x.to(x.dtype), x))
+
+
+# On a GPU each step is one operator, and one kernel where there is Triton and it knows the device.
+
+_W_B = "Tensor w, Tensor b"
+_SCHEMAS = {
+    "moments": "(Tensor x, Tensor m) -> (Tensor, Tensor)",
+    "stream_": "(Tensor offset, Tensor square, Tensor(a!) m, Tensor(b!) var, float alpha, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "layer_scale": f"(Tensor y1, Tensor y2, {_W_B}, float eps) -> Tensor",
+    "normalise": f"(Tensor x, Tensor mean, Tensor inv, {_W_B}, Tensor? r) -> Tensor",
+    "slopes": "(Tensor grad, Tensor x, Tensor mean) -> (Tensor, Tensor)",
+    "along": f"(Tensor g0, Tensor g1, Tensor inv, {_W_B}, Tensor r) -> Tensor",
+    "control_": f"(Tensor g0, Tensor g1, Tensor y1, Tensor y2, Tensor inv, {_W_B}, Tensor? r, Tensor? along,"
+    " Tensor(a!) u, Tensor(b!) v, int plane, float alpha) -> (Tensor, Tensor, Tensor, Tensor)",
+    "input_gradient": f"(Tensor grad, Tensor x, Tensor mean, Tensor inv, {_W_B}, Tensor? r, Tensor us, Tensor vs,"
+    " Tensor? along, float alpha) -> Tensor",
+}
+_LIBRARY = library.Library("online_norm", "FRAGMENT")
+
+
+@cache
+def _steps_on(device: torch.device) -> Any:
+    """The steps as Triton's kernels, or as operations where Triton is missing or the GPU too old for it."""
+    known = torch.version.hip or torch.cuda.get_device_capability(device) >= (7, 0)
+    if find_spec("triton") is None or not known:
+        return _Steps
+    from norms import online_kernels
+
+    return online_kernels
+
+
+def _define(name: str, schema: str) -> None:
+    def on_gpu(*arguments: Any) -> Any:
+        return getattr(_steps_on(arguments[0].device), name)(*arguments)
+
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, getattr(_Steps, name), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_gpu, "CUDA")
+
+
+for _name, _schema in _SCHEMAS.items():
+    _define(_name, _schema)
+_OPERATORS: Any = torch.ops.online_norm
+
+
+# Opaque to the compiler, which would otherwise recompute these in the backward, from a state that the forward
+# has meanwhile advanced. It also shortens compilation. The other steps it makes kernels of itself.
+
+
+@library.custom_op("online_norm::stream", mutates_args=())
+def _stream_compiled(
+    offset: Tensor, square: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state = torch.stack((m, var)).to(offset.dtype)
+    return *_OPERATORS.stream_(offset.contiguous(), square.contiguous(), *state, alpha, eps), state
+
+
+@_stream_compiled.register_fake
+def _(
+    offset: Tensor, square: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean, inv, y1, y2 = (offset.new_empty(offset.shape) for _ in range(4))
+    return mean, inv, y1, y2, offset.new_empty(2, offset.shape[1])
+
+
+@library.custom_op("online_norm::control", mutates_args=())
+def _control_compiled(
+    g0: Tensor, g1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None,
+    along: Tensor | None, u: Tensor, v: Tensor, plane: int, alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    state = torch.stack((u, v)).to(inv.dtype)
+    found = _OPERATORS.control_(
+        g0.contiguous(), g1.contiguous(), y1, y2, inv, w, b, r, along, *state, plane, alpha
+    )
+    return *found, state
+
+
+@_control_compiled.register_fake
+def _(
+    g0: Tensor, g1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None,
+    along: Tensor | None, u: Tensor, v: Tensor, plane: int, alpha: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    states = torch.empty_like(inv), torch.empty_like(inv)
+    return *states, torch.empty_like(w), torch.empty_like(b), inv.new_empty(2, inv.shape[1])
+
+
+class _CompiledSteps(_Steps):
+    """The steps as the compiler sees them."""
+
+    @staticmethod
+    def stream_(
+        offset: Tensor, square: Tensor, m: Tensor, var: Tensor, alpha: float, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, inv, y1, y2, state = _stream_compiled(offset, square, m, var, alpha, eps)
+        m.copy_(state[0])
+        var.copy_(state[1])
+        return mean, inv, y1, y2
+
+    @staticmethod
+    def control_(
+        g0: Tensor, g1: Tensor, y1: Tensor, y2: Tensor, inv: Tensor, w: Tensor, b: Tensor, r: Tensor | None,
+        along: Tensor | None, u: Tensor, v: Tensor, plane: int, alpha: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        us, vs, of_w, of_b, state = _control_compiled(g0, g1, y1, y2, inv, w, b, r, along, u, v, plane, alpha)
+        u.copy_(state[0])
+        v.copy_(state[1])
+        return us, vs, of_w, of_b
+
+
+def _steps_for(x: Tensor) -> Any:
+    if torch.compiler.is_compiling():
+        return _CompiledSteps
+    if x.device.type == "cuda" and x.numel():
+        return _OPERATORS
+    return _CpuSteps if x.device.type == "cpu" and x.is_contiguous() else _Steps
 
 
 class _OnlineNormFunction(Function):
@@ -196,94 +432,36 @@ class _OnlineNormFunction(Function):
         eps: float,
         ls_eps: float | None,
     ) -> Tensor:
-        native = x.device.type == "cpu" and not torch.compiler.is_compiling() and x.is_contiguous()
-        dtype = torch.promote_types(x.dtype, m.dtype)
-        start, w, b = m.to(dtype), weight.to(dtype), bias.to(dtype)
-        space = list(range(2, x.ndim))
-        plane = x.numel() // (x.shape[0] * x.shape[1])
-
-        # Moments about the streamed mean: about zero, a mean far from zero would cancel the variance.
-        if not native:
-            shifted = x.to(dtype) - _expand(start[None], x)
-            offset, square = shifted.mean(space), (shifted * shifted).mean(space)
-        elif x.element_size() < 4:  # such a mean is lost in the input's own rounding
-            sums, products = _plane_sums(x, x, start.expand(x.shape[:2]))
-            offset = sums / plane - start
-            square = products / plane - start * offset
-        else:
-            shifted = x - _expand(start[None], x)
-            sums, products = _plane_sums(shifted, shifted, shifted.new_zeros(x.shape[:2]))
-            offset, square = sums / plane, products / plane
-        s2 = (square - offset * offset).clamp_min(0)
-
-        compiling = torch.compiler.is_compiling()
-        stream, ctx.control = (_stream_compiled, _control_compiled) if compiling else (_stream, _control)
-        mean, inv, y1, y2, last_m, last_var = stream(offset, s2, start, var.to(dtype), alpha_fwd, eps)
-        if ls_eps is None:
-            r = torch.ones_like(y2[:, :1])
-        else:
-            r = torch.rsqrt((w * w * y2 + 2 * w * b * y1 + b * b).mean(1, keepdim=True) + ls_eps)
-
-        if native:
-            out = _rescale(x, mean, w * r * inv, (b * r).expand_as(inv))
-        else:
-            out = (x.to(dtype) - _expand(mean, x)) * _expand(w * r * inv, x) + _expand(b * r, x)
-        finite = torch.isfinite(last_m + last_var)
-        m.copy_(torch.where(finite, last_m, start))
-        var.copy_(torch.where(finite, last_var, var.to(dtype)))
+        steps = _steps_for(x)
+        if steps is _OPERATORS and not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+            x = x.contiguous()
+        offset, square = steps.moments(x, m)
+        mean, inv, y1, y2 = steps.stream_(offset, square, m, var, alpha_fwd, eps)
+        r = None if ls_eps is None else steps.layer_scale(y1, y2, weight, bias, ls_eps)
+        out = steps.normalise(x, mean, inv, weight, bias, r)
         ctx.save_for_backward(x, weight, bias, mean, inv, y1, y2, r)
         # Not among the saved tensors: their versions are checked, and two forwards may precede two backwards.
         ctx.u, ctx.v = u, v
-        ctx.native, ctx.alpha_bkw, ctx.layer_scaling = native, alpha_bkw, ls_eps is not None
-        return out.to(x.dtype)
+        ctx.steps, ctx.alpha_bkw = steps, alpha_bkw
+        # torch 2.11's dynamo takes a cast that changes nothing for no result of the function: no gradient passes
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, inv, y1, y2, r = ctx.saved_tensors
-        dtype, native, gain = mean.dtype, ctx.native, 1 - ctx.alpha_bkw
-        w, b = weight.to(dtype), bias.to(dtype)
-        u, v = ctx.u.to(dtype), ctx.v.to(dtype)
-        space = list(range(2, x.ndim))
-        plane = x.numel() // (x.shape[0] * x.shape[1])
-
-        if native:
+        steps, alpha = ctx.steps, ctx.alpha_bkw
+        if steps is _CpuSteps:
             grad = grad.contiguous()
-            sums, products = _plane_sums(grad, x, mean)
-            g0, g1 = sums / plane, products / plane * inv
-        else:
-            wide = grad.to(dtype)
-            centred = x.to(dtype) - _expand(mean, x)
-            g0, g1 = wide.mean(space), (wide * centred).mean(space) * inv
-        # Means over space of dL/dz and of y dL/dz; layer scaling takes the part along z away.
-        d0, d1 = r * g0, r * g1
-        if ctx.layer_scaling:
-            along = r * r * r * (w * g1 + b * g0).mean(1, keepdim=True)
-            d0 = d0 - along * (w * y1 + b)
-            d1 = d1 - along * (w * y2 + b * y1)
-
-        us, vs, last_u, last_v = ctx.control(w * d0, w * d1, y1, y2, inv, u, v, ctx.alpha_bkw)
-        # A gradient that overflowed, as loss scaling provokes, must not stay in the control state for good.
-        finite = torch.isfinite(last_v + last_u + y2.sum(0))
-        ctx.v.copy_(torch.where(finite, last_v, v))
-        ctx.u.copy_(torch.where(finite, last_u, u))
-
-        of_grad = w * r * inv
-        of_x = -gain * vs * inv * inv
-        constant = -gain * us
-        if ctx.layer_scaling:
-            of_x = of_x - along * (w * inv) ** 2
-            constant = constant - along * w * b * inv
-        if not native:
-            out = wide * _expand(of_grad, x) + (centred * _expand(of_x, x) + _expand(constant, x))
-        elif _small_half(x):
-            out = _rescale(grad, torch.zeros_like(mean), of_grad, torch.zeros_like(mean))
-            out += _rescale(x, mean, of_x, constant)
-        else:
-            out = _rescale(grad, torch.zeros_like(mean), of_grad, constant - mean * of_x)
-            out.addcmul_(x, _expand(of_x.to(x.dtype), x))
-        grad_weight = (plane * d1.sum(0)).to(weight.dtype)
-        grad_bias = (plane * d0.sum(0)).to(bias.dtype)
-        return out.to(x.dtype), grad_weight, grad_bias, *(None,) * 8
+        elif steps is _OPERATORS and grad.stride() != x.stride():  # a kernel goes along both
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        plane = x.numel() // (x.shape[0] * x.shape[1])
+        g0, g1 = steps.slopes(grad, x, mean)
+        along = None if r is None else steps.along(g0, g1, inv, weight, bias, r)
+        us, vs, of_weight, of_bias = steps.control_(
+            g0, g1, y1, y2, inv, weight, bias, r, along, ctx.u, ctx.v, plane, alpha
+        )
+        out = steps.input_gradient(grad, x, mean, inv, weight, bias, r, us, vs, along, alpha)
+        return out if out.dtype == x.dtype else out.to(x.dtype), of_weight, of_bias, *(None,) * 8
 
 
 class OnlineNorm(nn.Module):
@@ -505,7 +683,8 @@ def recomputation_contexts(
     Raises:
         RuntimeError: while compiling.
     """
-    if torch.compiler.is_compiling():
+    # torch 2.11 comes here as it traces, when it no longer says that it compiles: new tensors are fake ones then
+    if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
         raise RuntimeError("activation checkpointing of an OnlineNorm cannot be compiled")
     norms = online_norms(network)
     before: list[tuple[Tensor, Tensor]] = []

@@ -55,6 +55,11 @@ class OptimizerOptions:
             with _refusing(self, self.optimizer_kwargs):
                 optimizer.step()
 
+    @property
+    def momentum_in_use(self) -> float | None:
+        """That of the optimizer, its own where none is given; None where it has none."""
+        return _resolve(self)[1].get("momentum")
+
 
 def build_optimizer(
     module: nn.Module, options: OptimizerOptions, regroup: Sequence[Regroup] = ()

@@ -77,6 +77,31 @@ class LayerDecay(Technique):
         step.groups.append(lambda module, groups: decay_by_layer(module, groups, self.layer_decay))
 
 
+@dataclass(frozen=True)
+class HeadRate(Technique):
+    """The head has a learning rate of its own."""
+
+    head_lr_scale: Annotated[
+        float, "(0, inf)", "the head's learning rate relative to the body's, for fine-tuning; 1 is off"
+    ] = 1.0
+
+    def attach(self, step: Step) -> None:
+        step.groups.append(lambda module, groups: scale_head(module, groups, self.head_lr_scale))
+
+
+def scale_head(module: nn.Module, groups: Groups, factor: float) -> Groups:
+    """Each group in two: the body's, then the head's with `lr * factor`. The head is the last layer (`depths`)."""
+    depth = depths(module)
+    return [
+        part
+        for group in groups
+        for part in (
+            {**group, "params": [p for p in group["params"] if depth[p] > 0]},
+            {**group, "params": [p for p in group["params"] if depth[p] == 0], "lr": group["lr"] * factor},
+        )
+    ]
+
+
 def spare_vectors(module: nn.Module, groups: Groups) -> Groups:
     """Each group in two: first what is decayed, then without weight decay the norms' parameters and all of fewer
     than two dimensions (biases, scales), told by module type and shape, not by name, and what a network exempts."""
@@ -116,13 +141,13 @@ def decay_by_layer(module: nn.Module, groups: Groups, decay: float) -> Groups:
     Raises:
         ConfigError: where all parameters are in one layer.
     """
-    depth = _depths(module)
-    depths = sorted({depth[p] for group in groups for p in group["params"]})
-    if len(depths) == 1:
+    depth = depths(module)
+    found = sorted({depth[p] for group in groups for p in group["params"]})
+    if len(found) == 1:
         raise ConfigError(f"model.layer_decay={decay}: all trainable parameters are in one layer")
     return [
         {**group, "params": [p for p in group["params"] if depth[p] == d], "lr": group["lr"] * decay**d}
-        for d in depths
+        for d in found
         for group in groups
     ]
 
@@ -133,7 +158,7 @@ def _vectors(module: nn.Module) -> set[nn.Parameter]:
     return {p for norm in norms for p in norm.parameters()} | {p for p in module.parameters() if p.ndim < 2}
 
 
-def _depths(module: nn.Module) -> dict[nn.Parameter, int]:
+def depths(module: nn.Module) -> dict[nn.Parameter, int]:
     """How many layers lie behind each parameter, in the network that `module` is or wraps.
 
     Networks of timm say what their layers are. Elsewhere the network's children are, in their order, with

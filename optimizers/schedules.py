@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from crucible.metrics import higher_is_better
 from crucible.options import ConfigError
 from crucible.patience import Patience
 from crucible.technique import Factor
+from optimizers import OptimizerOptions
 
 Scheduler = Literal["CosineAnneal", "MultiStep", "Step", "Plateau"]
 
@@ -44,6 +45,15 @@ class ScheduleOptions:
 
     scheduler: Annotated[Scheduler | None, "how the learning rate falls; null: it stays"] = "CosineAnneal"
     warmstart: Annotated[int | float, "[0, inf)", "epochs of linear warm-up (arXiv 1706.02677)"] = 1
+    warmstart_from: Annotated[
+        float | None,
+        "[0, 1]",
+        "where the warm-up begins, as a fraction of model.lr; null: at the share of one epoch, or step",
+    ] = None
+    warmstart_inside: Annotated[
+        bool,
+        "the warm-up covers the cosine's first epochs, as timm's does, instead of coming before it (CosineAnneal)",
+    ] = False
     cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the lowest rate"] = 0
     lr_min: Annotated[
         float,
@@ -77,6 +87,13 @@ class ScheduleOptions:
         "[1, inf)",
         "lr is that of this batch size, and scaled with the global one's (arXiv 1706.02677); null: as given",
     ] = None
+    lr_scale_momentum: Annotated[
+        bool,
+        "with lr_scale_batch: momentum^(B/B0) too, which goes on averaging over as many samples (arXiv 1905.05894)",
+    ] = False
+    lr_ahead: Annotated[
+        int | float, "[0, inf)", "from the second epoch on, the rate is the one of so many epochs later"
+    ] = 0
     lr_interval: Annotated[
         Literal["epoch", "step"],
         "when the rate changes: with the epoch, as published recipes mostly do, or with every optimizer step",
@@ -88,6 +105,8 @@ class ScheduleOptions:
             "lr_min": ("CosineAnneal", "Plateau"),
             "lr_patience": ("Plateau",),
             "lr_monitor": ("Plateau",),
+            "warmstart_inside": ("CosineAnneal",),
+            "lr_ahead": ("CosineAnneal", "MultiStep", "Step"),
             "lr_restarts": ("CosineAnneal",),
             "lr_milestones": ("MultiStep",),
             "lr_step_size": ("Step",),
@@ -95,17 +114,36 @@ class ScheduleOptions:
         }
         for name, schedulers in owners.items():
             value = getattr(self, name)
-            if value not in (None, 0) and self.scheduler not in schedulers:
+            if value not in (None, 0, False) and self.scheduler not in schedulers:
                 raise ConfigError(
                     f"model.{name}={value!r} needs model.scheduler={' or '.join(schedulers)},"
                     f" got {self.scheduler or 'null'}"
                 )
+        for name in ("warmstart_from", "warmstart_inside"):
+            if (value := getattr(self, name)) not in (None, False) and not self.warmstart:
+                raise ConfigError(f"model.{name}={value!r} needs model.warmstart, got {self.warmstart}")
+        if self.lr_scale_momentum and self.lr_scale_batch is None:
+            raise ConfigError("model.lr_scale_momentum=True needs model.lr_scale_batch, got null")
         if any(later <= earlier for earlier, later in pairwise(self.lr_restarts or ())):
             raise ConfigError(f"model.lr_restarts must be in rising order, got {self.lr_restarts}")
 
-    def batch_factor(self, global_batch: int) -> float:
-        """What the learning rate is multiplied by for `global_batch` samples a step."""
-        return 1.0 if self.lr_scale_batch is None else global_batch / self.lr_scale_batch
+    def for_batch(self, options: OptimizerOptions, global_batch: int) -> OptimizerOptions:
+        """The optimizer's options for B = `global_batch` samples a step; l, m: rate, momentum; B0: `lr_scale_batch`.
+
+            l' = l B / B0                       (arXiv 1706.02677)
+            m' = m^(B / B0), l' = l B / B0 (1 - m') / (1 - m)   with `lr_scale_momentum`
+
+        of which the second keeps the moving average over samples, and a sample's whole part in the weights
+        (github.com/Cerebras/online-normalization, experiments/resnet/utils.py).
+        """
+        if self.lr_scale_batch is None:
+            return options
+        ratio = global_batch / self.lr_scale_batch
+        old = options.momentum_in_use
+        if not self.lr_scale_momentum or old is None:
+            return replace(options, lr=options.lr * ratio)
+        new = old**ratio
+        return replace(options, lr=options.lr * ratio * (1 - new) / (1 - old), momentum=new)
 
 
 def training_length(max_epochs: int | None, max_steps: int | None, steps_per_epoch: int) -> float:
@@ -157,10 +195,10 @@ def schedule(
     """The factor on the learning rate as a function of progress, in epochs since the start of training.
 
     It is defined for any progress from 0 on, depends on nothing else and rises in the warm-up and at
-    `lr_restarts` only. With e the progress, u = `unit`, w = `warmstart`, E = `epochs` - `cooldown`, and a the last
-    and b the next of w, the restarts and E:
+    `lr_restarts` only. With e the progress, u = `unit`, w = `warmstart`, f = `warmstart_from`, E = `epochs` -
+    `cooldown`, and a the last and b the next of w (0 with `warmstart_inside`), the restarts and E:
 
-        warm-up, e < w:        (e + u) / (w + u)
+        warm-up, e < w:        (e + u) / (w + u), or f + (1 - f) e / w
         CosineAnneal, e < E:   lr_min + (1 - lr_min) (1 + cos(pi (e - a) / (b - a))) / 2
         CosineAnneal, e >= E:  lr_min
         MultiStep, e < E:      lr_multiplier ^ (number of milestones <= e)
@@ -168,8 +206,10 @@ def schedule(
         both, e >= E:          the rate just before E
         Plateau:               max(lr_min, lr_multiplier ^ falls), which `plateau` counts
 
-    Milestones and step sizes that are null are fractions of E. A fall that comes before the warm-up ends acts
-    on the warm-up too; a warm-up longer than the training is cut off by its end. The function can be pickled.
+    From e = 1 on, e is `lr_ahead` epochs more than the progress, and E for the last line too. Milestones and step sizes
+    that are null are fractions of E. A fall that comes before the warm-up ends acts on the warm-up too; a milestone at
+    the end of the training acts on nothing; a warm-up longer than the training is cut off by its end. The function can
+    be pickled.
 
     Args:
         options: the options of the schedule.
@@ -193,31 +233,39 @@ def schedule(
             f" must be at most {_named(epochs)}"
         )
     for name in ("lr_milestones", "lr_restarts"):
-        late = [m for m in getattr(options, name) or () if m >= end]
+        at_most = (
+            name == "lr_milestones" and not options.cooldown
+        )  # published schedules name the last epoch too
+        late = [m for m in getattr(options, name) or () if m > end or (m == end and not at_most)]
         if late:
             less = f" - model.cooldown={options.cooldown}" if options.cooldown else ""
-            raise ConfigError(f"model.{name} must be less than {_named(epochs)}{less}, got {late[0]}")
+            bound = "at most" if at_most else "less than"
+            raise ConfigError(f"model.{name} must be {bound} {_named(epochs)}{less}, got {late[0]}")
     warm_up, restarts = float(options.warmstart), options.lr_restarts or []
     if restarts and restarts[0] <= warm_up:
         raise ConfigError(
             f"model.lr_restarts must be greater than model.warmstart={options.warmstart}, got {restarts[0]}"
         )
-    rise = partial(_warm_up, warm_up, unit)
+    rise = partial(_warm_up, warm_up, unit, options.warmstart_from)
     if options.scheduler is None:
         return rise
     if options.scheduler == "Plateau":
         falls = 0.1 if options.lr_multiplier is None else options.lr_multiplier
         return partial(_plateau, rise, plateau or Plateau(options), falls, options.lr_min)
-    if options.scheduler == "CosineAnneal":
-        return partial(_cosine, rise, (warm_up, *restarts, end), options.lr_min)
     multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
-    if options.scheduler == "Step":
+    factor: Callable[[float], float]
+    if options.scheduler == "CosineAnneal":
+        marks = (0.0 if options.warmstart_inside else warm_up, *restarts, end)
+        factor = partial(_cosine, rise, warm_up, marks, options.lr_min)
+    elif options.scheduler == "Step":
         size = options.lr_step_size or end / 4
-        falls = math.ceil(end / size) - 1  # those before the end
-        return partial(_step, rise, size, falls, multiplier)
-    milestones = options.lr_milestones
-    milestones = [end / 2, end * 3 / 4] if milestones is None else milestones
-    return partial(_multi_step, rise, tuple(milestones), multiplier)
+        falls = math.ceil((end + options.lr_ahead) / size) - 1  # those before the end
+        factor = partial(_step, rise, size, falls, multiplier)
+    else:
+        milestones = options.lr_milestones
+        milestones = [end / 2, end * 3 / 4] if milestones is None else milestones
+        factor = partial(_multi_step, rise, tuple(milestones), multiplier)
+    return partial(_ahead, factor, options.lr_ahead) if options.lr_ahead else factor
 
 
 def build_scheduler(
@@ -299,13 +347,19 @@ def _of_step(factor: Callable[[float], float], steps_per_epoch: int, step: int) 
     return factor(step / steps_per_epoch)
 
 
-def _warm_up(warm_up: float, unit: float, epoch: float) -> float:
-    return (epoch + unit) / (warm_up + unit) if epoch < warm_up else 1.0
+def _ahead(factor: Callable[[float], float], by: float, epoch: float) -> float:
+    return factor(epoch if epoch < 1 else epoch + by)
 
 
-def _cosine(rise: Factor, marks: tuple[float, ...], minimum: float, epoch: float) -> float:
-    """`marks`: the end of the warm-up, the restarts, the end."""
-    if epoch < marks[0]:
+def _warm_up(warm_up: float, unit: float, start: float | None, epoch: float) -> float:
+    if epoch >= warm_up:
+        return 1.0
+    return (epoch + unit) / (warm_up + unit) if start is None else start + (1 - start) * epoch / warm_up
+
+
+def _cosine(rise: Factor, warm_up: float, marks: tuple[float, ...], minimum: float, epoch: float) -> float:
+    """`marks`: where the first fall begins, the restarts, the end."""
+    if epoch < warm_up:
         return rise(epoch)
     if epoch >= marks[-1]:
         return minimum

@@ -206,7 +206,7 @@ def composed(overrides: tuple[str, ...]) -> DictConfig:
 
 @cache
 def _plain(overrides: tuple[str, ...]) -> dict[str, Any]:
-    config = to_plain(composed(overrides))
+    config = to_plain(composed(overrides), overrides)
     for option in SWEEP_OPTIONS:
         del config[option]
     _fit(config["model"], config)

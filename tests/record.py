@@ -120,7 +120,9 @@ class _Data:
     name = "stand-in"
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.batch_size = config["data"]["module"]["batch_size"]
+        self.batch_size, self.drop_last = (
+            config["data"]["module"][name] for name in ("batch_size", "drop_last")
+        )
         self.class_names = [str(i) for i in range(config["data"]["num_classes"] or 10)]
 
     def samples(self, split: str) -> range:

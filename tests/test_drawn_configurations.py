@@ -56,6 +56,7 @@ DATA: dict[str, list[Any]] = {
     "data.cv.k": [1, 2, 5],
     "data.module.fold": [0, 1],
     "data.module.random_batches": [False, True],
+    "data.module.drop_last": [True, False],
 }
 METRICS = [["acc"], ["acc", "f1", "ece"], ["auroc", "precision", "recall", "f1_per_class", "top5"], [], ["mse", "mae"],
            ["r2"]]  # fmt: skip

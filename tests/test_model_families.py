@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hydra.utils import get_class
 from small_models import FAMILIES, SIZE, small
 from torch import Tensor, nn
 
+from crucible.configuration import spell_out
 from crucible.options import ConfigError, signature_options
 from lab.build import build_model
 from lab.summary import build_on_meta, check_input, input_shape
@@ -198,9 +200,88 @@ def test_its_file_says_what_it_is_and_how_to_run_it(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_its_file_states_each_of_its_options_with_its_default(family: str) -> None:
     stated = yaml.safe_load((ROOT / "cli_configs" / "model" / f"{family}.yaml").read_text())
+    spell_out(stated)
     options = signature_options(get_class(stated.pop("_target_")))
     own = {n: default for n, (_, default) in options.items() if n not in signature_options(BaseModel)}
     in_the_file = {"cifar_size": None, "timm_kwargs": {}}  # resolved by the input's size; mutable
     own |= {n: value for n, value in in_the_file.items() if n in own}
     assert set(stated) <= set(options)
     assert {n: stated[n] for n in own} == own
+
+
+SHORT = {
+    "resnet": ("depth", "models.dynamic_resnet.ResNet{}", (18, 34, 50, 101, 152)),
+    "preact_resnet": ("depth", "models.preact_resnet.PreActResNet{}", (18, 34, 50, 101, 152)),
+    "se_resnet": ("depth", "models.se_resnet.SEResNet{}", (18, 34, 50, 101, 152)),
+    "oct_resnet": ("depth", "models.oct_resnet.OctResNet{}", (18, 34, 50, 101, 152)),
+    "resnext": ("depth", "models.resnext.ResNeXt{}", (50, 101)),
+    "lip_resnet": ("depth", "models.lip_resnet.LIPResNet{}", (50, 101)),
+    "deformable_resnet": ("depth", "models.deformable_resnet.DeformableResNet{}", (18, 50, 101)),
+    "resnet18_wobn": ("depth", "models.fixup_resnet.ResNet{}WithoutNorm", (18, 34)),
+    "vgg": ("depth", "models.dynamic_vgg.VGG{}", (16, 19)),
+    "pyramidnet": ("type", "models.pyramidnet.PyramidNet{}", (110, 272)),
+}
+IN_ONE_OPTION = {"cifar_resnet", "wide_resnet"}  # of their own `depth`, and timm's families by `type`
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, dict[str, Any]]:
+    """The options of each family's file."""
+    return {f: yaml.safe_load((ROOT / "cli_configs" / "model" / f"{f}.yaml").read_text()) for f in FAMILIES}
+
+
+@pytest.mark.parametrize("family", SHORT)
+def test_a_short_name_is_another_spelling_of_the_target(family: str, files: dict[str, Any]) -> None:
+    option, path, values = SHORT[family]
+    for value in values:
+        short, long = {**files[family], option: value}, {**files[family], "_target_": path.format(value)}
+        spell_out(short)
+        spell_out(long)
+        assert short == long
+        assert get_class(short["_target_"]).short == {option: value}
+    with pytest.raises(ConfigError, match=rf"model.{option}=7: models.\w+ has {values[0]}, "):
+        spell_out({**files[family], option: 7})
+    with pytest.raises(ConfigError, match=rf"model.{option}=\[18\]: "):
+        spell_out({**files[family], option: [18]})
+
+
+def test_every_variant_of_every_family_is_named_by_one_option(files: dict[str, Any]) -> None:
+    for family, options in files.items():
+        by_type = options.get("type") is not None
+        assert (family in SHORT) + (family in IN_ONE_OPTION) + by_type == 1, family
+        if family in SHORT:
+            module = get_class(options["_target_"]).__module__
+            classes = {
+                n for n, c in vars(import_module(module)).items() if getattr(c, "__module__", "") == module
+            }
+            _, path, values = SHORT[family]
+            variants = {path.format(value).rpartition(".")[2] for value in values}
+            named_ones = {n for n in classes if "short" in vars(vars(import_module(module))[n])}
+            assert named_ones == variants
+
+
+def test_what_was_typed_wins_over_the_other_spelling_of_a_file(files: dict[str, Any]) -> None:
+    """A recipe's `_target_` yields to a short name; a typed `_target_` to nothing, and both at once must agree."""
+    mine = {"_target_": "models.dynamic_resnet.ResNet101", "depth": 50}
+    from_a_file = dict(mine)
+    spell_out(from_a_file, ["model.depth=50"])
+    assert from_a_file == {"_target_": "models.dynamic_resnet.ResNet50"}
+    typed = dict(mine)
+    spell_out(typed, ["model._target_=models.dynamic_resnet.ResNet101"])
+    assert typed == {"_target_": "models.dynamic_resnet.ResNet101"}
+    with pytest.raises(
+        ConfigError, match=r"model.depth=50 is models.dynamic_resnet.ResNet50, and model._target_="
+    ):
+        spell_out(dict(mine), ["model.depth=50", "model._target_=models.dynamic_resnet.ResNet101"])
+
+
+def test_a_network_of_ones_own_keeps_its_own_options(files: dict[str, Any]) -> None:
+    own = {**files["resnet"], "_target_": "small_models.SmallResNet"}
+    spell_out(own)
+    assert own["_target_"] == "small_models.SmallResNet" and "depth" not in own
+    asked = {**own, "depth": 50}
+    spell_out(asked)
+    assert asked["depth"] == 50, "which the check refuses: the class has no such option"
+    pyramid = {**files["pyramidnet"], "depth": 29}
+    spell_out(pyramid)
+    assert pyramid["depth"] == 29, "its own option"

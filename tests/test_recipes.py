@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import shutil
@@ -21,10 +22,13 @@ from lightning.pytorch import Callback, Trainer
 from small_models import SMALL
 from technique_runs import built
 
+from benchmarks.recipes import row
 from crucible import configuration
 from crucible.configuration import select
+from crucible.options import read_options
 from docs.reproducing_page import FAMILIES, PAGE, RECIPES, Recipe, measured, recipes, reproducing_page
 from lab.config import check
+from optimizers.schedules import ScheduleOptions, schedule, training_length
 
 KNOWN = recipes()
 NAMES = [recipe.name for recipe in KNOWN]
@@ -32,6 +36,7 @@ STEPS = 2
 CLASSES = 4
 # what the small network of a recipe needs besides its family's, and one setting that needs GPUs
 SMALLER = {
+    "cifar/pyramidnet110": ["model.depth=11"],
     "cifar/pyramidnet272": ["model.depth=11"],
     "model_zoo/sync_bn": ["trainer.sync_batchnorm=false"],
 }
@@ -87,9 +92,57 @@ def test_a_recipe_composes_by_its_commands_and_keeps_its_settings(recipe: Recipe
                 assert name in typed or select(config, name) == value, f"{command}: {name}"
 
 
+def under(debug: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration with what a file of cli_configs/debug sets."""
+    content = yaml.safe_load((ROOT / "cli_configs" / "debug" / f"{debug}.yaml").read_text())
+
+    def merged(node: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        return node | {
+            k: merged(node[k], v) if isinstance(v, dict) and k in node else v for k, v in more.items()
+        }
+
+    return merged(config, content)
+
+
+def rates(config: dict[str, Any]) -> list[float]:
+    """The factors of the first two epochs, and what is refused of the schedule."""
+    trainer = config["trainer"]
+    length = training_length(trainer["max_epochs"], trainer["max_steps"], 2)
+    return [schedule(read_options(ScheduleOptions, config["model"]), length)(epoch) for epoch in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
+def test_every_recipe_has_its_own_first_steps_under_two_steps(recipe: Recipe) -> None:
+    """Whatever milestones, warm-up and cool-down it has: the length is the recipe's, and a callback ends it."""
+    overrides = jobs(recipe.commands[0])[0]
+    whole = _composed(tuple(overrides))
+    for debug in ("two_steps", "profile", "overfit"):
+        config = under(debug, whole)
+        check(config, overrides)
+        if debug == "overfit":
+            assert rates(config) == [1.0, 1.0]
+        else:
+            assert rates(config) == rates(whole)
+            assert config["callbacks"]["end"]["epochs"] == 1
+
+
+def test_a_debugged_recipe_ends_after_an_epoch_of_two_steps(cli, tmp_path: Path) -> None:
+    """Milestones at 100 to 200 of 250 epochs; the first epoch at its full rate, then the test."""
+    outcome = cli(
+        "recipe=online_norm/cifar10_batch", "debug=two_steps", "data=synthetic", "model.depth=8",
+        "data.module.batch_size=8", "logger.wandb=null", "callbacks.plots=null",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    (run,) = tmp_path.glob("experiments/*/*/summary.json")
+    summary = json.loads(run.read_text())
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 1, 2)
+    assert "test/acc" in summary["final"]
+    assert "1/250" in outcome.out and "lr 0.1" in outcome.out
+
+
 @pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
 def test_the_header_says_what_to_reach_and_with_what(recipe: Recipe) -> None:
-    for part in (recipe.description, recipe.source, recipe.published, recipe.hardware):
+    for part in (recipe.description, recipe.source, recipe.published, recipe.hardware, recipe.differs):
         assert part.endswith((".", ".)")) and "|" not in part
     assert "%" in recipe.published or recipe.published.startswith(("not found", "none of its own"))
     assert recipe.family in FAMILIES
@@ -124,11 +177,68 @@ def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> Non
     }
 
 
+def test_the_rows_of_power_grad_have_its_schedule_as_run_and_its_evaluation() -> None:
+    bicubic = {
+        "resnet50",
+        "resnet101",
+        "seresnet18",
+        "seresnet50",
+    }  # of the fork's default_cfgs; the others bilinear
+    for name in (n for n in NAMES if n.startswith("powergrad/")):
+        config = _composed((f"recipe={name}",))
+        length = config["trainer"]["max_epochs"]
+        factor = schedule(read_options(ScheduleOptions, config["model"]), length)
+        found = [round(factor(e), 3) for e in (0, 1, 2, 5, 29, 30, 59, 60, 88, 89)]
+        if "_step" in name:
+            assert (length, found) == (90, [0.1, 0.46, 0.64, 1.0, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
+        else:
+            assert (length, found) == (100, [0.1, 0.46, 0.64, 0.989, 0.75, 0.735, 0.251, 0.236, 0.001, 0.001])
+        filter = config["data"]["module"]["test_transforms"].get("interpolation", "bilinear")
+        assert (filter == "bicubic") == (name.split("/")[1].split("_")[0] in bicubic), name
+    assert _composed(("recipe=powergrad/resnet18_wobn_cosine",))["model"]["norm"] == "none"
+
+
 def test_the_page_is_the_generated_one_and_measurements_belong_to_recipes() -> None:
     assert PAGE.read_text() == reproducing_page(), "run python -m docs.generate"
     assert set(measured()) <= set(NAMES)
     for name in NAMES:
         assert PAGE.read_text().count(f"[`{name}`]") == 1
+
+
+TABLE = ROOT / "benchmarks" / "results" / "recipes.md"
+
+
+def test_the_table_of_recipes_has_each_with_what_its_header_says() -> None:
+    rows = {line.split("`")[1]: line for line in TABLE.read_text().splitlines() if line.startswith("| `")}
+    assert list(rows) == NAMES, "run python benchmarks/recipes.py --out benchmarks/results/recipes.md"
+    for recipe in KNOWN:
+        said = f"| {recipe.published} | {recipe.differs} | {recipe.source} |"
+        assert rows[recipe.name].endswith(said), "run python benchmarks/recipes.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [r if r.name in ("cifar/resnet50", "cifar/vgg16") else nightly(r)[0] for r in KNOWN],
+    ids=lambda r: r.name,
+)
+def test_the_table_of_recipes_has_the_network_and_the_settings_that_are_run(recipe: Recipe) -> None:
+    assert row(recipe) in TABLE.read_text().splitlines(), "run python benchmarks/recipes.py"
+
+
+def test_the_rows_of_cifar_take_the_pictures_and_batches_of_their_repository() -> None:
+    """What its code says of each row: mean and deviation, operations, the last batch, the head, precision."""
+    for name in (n for n in NAMES if n.startswith("cifar/")):
+        config = _composed((f"recipe={name}", "data=cifar100", "data.module.train_transforms.cutout_size=8"))
+        module, model = config["data"]["module"], config["model"]
+        for role in ("train_transforms", "test_transforms"):
+            assert module[role]["mean"] == [0.4914, 0.4822, 0.4465]
+            assert module[role]["std"] == [0.2023, 0.1994, 0.2010]
+        training = module["train_transforms"]
+        assert (training["operations"], training["fill"], training["cutout_size"]) == ("deepvoltaire", 128, 8)
+        assert training.get("prob") == (0.5 if "RandAugment" in training["_target_"] else None)
+        assert (module["drop_last"], module["batch_size"], model["head_std"]) == (False, 128, 0.001)
+        assert config["trainer"]["precision"] == ("32-true" if model["sam"] else None)
 
 
 @pytest.fixture(scope="module")

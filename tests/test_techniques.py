@@ -33,8 +33,8 @@ CODE = (
     "optimizers",
     "callbacks",
 )
-# words that name other things too: arguments of networks, statistics, the policies' own cutout
-FREE = {"norm", "activation", "cutout_size"}
+# words that name other things too: arguments of networks, statistics, the policies' own cutout, gc's freeze
+FREE = {"norm", "activation", "cutout_size", "temperature", "freeze"}
 STAGES = (
     "network", "raw", "batch", "ready", "loss", "closure", "gradient", "groups", "optimizer", "schedule", "weights",
     "networks",
@@ -85,7 +85,7 @@ def test_off_adds_nothing() -> None:
 def test_an_option_without_the_one_that_it_needs_is_refused(kind: type[Technique]) -> None:
     for name in kind.needs:
         default = kind.__dataclass_fields__[name].default
-        value: Any = {"sam_rho": 0.1, "norm_kwargs": {"eps": 1e-3}, "swa_lr": 0.5}.get(name)
+        value: Any = {"sam_rho": 0.1, "norm_kwargs": {"eps": 1e-3}, "swa_lr": 0.5, "unfreeze_at": 1}.get(name)
         if value is None:
             value = (
                 not default

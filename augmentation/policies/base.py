@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.automatic import AugMix, AutoAugment, Automatic, rand_augment, trivial_augment
+from augmentation.automatic import (
+    AugMix,
+    AutoAugment,
+    Automatic,
+    Library,
+    rand_augment,
+    trivial_augment,
+    uda_rand_augment,
+)
+from augmentation.operations import Interpolation
 from crucible.corrections import Correction
 from crucible.keyed import keyed_uniform
+from crucible.options import ConfigError
 from crucible.pictures import Shape, grey
 
 Positive = Annotated[list[float] | None, "(0, inf)", "standard deviation a channel, in units of mean"]
@@ -112,7 +122,11 @@ class ImagePolicy(Policy):
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
-    crop_draws: ClassVar[int] = 0  # random numbers that `resample` takes
+
+    @property
+    def crop_draws(self) -> int:
+        """Random numbers that `resample` takes."""
+        return 0
 
     def __init__(
         self,
@@ -130,10 +144,11 @@ class ImagePolicy(Policy):
         self.unused_options = {n: v for n, v in given.items() if n not in self.defaults and v}
         self.options = self.defaults | {n: v for n, v in given.items() if n in self.defaults}
         self.cutout_size: int = self.options.get("cutout_size", 0)
-        self.shift_by, self.flip_chance = 0, 0.0
+        self.shift_by, self.flip_chance, self.vertical_flip_chance = 0, 0.0, 0.0
         self.transform: Callable[[Any], Any] | None = self.build_transform()
         self.automatic: Automatic | None = self.build_automatic()
-        self.first_draw = SHIFT_AND_CUTOUT + (0 if self.automatic is None else self.automatic.draws)
+        self.automatic_draws = 0 if self.automatic is None else self.automatic.draws
+        self.first_draw = SHIFT_AND_CUTOUT + self.automatic_draws + (self.vertical_flip_chance > 0)
 
     def build_automatic(self) -> Automatic | None:
         """What is drawn for each image, in the batch part."""
@@ -153,8 +168,9 @@ class ImagePolicy(Policy):
         return resized(pixels, self.size, self.size)
 
     def shift_and_flip_batch(self) -> None:
-        """Let the batch part do `padding` and `flip`."""
+        """Let the batch part do `padding`, `flip` and `vertical_flip`."""
         self.shift_by, self.flip_chance = self.options.get("padding", 0), self.options.get("flip", 0.0)
+        self.vertical_flip_chance = self.options.get("vertical_flip", 0.0)
 
     def sample(self, image: Image.Image | Tensor) -> Tensor:
         """`image` (PIL, or uint8 (C, H, W)) to uint8 (channels, size, size)."""
@@ -200,13 +216,17 @@ class ImagePolicy(Policy):
 
     def augment(self, input: Tensor, index: Tensor, key: int | Tensor) -> Tensor:
         """uint8 (N, C, size, size) to the same: shifted, flipped, and changed by the drawn operations."""
-        if not (self.shift_by or self.flip_chance or self.automatic is not None):
+        if not (self.shift_by or self.flip_chance or self.vertical_flip_chance or self.automatic is not None):
             return input
         draws = keyed_uniform(key, index, self.first_draw)
         if self.shift_by or self.flip_chance:
             input = shift_and_flip(input, draws[:, :3], self.shift_by, self.flip_chance)
+        behind = SHIFT_AND_CUTOUT + self.automatic_draws
+        if self.vertical_flip_chance:
+            upside_down = draws[:, behind, None, None, None] < self.vertical_flip_chance
+            input = torch.where(upside_down, input.flip(2), input)
         if self.automatic is not None:
-            input = self.automatic(input, draws[:, SHIFT_AND_CUTOUT:])
+            input = self.automatic(input, draws[:, SHIFT_AND_CUTOUT:behind])
         return input
 
 
@@ -216,6 +236,7 @@ class PhotographPolicy(ImagePolicy):
     Args:
         own: the options of the subclass by name.
         flip: probability of the mirror image.
+        vertical_flip: probability of an image upside down.
         cutout_size: side of the square that is cut out, in pixels (paper: 16 for CIFAR-10, 8 for CIFAR-100).
         num_ops: operations of RandAugment that an image gets.
         magnitude: strength of RandAugment's operations, of 30.
@@ -226,8 +247,13 @@ class PhotographPolicy(ImagePolicy):
         chain_depth: operations of a chain; 0: 1 to 3, drawn for each.
         all_ops: AugMix with brightness, colour, contrast and sharpness, which its paper leaves out as they overlap
             with the corruptions of ImageNet-C.
-        interpolation: where the automatic policies move pixels by parts of one.
+        interpolation: between pixels: where pictures are resized (bilinear, bicubic, or random: one of the two, drawn
+            for each), and where the automatic policies move pixels by parts of one (nearest, bilinear). Given, one
+            value is for both, save that nearest is for the latter alone; null: bilinear, there nearest.
         fill: level of what was outside of the image there, 0 to 255.
+        operations: whose operations AutoAugment and RandAugment take: torchvision's, or those of
+            github.com/DeepVoltaire/AutoAugment (bicubic shears; `fill` there is 128), which RandAugment takes as UDA
+            does: 15 of them, Invert and a cutout among them, each at a strength of 1 to 9 of 10 (`prob` there is 0.5).
         common: what every image policy takes.
     """
 
@@ -237,6 +263,7 @@ class PhotographPolicy(ImagePolicy):
         /,
         *,
         flip: Annotated[float | None, "[0, 1]"] = None,
+        vertical_flip: Annotated[float | None, "[0, 1]"] = None,
         cutout_size: Pixels = None,
         num_ops: Annotated[int | None, "[1, 16]"] = None,
         magnitude: Annotated[int | None, "[0, 30]"] = None,
@@ -246,22 +273,33 @@ class PhotographPolicy(ImagePolicy):
         mixture_width: Annotated[int | None, "[1, 16]"] = None,
         chain_depth: Annotated[int | None, "[0, 16]"] = None,
         all_ops: bool | None = None,
-        interpolation: Literal["nearest", "bilinear"] | None = None,
+        interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "random"] | None = None,
         fill: Annotated[int | None, "[0, 255]"] = None,
+        operations: Library | None = None,
         **common: Any,
     ) -> None:
         shared = {
-            "flip": flip, "cutout_size": cutout_size, "num_ops": num_ops, "magnitude": magnitude,
-            "magnitude_std": magnitude_std, "prob": prob, "severity": severity, "mixture_width": mixture_width,
-            "chain_depth": chain_depth, "all_ops": all_ops, "interpolation": interpolation, "fill": fill,
+            "flip": flip, "vertical_flip": vertical_flip, "cutout_size": cutout_size, "num_ops": num_ops,
+            "magnitude": magnitude, "magnitude_std": magnitude_std, "prob": prob, "severity": severity,
+            "mixture_width": mixture_width, "chain_depth": chain_depth, "all_ops": all_ops,
+            "interpolation": interpolation, "fill": fill, "operations": operations,
         }  # fmt: skip
         super().__init__({**own, **shared}, **common)
+        if self.options.get("operations") == "deepvoltaire":  # which fix these themselves
+            fixed = {"interpolation": interpolation, "magnitude": magnitude, "magnitude_std": magnitude_std}
+            self.unused_options |= {name: value for name, value in fixed.items() if value is not None}
 
     def chosen(self, *names: str) -> dict[str, Any]:
         """Options by name, and those of resampling."""
+        if (interpolation := self.options["interpolation"]) not in (known := get_args(Interpolation)):
+            raise ConfigError(
+                f"interpolation={interpolation}: {type(self).__name__}'s operations take {' or '.join(known)}",
+                "docs/data.md",
+            )
         return {name: self.options[name] for name in (*names, "interpolation", "fill")}
 
 
+FLIPS = {"flip": 0.5, "vertical_flip": 0.0}
 RESAMPLING = {"interpolation": "nearest", "fill": 0}
 RAND_AUGMENT = {"num_ops": 2, "magnitude": 9, "magnitude_std": 0.0, "prob": 1.0, **RESAMPLING}
 AUGMIX = {
@@ -276,19 +314,27 @@ ON_BATCHES = Correction(
 class AutomaticAutoAugment(PhotographPolicy):
     """A policy with AutoAugment."""
 
-    corrections: ClassVar = (ON_BATCHES,)
+    corrections: ClassVar[tuple[Correction, ...]] = (ON_BATCHES,)
     found_on: ClassVar[Literal["cifar10", "imagenet"]]
 
     def build_automatic(self) -> Automatic:
-        return AutoAugment(self.size, self.found_on, **self.chosen())
+        return AutoAugment(
+            self.size,
+            self.found_on,
+            **self.chosen(),
+            operations=self.options.get("operations", "torchvision"),
+        )
 
 
 class AutomaticRandAugment(PhotographPolicy):
     """A policy with RandAugment."""
 
-    corrections: ClassVar = (ON_BATCHES,)
+    corrections: ClassVar[tuple[Correction, ...]] = (ON_BATCHES,)
 
     def build_automatic(self) -> Automatic:
+        if self.options.get("operations") == "deepvoltaire":
+            num_ops, prob, fill = (self.options[name] for name in ("num_ops", "prob", "fill"))
+            return uda_rand_augment(self.size, num_ops, prob, fill)
         return rand_augment(self.size, **self.chosen("num_ops", "magnitude", "magnitude_std", "prob"))
 
 
@@ -307,8 +353,10 @@ class AutomaticAugMix(PhotographPolicy):
         return AugMix(self.size, self.size, **chosen)
 
 
-def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (C, H, W) at another size: bilinear with antialias, by the kernel that torchvision takes for tensors.
+def resized(
+    pixels: Tensor, height: int, width: int, mode: Literal["bilinear", "bicubic"] = "bilinear"
+) -> Tensor:
+    """uint8 (C, H, W) at another size, with antialias, by the kernel that torchvision takes for tensors.
 
     PIL's resize of the same name differs by one level here and there.
     """
@@ -319,7 +367,7 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
         pixels.stride(0) == 1
     ):  # the kernel would turn a crop whose channels lie together into one where they lie apart
         batch = batch.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(batch, size=(height, width), mode="bilinear", antialias=True)[0]
+    return F.interpolate(batch, size=(height, width), mode=mode, antialias=True)[0]
 
 
 def shift_and_flip(input: Tensor, draws: Tensor, by: int, flip_chance: float) -> Tensor:

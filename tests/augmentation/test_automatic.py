@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import nightly
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from torch import nn
 from torchvision.transforms import v2
@@ -19,10 +20,12 @@ from augmentation.automatic import (
     AugMix,
     AutoAugment,
     augmix_strengths,
+    deepvoltaire_strengths,
     rand_augment,
     strengths,
     subpolicies,
     trivial_augment,
+    uda_rand_augment,
     wide_strengths,
 )
 from augmentation.operations import GEOMETRIC, Cell, Operations, _grid, inverse_affine
@@ -40,6 +43,10 @@ AUTOMATIC: dict[str, Callable[[int], nn.Module]] = {
     "RandAugment spread": lambda size: rand_augment(size, 3, 15, 5.0, 0.7, "bilinear", 128),
     "AutoAugment": lambda size: AutoAugment(size, "cifar10"),
     "AutoAugment imagenet": lambda size: AutoAugment(size, "imagenet"),
+    "AutoAugment deepvoltaire": lambda size: AutoAugment(
+        size, "cifar10", fill=128, operations="deepvoltaire"
+    ),
+    "RandAugment deepvoltaire": uda_rand_augment,
     "TrivialAugment": trivial_augment,
     "AugMix": lambda size: AugMix(size, size),
 }
@@ -72,7 +79,7 @@ def reference(
     images: torch.Tensor, cell: Cell, interpolation: str = "nearest", fill: int = 0
 ) -> torch.Tensor:
     apply = v2.RandAugment()._apply_image_or_video_transform
-    return apply(images, *cell, InterpolationMode(interpolation), {torch.Tensor: fill} if fill else {})
+    return apply(images, *cell[:2], InterpolationMode(interpolation), {torch.Tensor: fill} if fill else {})
 
 
 def assert_moved_alike(
@@ -211,6 +218,91 @@ def test_operations_are_drawn_as_often_as_by_torchvision(name) -> None:
         assert stats.chi2_contingency(counts).pvalue > 1e-3
 
 
+def by_pil(picture: Image.Image, cell: Cell) -> Image.Image:
+    """An operation of github.com/DeepVoltaire/AutoAugment, by the functions of PIL that it calls."""
+    name, m, size, grey = cell.name, cell.magnitude, picture.size, (128,) * 3
+    if name.startswith("Shear"):
+        matrix = (1, m, 0, 0, 1, 0) if name == "ShearX" else (1, 0, 0, m, 1, 0)
+        return picture.transform(size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=grey)
+    if name.startswith("Translate"):  # the picture moves against the numbers of the matrix
+        matrix = (1, 0, -m, 0, 1, 0) if name == "TranslateX" else (1, 0, 0, 0, 1, -m)
+        return picture.transform(size, Image.AFFINE, matrix, fillcolor=grey)
+    if name == "Rotate":
+        turned = picture.convert("RGBA").rotate(m)
+        return Image.composite(turned, Image.new("RGBA", size, (128,) * 4), turned).convert("RGB")
+    if name == "Cutout":
+        (row, column), half = cell.centre, cell.magnitude
+        box = [
+            max(0, column - half),
+            max(0, row - half),
+            min(size[0], column + half),
+            min(size[1], row + half),
+        ]
+        covered = picture.copy()
+        covered.paste((125, 122, 113), box)
+        return covered
+    functions = {
+        "Posterize": lambda: ImageOps.posterize(picture, int(m)),
+        "Solarize": lambda: ImageOps.solarize(picture, 255 * m),
+        "AutoContrast": lambda: ImageOps.autocontrast(picture),
+        "Equalize": lambda: ImageOps.equalize(picture),
+        "Invert": lambda: ImageOps.invert(picture),
+    }
+    return functions[name]() if name in functions else getattr(ImageEnhance, name)(picture).enhance(1 + m)
+
+
+@pytest.mark.parametrize("form", ["by_bucket", "by_mask"])
+def test_deepvoltaires_operations_are_pils_to_a_level_and_to_the_neighbours_of_a_turn(form) -> None:
+    images = varied(3, 32, 12)
+    table = uda_rand_augment(32).operations.cells
+    holes = [cell for cell in table if cell.name == "Cutout"]
+    moves = [cell for cell in table if cell.name not in ("Cutout", "Identity")]
+    assert len(moves) == 9 * 14 * 2 and {cell.magnitude for cell in holes} == {1, 2, 3, 4, 5, 6, 8, 9, 10}
+    assert {cell.centre for cell in holes} == {(row, column) for row in range(32) for column in range(32)}
+    cells = list(dict.fromkeys([*moves[::3], *holes[:: 32 * 33 + 7]]))
+    exact = {"TranslateX", "TranslateY", "Posterize", "Solarize", "Equalize", "Invert", "Cutout"}
+    operations = Operations(cells, 32, 32, "nearest", 128)
+    elsewhere = Counter[str]()
+    for number, cell in enumerate(cells):
+        output = getattr(operations, form)(images, torch.full((len(images), 1), number))
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        expected = np.stack([np.asarray(by_pil(picture, cell)) for picture in pictures])
+        away = (output.permute(0, 2, 3, 1).int() - torch.from_numpy(expected).int()).abs()
+        assert cell.name not in exact or not away.any(), cell
+        elsewhere[cell.name] += int((away > 1).sum())
+    assert {name for name, count in elsewhere.items() if count} <= {"Rotate", "ShearX", "ShearY"}
+    assert max(elsewhere.values()) < 1e-3 * images.numel() * 6  # halves, in float32 and in PIL's fixed point
+
+
+def test_uda_draws_each_of_its_operations_and_strengths_as_often_and_turns_one_way() -> None:
+    automatic = uda_rand_augment(8, num_ops=2, prob=0.5)
+    seen = drawn(automatic, 60_000)
+    nothing = seen.pop(("Identity", 0.0))
+    assert nothing / 120_000 == pytest.approx(0.5, abs=0.01)
+    by_name, by_level = Counter[str](), Counter[float]()
+    for (name, level), count in seen.items():
+        by_name[name] += count
+        if name == "Rotate":
+            by_level[level] += count
+    assert set(by_name) == {
+        "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
+        "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert", "Cutout",
+    }  # fmt: skip
+    assert stats.chisquare(list(by_name.values())).pvalue > 1e-3
+    assert sorted(by_level) == pytest.approx([30 * place / 9 for place in range(1, 10)], abs=1e-4)
+    assert stats.chisquare(list(by_level.values())).pvalue > 1e-3
+    assert deepvoltaire_strengths(32, 32)["TranslateX"] == [0, 2, 3, 5, 6, 8, 10, 11, 13, 15]
+
+
+def test_autoaugment_with_deepvoltaires_operations_has_the_same_pairs_and_chances() -> None:
+    ours, theirs = AUTOMATIC["AutoAugment"](32), AUTOMATIC["AutoAugment deepvoltaire"](32)
+    assert torch.equal(ours.chances, theirs.chances)
+    a, b = (automatic.operations.cells for automatic in (ours, theirs))
+    assert [cell.name for cell in a] == [cell.name for cell in b]
+    assert {cell.magnitude > 0 for cell in b if cell.name == "Rotate"} == {True}
+    assert {cell.bicubic for cell in b if cell.name.startswith("Shear")} == {True}
+
+
 def test_spread_and_chance_of_rand_augment() -> None:
     automatic = rand_augment(32, num_ops=1, magnitude=20, magnitude_std=4.0, prob=0.6)
     seen = drawn(automatic, 40_000)
@@ -327,4 +419,11 @@ def test_an_option_out_of_place_is_said_to_have_no_use() -> None:
     assert cifar.AutoAugmentTransform(magnitude=5).unused_options == {"magnitude": 5}
     assert cifar.TrivialAugmentTransform(num_ops=3, fill=7).unused_options == {"num_ops": 3}
     assert cifar.RandAugmentTransform(severity=2, prob=0.5).unused_options == {"severity": 2}
+    assert cifar.AutoAugmentTransform(operations="deepvoltaire", fill=128).unused_options == {}
+    assert cifar.RandAugmentTransform(operations="deepvoltaire", magnitude=9, prob=0.5).unused_options == {
+        "magnitude": 9
+    }
+    assert imagenet.AutoAugmentTransform(operations="deepvoltaire").unused_options == {
+        "operations": "deepvoltaire"
+    }
     assert cifar.AugMixTransform(severity=2, all_ops=True, interpolation="nearest").unused_options == {}

@@ -8,7 +8,7 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2F
 
-from augmentation.crops import DRAWS, _by_matrices, crop_box, crop_boxes, resized_crops
+from augmentation.crops import DRAWS, MODES, _by_matrices, crop_box, crop_boxes, resized_crops
 from augmentation.policies import imagenet
 from crucible.keyed import keyed_uniform
 
@@ -40,15 +40,35 @@ def test_boxes_of_one_picture_are_those_of_the_batch(height: int, width: int) ->
     assert [list(crop_box(height, width, d, 0.08)) for d in draws.tolist()] == boxes.tolist()
 
 
+@pytest.mark.parametrize("aspects", [(1.0, 1.0), (0.5, 3.0)])
+def test_aspects_of_boxes_are_those_asked_for(aspects: tuple[float, float]) -> None:
+    draws = keyed_uniform(4, torch.arange(300), DRAWS)
+    boxes = crop_boxes(draws, 400, 400, 0.1, aspects)
+    aspect = boxes[:, 3] / boxes[:, 2]
+    assert aspect.min() >= aspects[0] - 0.02 and aspect.max() <= aspects[1] + 0.06
+    assert aspect.min() < aspects[0] + 0.05 and aspect.max() > aspects[1] - 0.3
+    assert [list(crop_box(400, 400, d, 0.1, aspects)) for d in draws.tolist()] == boxes.tolist()
+
+
 @pytest.mark.parametrize("size", [16, 64])
-def test_crops_are_torchvisions_to_a_level(size: int) -> None:
-    images = smooth(20, 40, 50)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_crops_are_torchvisions_to_a_level(size: int, share: float) -> None:
+    images, bicubic = smooth(20, 40, 50), torch.arange(20) % 2 < 2 * share - 0.5
     boxes = crop_boxes(keyed_uniform(1, torch.arange(20), DRAWS), 40, 50, 0.08)
+    modes = [v2.InterpolationMode(MODES[b]) for b in bicubic.tolist()]
+    assert bicubic.float().mean() == share
     expected = torch.stack(
-        [v2F.resized_crop(i, *b, size=[size, size]) for i, b in zip(images, boxes.tolist(), strict=True)]
+        [
+            v2F.resized_crop(i, *b, size=[size, size], interpolation=mode)
+            for i, b, mode in zip(images, boxes.tolist(), modes, strict=True)
+        ]
     )
-    assert torch.equal(resized_crops(images, boxes, size), expected)
-    assert (_by_matrices(images, boxes, size).int() - expected.int()).abs().max() <= 1
+    assert torch.equal(resized_crops(images, boxes, size, bicubic), expected)
+    off = (_by_matrices(images, boxes, size, bicubic).int() - expected.int()).abs()
+    assert off.max() <= (2 if share else 1)
+    assert off.float().mean() < 0.25
+    if not share:
+        assert torch.equal(resized_crops(images, boxes, size), expected)
 
 
 def test_images_in_memory_are_cropped_on_the_batch() -> None:
@@ -62,5 +82,8 @@ def test_images_in_memory_are_cropped_on_the_batch() -> None:
     whole = policy.batch(images, index, 5)
     assert whole.shape == (32, 3, 24, 24)
     assert torch.equal(policy.batch(images[3:5], index[3:5], 5), whole[3:5])
+    drawn = imagenet.BaselineTransform(size=24, interpolation="random").batch(images, index, 5)
+    same = (drawn == whole).flatten(1).all(1)
+    assert 4 < same.sum() < 28, "each image is resized bilinear or bicubic, in the box that it had"
     mirrored = [imagenet.BaselineTransform(size=24, flip=float(f)).augment(images, index, 5) for f in (0, 1)]
     assert torch.equal(mirrored[0].flip(3), mirrored[1])

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
+from augmentation.crops import crop_box
 from augmentation.policies import cifar, digits, imagenet
 from augmentation.policies.base import cutout, shift_and_flip
 from augmentation.policies.default import IdentityTransform
+from crucible.corrections import versions_of
 from crucible.keyed import keyed_rng, keyed_uniform, stream_key
+from crucible.options import ConfigError
 
 NAMES = [
     "BaselineTransform",
@@ -190,6 +194,84 @@ def test_the_imagenet_test_policy_takes_the_centre():
     assert (imagenet.TestTransform().sample(image) == 255).all()
     small = imagenet.TestTransform(size=64).sample(Image.new("RGB", (100, 300)))
     assert small.shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "resized"), [(224, 0.875, 256), (224, 0.95, 235), (16, 0.875, 18), (12, 0.875, 13)]
+)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_resizes_and_crops_as_timm_does(size, crop_pct, resized, interpolation):
+    """timm 0.4.12 and since: floor(size / crop_pct), the same filter, the central square."""
+    made = imagenet.TestTransform(size=size, crop_pct=crop_pct, interpolation=interpolation)
+    assert made.resized_side == resized
+    image = torch.from_numpy(np.array(picture(300, 280))).permute(2, 0, 1)
+    theirs = v2.Compose([v2.Resize(resized, v2.InterpolationMode(interpolation)), v2.CenterCrop(size)])
+    assert torch.equal(made.sample(image), theirs(image))
+
+
+def test_a_resized_side_that_was_rounded_up_is_another_number():
+    def versions(size):
+        node = {"data": {"module": {"test_transforms": {"size": size}}}}
+        return versions_of(imagenet.TestTransform.corrections[-1:], node)
+
+    assert versions(224) == versions(16) == {}
+    assert versions(12) == {"data.module.test_transforms": 2}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_random_crops_are_resized_by_the_filter_that_is_named(interpolation):
+    made, image = imagenet.BaselineTransform(size=24, interpolation=interpolation), picture(60, 50)
+    pixels, seen = torch.from_numpy(np.array(image)).permute(2, 0, 1), set()
+    for key in range(12):
+        with keyed_rng(key):
+            found = made.sample(image)
+        with keyed_rng(key):
+            draws = torch.rand(made.crop_draws).tolist()
+        box = crop_box(50, 60, draws, 0.08)
+        by = {
+            m.value: v2.functional.resized_crop(pixels, *box, [24, 24], m)
+            for m in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC)
+        }
+        seen |= {name for name, expected in by.items() if torch.equal(found, expected)}
+    assert seen == ({"bilinear", "bicubic"} if interpolation == "random" else {interpolation})
+
+
+def test_pictures_of_another_size_are_resized_by_the_filter_that_is_named():
+    image = torch.from_numpy(np.array(picture(50, 40))).permute(2, 0, 1)
+    for mode in (v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC):
+        expected = v2.functional.resize(image, [32, 32], mode)
+        assert torch.equal(cifar.TestTransform(interpolation=mode.value).sample(image), expected)
+
+
+def test_interpolations_that_a_policy_cannot_follow_are_refused():
+    for made, interpolation in (
+        (imagenet.TestTransform, "random"), (imagenet.TestTransform, "nearest"),
+        (imagenet.BaselineTransform, "nearest"),
+        (cifar.TestTransform, "random"), (imagenet.RandAugmentTransform, "random"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"interpolation={interpolation}: {made.__name__}"):
+            made(interpolation=interpolation)
+    assert imagenet.RandAugmentTransform(interpolation="nearest").resizing == "bilinear"
+    with pytest.raises(ConfigError, match="ratio="):
+        imagenet.BaselineTransform(ratio=[2.0, 1.0])
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_a_vertical_flip_is_drawn_apart_from_all_else(module):
+    """At chance 1 each image is that of chance 0 upside down: nothing else is drawn otherwise."""
+    size = 16
+    input = torch.randint(0, 256, (64, 3, size, size), dtype=torch.uint8)
+    options = {"size": size} | ({"padding": 0} if module == "cifar" else {})
+    plain, turned, half = (
+        policy(module, "BaselineTransform", vertical_flip=chance, **options).batch(input, torch.arange(64), 3)
+        for chance in (0.0, 1.0, 0.5)
+    )
+    assert torch.equal(plain.flip(2), turned)
+    upside_down = [torch.equal(a, b) for a, b in zip(half, turned, strict=True)]
+    assert 16 < sum(upside_down) < 48
+    assert torch.equal(half[torch.tensor(upside_down)], turned[torch.tensor(upside_down)])
+    both = policy(module, "RandAugmentTransform", vertical_flip=1.0, cutout_size=0, prob=0.0, **options)
+    assert torch.equal(both.batch(input, torch.arange(64), 3), turned)
 
 
 def test_channels_last_input_stays_channels_last():

@@ -37,6 +37,23 @@ def test_an_epoch_has_each_sample_at_most_once_and_epochs_leave_out_different_on
     assert len(left_out) == 5
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_last_batch_that_is_kept_has_what_is_left_in_equal_parts(world):
+    alone = global_batches(101, 12, 1, 3, drop_last=False)
+    assert [len(batch) for batch in alone] == [12] * 8 + [5]
+    assert sorted(chain(*alone)) == list(range(101))
+    shared = global_batches(101, 12, world, 3, drop_last=False)
+    assert shared[:8] == alone[:8] == global_batches(101, 12, 1, 3)
+    assert shared[8] == alone[8][: 5 - 5 % world]
+
+
+def test_a_last_batch_that_is_kept_is_resumed_and_needs_a_sample_for_each_rank():
+    whole = EpochSampler(43, 4, 0, drop_last=False)
+    assert list(EpochSampler(43, 4, 0, start=(0, 10), drop_last=False)) == list(whole)[10:]
+    assert len(global_batches(50, 24, 3, 0, drop_last=False)) == 2
+    assert len(global_batches(51, 24, 3, 0, drop_last=False)) == 3
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list:
         sampler = EpochSampler(50, 5, seed)

@@ -17,9 +17,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmResta
 from crucible.options import ConfigError, read_options
 from datasets.synthetic import SyntheticDataModule
 from models.base_model import BaseModel
+from optimizers import OptimizerOptions
 from optimizers.schedules import ScheduleOptions, build_scheduler, schedule
 
 EVERY = [
+    ScheduleOptions(
+        warmstart=3, warmstart_from=0.1, warmstart_inside=True, lr_ahead=1, cooldown=2, lr_min=0.01
+    ),
+    ScheduleOptions(scheduler="Step", warmstart=2, warmstart_from=0.2, lr_step_size=3, lr_ahead=1),
     ScheduleOptions(),
     ScheduleOptions(warmstart=3, cooldown=2, lr_min=0.01),
     ScheduleOptions(warmstart=2.5),
@@ -239,8 +244,8 @@ def test_the_cool_down_keeps_the_lowest_rate_of_the_rest(scheduler):
             "model.warmstart=8 and model.cooldown=3 .* the training's 10 epochs",
         ),
         (
-            {"scheduler": "MultiStep", "lr_milestones": [3, 10]},
-            "model.lr_milestones must be less than the training's 10 epochs .*, got 10",
+            {"scheduler": "MultiStep", "lr_milestones": [3, 10.5]},
+            "model.lr_milestones must be at most the training's 10 epochs .*, got 10.5",
         ),
         (
             {"lr_restarts": [3, 8], "cooldown": 2},
@@ -294,6 +299,76 @@ def test_an_option_without_effect_or_out_of_range_is_refused(values, message):
         read_options(ScheduleOptions, values)
 
 
+# the rates of github.com/bishshoy/power-grad-transform, as a factor, by the epoch: its schedulers stepped as its
+# train.py does, from a warm-up rate of 0.01 to 0.1
+FORK = {"warmstart": 5, "warmstart_from": 0.1, "lr_ahead": 1}
+
+
+def timm_of_the_fork(scheduler: str, epochs: int) -> list[float]:
+    """The factors of its CosineLRScheduler and StepLRScheduler: of t = 0 first, then of t = epoch + 1."""
+
+    def factor(t: int) -> float:
+        if t < 5:
+            return (0.01 + t * (0.1 - 0.01) / 5) / 0.1
+        if scheduler == "Step":
+            return 0.1 ** (t // 30)
+        return (1e-4 + 0.5 * (0.1 - 1e-4) * (1 + math.cos(math.pi * t / 90))) / 0.1 if t < 90 else 1e-3
+
+    return [factor(0), *(factor(epoch + 1) for epoch in range(1, epochs))]
+
+
+def test_the_cosine_of_the_power_grad_repository_epoch_by_epoch():
+    options = ScheduleOptions(**FORK, warmstart_inside=True, cooldown=10, lr_min=0.001)
+    factor = schedule(options, 100)
+    assert [factor(e) for e in range(100)] == pytest.approx(timm_of_the_fork("CosineAnneal", 100), abs=1e-12)
+    assert [round(factor(e), 3) for e in (0, 1, 5, 30, 60)] == [0.1, 0.46, 0.989, 0.735, 0.236]
+
+
+def test_the_steps_of_the_power_grad_repository_epoch_by_epoch():
+    factor = schedule(ScheduleOptions(scheduler="Step", lr_step_size=30, lr_multiplier=0.1, **FORK), 90)
+    found = [factor(e) for e in range(90)]
+    assert found == pytest.approx(timm_of_the_fork("Step", 90), abs=1e-12)
+    falls = [e for e, (a, b) in enumerate(pairwise(found), start=1) if b < a]
+    assert falls == [29, 59, 89], "the third fall is read ahead into the last epoch"
+
+
+def test_a_milestone_at_the_end_of_the_training_changes_nothing():
+    options = {"scheduler": "MultiStep", "warmstart": 0}
+    named = schedule(ScheduleOptions(**options, lr_milestones=[30, 60, 80, 90]), 90)
+    without = schedule(ScheduleOptions(**options, lr_milestones=[30, 60, 80]), 90)
+    assert [named(e / 4) for e in range(360)] == [without(e / 4) for e in range(360)]
+    with pytest.raises(ConfigError, match=r"must be less than .* - model.cooldown=5, got 85"):
+        schedule(ScheduleOptions(**options, lr_milestones=[30, 85], cooldown=5), 90)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmstart": 0, "warmstart_from": 0.1}, "model.warmstart_from=0.1 needs model.warmstart, got 0"),
+        ({"warmstart": 0, "warmstart_inside": True}, "model.warmstart_inside=True needs model.warmstart"),
+        ({"scheduler": "Step", "warmstart_inside": True}, "model.warmstart_inside=True needs .*CosineAnneal"),
+        ({"scheduler": None, "lr_ahead": 1}, "model.lr_ahead=1 needs model.scheduler=.*, got null"),
+        ({"lr_scale_momentum": True}, "model.lr_scale_momentum=True needs model.lr_scale_batch, got null"),
+    ],
+)
+def test_what_shifts_or_scales_nothing_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        read_options(ScheduleOptions, values)
+
+
+def test_the_momentum_rule_of_online_normalization_gives_its_published_numbers():
+    """Its example trains 32 images a step by `--lr 0.001635 --momentum 0.98691628`, made of 0.1 and 0.9 at 256."""
+    rule = ScheduleOptions(lr_scale_batch=256, lr_scale_momentum=True)
+    found = rule.for_batch(OptimizerOptions(lr=0.1, momentum=0.9), 32)
+    assert found.momentum == pytest.approx(0.98691628, abs=5e-9)
+    assert found.lr == pytest.approx(0.001635465, abs=5e-9)
+    assert rule.for_batch(OptimizerOptions(lr=0.1), 32) == found, "SGD's own momentum is 0.9"
+    assert rule.for_batch(OptimizerOptions(lr=0.1, momentum=0.9), 256).lr == pytest.approx(0.1)
+    # what a gradient adds in all to the weights, and how many samples its half life is, stay what they were
+    assert found.lr / (1 - found.momentum) * 256 == pytest.approx(0.1 / 0.1 * 32)
+    assert math.log(0.5) / math.log(found.momentum) * 32 == pytest.approx(math.log(0.5) / math.log(0.9) * 256)
+
+
 class Tiny(BaseModel):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(num_classes=4, input_channels=1, lr=0.1, scheduler=None, warmstart=0, **kwargs)
@@ -322,6 +397,7 @@ def learning_rates(options: dict[str, Any], **settings: Any) -> list[float]:
         ({"lr_scale_batch": 256}, {}, [0.1 * 8 / 256]),
         ({"lr_scale_batch": 16}, {"accumulate_grad_batches": 4}, [0.1 * 32 / 16]),
         ({"lr_scale_batch": 16, "layer_decay": 0.5}, {}, [0.05, 0.025]),
+        ({"lr_scale_batch": 64, "lr_scale_momentum": True}, {}, [0.1 / 8 * (1 - 0.9 ** (1 / 8)) / 0.1]),
     ],
 )
 def test_the_rate_is_proportional_to_the_global_batch(options, settings, expected):
