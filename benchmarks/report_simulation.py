@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.paired import provenance, report
 from reporting import statistics as s
+from reporting.looks import Looks, replay
 
 MARGIN = 0.3  # points
 BEYOND = MARGIN * 1.0001
@@ -113,27 +114,23 @@ def simulate(
     sd = spread / np.sqrt(2 * (1 - rho))
     runs = rng.normal(size=(tables, len(effects) + 1, max(looks)), scale=sd * np.sqrt(1 - rho))
     differences = runs[:, 1:] - runs[:, :1] + truth[:, None]  # what the runs of a seed share cancels
-    shape = differences.shape[:2]
-    open_ = np.ones(shape, dtype=np.bool_)
-    seeds, share = np.zeros(shape), np.ones(shape)
-    at = s.PairedT(*(np.full(shape, np.nan) for _ in s.PairedT._fields))
-    found = s.Findings(np.full(shape, "undecided"), *(np.full(shape, np.nan) for _ in range(2)))
-    for look in sorted(looks):
-        w = s.share_of(look, looks)
-        now = s.paired_t(differences[..., :look], s.ALPHA * w)
-        at = s.PairedT(*(np.where(open_, a, b) for a, b in zip(now, at, strict=True)))
-        share, seeds = np.where(open_, w, share), np.where(open_, look, seeds)
-        found = s.findings(at, MARGIN, share)
-        open_ = found.found == "undecided"
+    at: Any
+    found: Any
+    if len(looks) > 1:
+        at = found = replay(differences, Looks(tuple(looks), len(effects), MARGIN))
+        used = float(found.runs.mean())
+    else:
+        at = s.paired_t(differences)
+        found, used = s.findings(at, MARGIN), float((len(effects) + 1) * max(looks))
     null = truth == 0
     false, false_size = wrong(found.found, truth), wrong_size(found.found, truth)
     return Outcome(
-        coverage=_share(((at.low <= truth) & (truth <= at.high)).mean(axis=1)),
-        family_wise=_share(((found.p <= s.ALPHA) & null).any(axis=1)),
-        wrong=_share(false.any(axis=1)),
-        wrong_size=_share((false | false_size).any(axis=1)),
-        decided=_share((found.found != "undecided").mean(axis=1)),
-        runs=float((seeds.sum(axis=1) + seeds.max(axis=1)).mean()),
+        coverage=share_of_tables(((at.low <= truth) & (truth <= at.high)).mean(axis=1)),
+        family_wise=share_of_tables(((found.p <= s.ALPHA) & null).any(axis=1)),
+        wrong=share_of_tables(false.any(axis=1)),
+        wrong_size=share_of_tables((false | false_size).any(axis=1)),
+        decided=share_of_tables((found.found != "undecided").mean(axis=1)),
+        runs=used,
     )
 
 
@@ -150,7 +147,7 @@ def wrong_size(found: NDArray[Any], truth: NDArray[np.float64]) -> NDArray[np.bo
     return np.asarray((more & (np.abs(truth) <= MARGIN)) | (less & (np.abs(truth) >= MARGIN)))
 
 
-def _share(of_tables: NDArray[Any]) -> Share:
+def share_of_tables(of_tables: NDArray[Any]) -> Share:
     values = of_tables.astype(np.float64)
     return Share(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
 

@@ -44,6 +44,16 @@ def keyed_rng(key: int) -> Iterator[None]:
             np.random.set_state(states[2])
 
 
+def seed_generators(key: int, device: torch.device) -> None:
+    """Seed the generators that layers draw from: torch's on the CPU, and that of `device`."""
+    # torch.manual_seed would seed every device as well and costs a hundred times as much
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+    elif device.type == "mps":
+        torch.mps.manual_seed(key)
+
+
 def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ def device_kind(accelerator: str) -> str:
     if accelerator in ("gpu", "cuda", "mps"):
         raise ConfigError(f"trainer.accelerator={accelerator}: this machine has none; use auto or cpu")
     return "cpu" if accelerator in ("auto", "cpu") else accelerator
+
+
+def processor_name() -> str:
+    """The processor's model, as its maker calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def device_count(trainer: Mapping[str, Any]) -> int:

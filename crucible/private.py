@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.conv import _ConvNd as AnyConvolution
 from torch.optim import Optimizer
 
 __all__ = [
-    "AnyBatchNorm", "AnyConvolution", "FOREACH", "drop_wandb_argument", "end_sigterm_votes", "storage_identity",
-    "trial_in_storage", "unscale_outside_the_step",
+    "AnyBatchNorm", "AnyConvolution", "FOREACH", "drop_wandb_argument", "end_sigterm_votes", "has_bf16_instructions",
+    "storage_identity", "trial_in_storage", "unscale_outside_the_step",
 ]  # fmt: skip
 
 # of torch, used where they stand: one kernel for many tensors
@@ -27,6 +28,11 @@ FOREACH = (
 def storage_identity(tensor: Tensor) -> int:
     """The address of the tensor's storage object: equal for views of one storage, on the meta device too."""
     return tensor.untyped_storage()._cdata
+
+
+def has_bf16_instructions() -> bool:
+    """Whether the processor multiplies bf16 in instructions of its own (AVX512_BF16, AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def unscale_outside_the_step(optimizer: Optimizer) -> None:

@@ -16,6 +16,10 @@ from crucible.corrections import Correction
 from crucible.options import ConfigError, option_text, read_options
 
 T = TypeVar("T", bound="Technique")
+CompileMode = Literal[
+    "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+]  # torch.compile's
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the modes that record and replay a step's kernels
 Closure = Callable[[], Any]
 Factor = Callable[[float], float]  # on the learning rate, as a function of progress in epochs
 
@@ -89,7 +93,7 @@ class Setting:
         input_dim: spatial dimensions of the input.
         input_channels: its channels.
         accumulate_grad_batches: batches of a step.
-        compile: whether the network is to be compiled; None: where it pays.
+        compile: whether the network is to be compiled, or in which mode; None: where it pays.
         data: the configuration's `data`, where there is one.
         techniques: all of them, by class.
     """
@@ -99,7 +103,7 @@ class Setting:
     input_dim: int = 2
     input_channels: int = 3
     accumulate_grad_batches: int = 1
-    compile: bool | None = None
+    compile: bool | CompileMode | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     techniques: Mapping[type[Technique], Technique] = field(default_factory=dict)
 
@@ -239,7 +243,8 @@ def check_techniques(techniques: Mapping[type[Technique], Technique], setting: S
             technique.check(setting)
             if setting.compile and not technique.compiles:
                 raise ConfigError(
-                    f"model.compile=true: {type(technique).__name__} cannot be compiled; use null or false"
+                    f"model.compile={str(setting.compile).lower()}: {type(technique).__name__} cannot be compiled; "
+                    "use null or false"
                 )
 
 

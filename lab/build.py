@@ -86,7 +86,7 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         compile: whether to honour `model.compile`.
     """
     options = dict(config["model"])
-    init_from, compiled = options.pop("init_from", None), options.get("compile")
+    init_from = options.pop("init_from", None)
     if not load and options.get("pretrained"):
         options["pretrained"] = False
     record = _RecordFills()
@@ -101,8 +101,8 @@ def build_model(config: Config, *, load: bool = True, compile: bool = True) -> B
         keyed_initialization(model, record, config["seed"])
     if init_from and load:
         model.weights_report = load_weights(model.model, init_from)
-    if compiled and compile:
-        model.model.compile()
+    if compile and model.step.setting.compile:
+        model.compile_in_place(model.model)
     return model
 
 
@@ -198,6 +198,8 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     options = {**config["trainer"]}
     options["num_sanity_val_steps"] = options.get("num_sanity_val_steps", 0)
     options["profiler"] = options.get("profiler") or _NoProfiler()
+    # of the process, as Lightning's `deterministic` is: each run of it states its own
+    torch.set_float32_matmul_precision(config.get("matmul_precision", "highest"))
     if world_size(options) == 1:
         options["sync_batchnorm"] = False
     try:

@@ -28,7 +28,7 @@ from crucible.options import (
     signature_options,
     suggest,
 )
-from crucible.technique import Setting, Step, assemble, read_techniques
+from crucible.technique import CUDA_GRAPHS, Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within, training_batches
 from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
@@ -92,7 +92,8 @@ _SEED = Annotated[int, "[0, 4294967295]"]
 # the options at the top, and of `data` without those of its module
 ROOT_TYPES: dict[str, Any] = {
     "task": Task, "summary_depth": _Count, "seed": _SEED, "arm": str | None, "metrics": list[str], "fresh": bool,
-    "test_after_training": bool, "reproducible": bool, "ckpt_path": str | None, "user_dir": str | None,
+    "test_after_training": bool, "reproducible": bool,
+    "matmul_precision": Literal["highest", "high", "medium"], "ckpt_path": str | None, "user_dir": str | None,
     "data_dir": str | None, "exp_dir": str, "on_nonfinite": OnNonfinite,
     "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count, "out": str | None,
     "calibrate": bool, "tta": View | list[View] | None,
@@ -103,7 +104,7 @@ DATA_TYPES: dict[str, Any] = {
 }  # fmt: skip
 # Lightning's own declarations are wider than what it takes
 _TRAINER_TYPES: dict[str, Any] = {
-    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"],
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],  # whose generators follow the keys
     "accumulate_grad_batches": _Count,
     "check_val_every_n_epoch": _Count | None,
     "devices": Literal["auto"] | str | Annotated[int, "[-1, inf)"] | Annotated[list[int], "[0, inf)"],
@@ -207,9 +208,9 @@ NEEDED = (
 )  # fmt: skip
 
 ROOT = (
-    "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible", "on_nonfinite",
-    "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir", "model", "data", "trainer",
-    "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
+    "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible",
+    "matmul_precision", "on_nonfinite", "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir",
+    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
 )  # fmt: skip
 
 
@@ -676,6 +677,13 @@ def _resolve_machine(config: Config, data_module: Any, settled: list[str]) -> No
         model["compile"] = long and not eager
         why = f", {eager[0]} cannot be compiled" if eager else ""
         settled.append(f"compile {'on' if model['compile'] else 'off'}{why}")
+    if model["compile"] == "default":
+        model["compile"] = True  # two names of one thing are one run
+    if model["compile"] in CUDA_GRAPHS and kind != "cuda":
+        raise ConfigError(
+            f"model.compile={model['compile']}: its CUDA graphs need a GPU of NVIDIA's, this run uses the {kind}; use "
+            "true or max-autotune-no-cudagraphs"
+        )
     trainer.setdefault("deterministic", config["reproducible"])
     trainer.setdefault("benchmark", kind == "cuda" and not config["reproducible"])
 

@@ -34,7 +34,7 @@ from lab.build import build_callback, build_data, build_model, build_trainer, fi
 from lab.config import PACK_OPTIONS, SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.recorded import EVALUATION_OPTIONS, completed
 from lab.states import check_state
-from lab.summary import check_input, check_samples
+from lab.summary import check_input, check_reproducible, check_samples
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
@@ -368,13 +368,13 @@ def _differing(recorded: Config, config: Config) -> str:
 _WITHOUT_COST = {"data.module.balanced_batches", "data.module.drop_last", "model.head_std"}
 # options younger than recorded costs, as a step costs what it did without them
 _YOUNGER = {
-    "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.shortcut": None,
+    "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.averaged_shortcut": False,
     "model.strided": False,
 }  # fmt: skip
 
 
 def kind(config: Config) -> str:
-    """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and whether compiled."""
+    """Eight hex digits of what a pass of a step costs by: network, data, batch, precision, and how it is compiled."""
     target = find_target(config["model"]["_target_"], "")
     own = set(signature_options(target)) - set(signature_options(BaseModel))
     of_the_cost = {
@@ -390,8 +390,10 @@ def kind(config: Config) -> str:
         and n not in _WITHOUT_COST
         and not (n in _YOUNGER and v is _YOUNGER[n])
     }
-    if config["model"].get("compile"):
-        of_the_cost["model.compile"] = True
+    if compiled := config["model"].get("compile"):
+        of_the_cost["model.compile"] = compiled
+    if (precision := config.get("matmul_precision", "highest")) != "highest":
+        of_the_cost["matmul_precision"] = precision
     text = json.dumps({"model": config["model"]["_target_"], **of_the_cost}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -402,7 +404,12 @@ def passes(config: Config) -> float:
     return 1 + sum(technique.passes - 1 for technique in techniques if technique.on)
 
 
-_ROOT_DEFAULTS = {"reproducible": False, "on_nonfinite": "stop", "rollback_limit": 3}
+_ROOT_DEFAULTS = {
+    "reproducible": False,
+    "matmul_precision": "highest",
+    "on_nonfinite": "stop",
+    "rollback_limit": 3,
+}
 
 
 def _is_default(config: Config, name: str, value: Any) -> bool:
@@ -529,6 +536,7 @@ class Examiner:
             config["trainer"],
             config["logger"],
             config["callbacks"],
+            {"reproducible": config["reproducible"]},
             start,
         )
         if key in self._constructed:
@@ -537,6 +545,7 @@ class Examiner:
         if config["model"]["init_from"] and not config["ckpt_path"]:
             load_weights(model.model, config["model"]["init_from"])
         check_input(model, config)  # it leaves the model without memory
+        check_reproducible(model, config)
         check_samples(model, config, data)
         if config["ckpt_path"]:
             check_state(config, model, data)

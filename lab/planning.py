@@ -42,6 +42,15 @@ class SweepOptions:
     equal_time: Annotated[bool, "for each slower arm also the baseline trained for as long"] = False
     margin_points: Annotated[float | None, "(0, 100)", "differences below do not matter"] = 0.3
     planned_seeds: Annotated[int | list[int] | None, "[1, inf)", "seeds planned, or a list of looks"] = None
+    until: Annotated[
+        Literal["decided"] | None,
+        "run only the seeds that the plan's looks ask for; null: all that are swept",
+    ] = None
+    looks: Annotated[list[int] | None, "[3, inf)", "planned numbers of seeds; null: 5, 8, 12 and 20"] = None
+    decided_by: Annotated[str | None, "the metric that decides; null: test/acc"] = None
+    budget_hours: Annotated[float | None, "(0, inf)", "of the runs of all looks, added up"] = None
+    budget_runs: Annotated[int | None, "[1, inf)", "of all looks, the baseline's too"] = None
+    drop_failed: Annotated[bool, "go on without the pairs of runs that failed"] = False
     n_jobs: Annotated[int | Literal["auto"], "[1, inf)", "runs at once on this machine"] = 1
 
 

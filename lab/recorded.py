@@ -13,8 +13,8 @@ from crucible.configuration import Config, flatten, select
 
 # what `python main.py -m` does with its jobs (`lab.sweeps`)
 SWEEP_OPTIONS = (
-    "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "n_jobs",
-    "cluster", "ray", "search",
+    "design", "dry_run", "retry_failed", "baseline", "equal_time", "margin_points", "planned_seeds", "until", "looks",
+    "decided_by", "budget_hours", "budget_runs", "drop_failed", "n_jobs", "cluster", "ray", "search",
 )  # fmt: skip
 PACK_OPTIONS = ("out", "pack")  # of task=pack (`lab.packing`)
 EVALUATION_OPTIONS = ("calibrate", "tta")  # of task=test and task=predict

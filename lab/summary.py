@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from crucible import private
 from crucible.configuration import Config
 from crucible.keyed import stream_key
+from crucible.machine import device_kind
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
 from lab.config import resolve_network
@@ -112,6 +115,89 @@ def check_input(model: BaseModel, config: Config) -> None:
         raise ConfigError(
             f"data.input_size={config['data']['input_size']}: {network} cannot take input of {size} ({reason})"
         ) from error
+
+
+# operators whose backward pass is not deterministic on CUDA, and torch's name for them where its documentation of
+# `use_deterministic_algorithms` says so: another version may have mended some. Those without one raise nonetheless.
+_NONDETERMINISTIC: dict[str, str | None] = {
+    "max_pool3d_with_indices": "MaxPool3d",
+    "avg_pool3d": "AvgPool3d",
+    "_adaptive_avg_pool2d": "AdaptiveAvgPool2d",
+    "_adaptive_avg_pool3d": "AdaptiveAvgPool3d",
+    "adaptive_max_pool2d": "AdaptiveMaxPool2d",
+    "adaptive_max_pool3d": None,
+    "fractional_max_pool2d": "FractionalMaxPool2d",
+    "fractional_max_pool3d": "FractionalMaxPool3d",
+    "max_unpool2d": "MaxUnpool2d",
+    "max_unpool3d": "MaxUnpool3d",
+    "reflection_pad1d": "ReflectionPad1d",
+    "reflection_pad2d": "ReflectionPad2d",
+    "reflection_pad3d": "ReflectionPad3d",
+    "upsample_linear1d": "interpolate",
+    "upsample_bilinear2d": "interpolate",
+    "_upsample_bilinear2d_aa": None,
+    "upsample_bicubic2d": "interpolate",
+    "_upsample_bicubic2d_aa": None,
+    "upsample_trilinear3d": "interpolate",
+    "grid_sampler_2d": "grid_sample",
+    "grid_sampler_3d": "grid_sample",
+    "deform_conv2d": None,
+}
+
+
+def _has_no_deterministic_backward(operator: str) -> bool:
+    if operator not in _NONDETERMINISTIC:
+        return False
+    name, words = _NONDETERMINISTIC[operator], torch.use_deterministic_algorithms.__doc__
+    # Python was started with -OO where there are none
+    return name is None or words is None or name in words.partition("will throw")[2]
+
+
+class _NoteOperators(TorchDispatchMode):
+    """Which module calls an operator without a deterministic backward pass first: `(module, operator)`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.found: tuple[str, str] | None = None
+        self._inside: list[str] = []
+        for name, module in network.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name))
+            module.register_forward_hook(lambda *_: self._inside.pop() and None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = func._schema.name.partition("::")[2]
+        if self.found is None and _has_no_deterministic_backward(operator):
+            self.found = next((name for name in reversed(self._inside) if name), ""), operator
+        return func(*args, **(kwargs or {}))
+
+
+def check_reproducible(model: BaseModel, config: Config) -> None:
+    """Refuse `reproducible=true` on CUDA for a network whose gradient torch cannot compute deterministically there.
+
+    Torch would say so in the first backward pass. On a CPU all are deterministic.
+
+    Args:
+        model: on the meta device, as `check_input` leaves it; its modules get hooks.
+        config: plain and resolved.
+
+    Raises:
+        ConfigError: naming the layer.
+    """
+    if not config["reproducible"] or device_kind(config["trainer"]["accelerator"]) != "cuda":
+        return
+    with (
+        torch.no_grad(),
+        contextlib.suppress(NotImplementedError, RuntimeError),
+        _NoteOperators(model.model) as noted,
+    ):
+        model.train()(torch.empty(input_shape(config, batch=2), device="meta"))
+    if noted.found is not None:
+        module, operator = noted.found
+        kind = type(model.model.get_submodule(module)).__name__
+        raise ConfigError(
+            f"reproducible=true: {module or 'the network'} ({kind}) calls {operator}, which has no deterministic "
+            "backward pass on CUDA; trainer.accelerator=cpu has one, reproducible=false goes without"
+        )
 
 
 def check_samples(model: BaseModel, config: Config, data: BaseDataModule) -> None:

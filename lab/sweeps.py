@@ -35,6 +35,7 @@ from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
 from lab.cluster import ClusterExecutor
 from lab.config import SWEEP_OPTIONS
+from lab.deciding import Deciding, refuse_without
 from lab.executors import Executor, LocalExecutor, Work
 from lab.experiment import Examiner, Job
 from lab.planning import (
@@ -71,9 +72,21 @@ _COLUMNS = {
 
 
 def print_plan(
-    planned: Sequence[Planned], options: SweepOptions, measured: Measured, executor: Executor
+    planned: Sequence[Planned],
+    options: SweepOptions,
+    measured: Measured,
+    executor: Executor,
+    todo: Sequence[Planned] | None = None,
 ) -> None:
-    """Print what will run, in which state everything is, and how long it will take."""
+    """Print what will run, in which state everything is, and how long it will take.
+
+    Args:
+        planned: all jobs.
+        options: of the sweep.
+        measured: knows how long runs take.
+        executor: runs them.
+        todo: what is to run now; None: all that can.
+    """
     states = [s for s in _COLUMNS if any(one.state == s for one in planned)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("arm", overflow="fold")
@@ -94,7 +107,7 @@ def print_plan(
         )
     console = Console(highlight=False, markup=False, width=max(100, Console().width))
     console.print(table)
-    todo = [one for one in planned if one.state in TO_RUN]
+    todo = [one for one in planned if one.state in TO_RUN] if todo is None else todo
     seconds = [measured.seconds(one) for one in todo]
     known = [s for s in seconds if s is not None]
     at_once = max(1, min(executor.slots, len(todo)))
@@ -155,13 +168,20 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
             "hydra/launcher: a sweep has n_jobs=N, sweep=joblib, sweep=submitit or sweep=ray instead", see=SEE
         )
     executor = _executor(options, composed)
+    if values["search"] is not None and options.until is not None:
+        raise ConfigError(
+            "until=decided: a search has no looks; search first, then decide over seeds", see=SEE
+        )
+    if options.until is None:
+        refuse_without(options)
     if values["search"] is not None:
         return search(compose, overrides, options, values["search"], executor)
-    grid = expand(overrides, options.design)
-    job_overrides = [[o for o in one if _option(o) not in SWEEP_OPTIONS] for one in grid.jobs]
-    if options.equal_time and options.baseline is None:
+    if (options.equal_time or options.until) and options.baseline is None:
         options = replace(options, baseline="baseline")
-    if "trainer.devices" in grid.swept and executor.slots > 1:
+    if (
+        any(o.get_key_element() == "trainer.devices" and o.is_sweep_override() for o in overrides)
+        and executor.slots > 1
+    ):
         raise ConfigError(
             "trainer.devices: runs at once have equally many devices; sweep it with n_jobs=1", see=SEE
         )
@@ -169,14 +189,29 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
     def checked_here(overrides: Sequence[str]) -> DictConfig:
         return executor.as_checked_here(compose(overrides))
 
-    planned = plan(checked_here, grid._replace(jobs=job_overrides), options)
-    measured = Measured()
-    print_plan(planned, options, measured, executor)
+    measured, deciding = Measured(), None
+    if options.until is not None:
+        deciding = Deciding.prepare(checked_here, overrides, options, composed, _of_the_job)
+        asked, planned = deciding.asked(), deciding.planned
+        print_plan(planned, options, measured, executor, [one for one in asked if one.state in TO_RUN])
+        for line in deciding.describe():
+            print(line)
+    else:
+        grid = expand(overrides, options.design)
+        grid = grid._replace(jobs=[_of_the_job(one) for one in grid.jobs])
+        planned = plan(checked_here, grid, options)
+        print_plan(planned, options, measured, executor)
     if options.dry_run:
         return 0
-    record = Record(Path(composed.hydra.sweep.dir), options, planned)
-    failures = Sweep(checked_here, options, executor, measured, record).run(planned)
+    if deciding is not None:
+        deciding.record()
+    record = Record(Path(composed.hydra.sweep.dir), options, planned, deciding.facts if deciding else {})
+    failures = Sweep(checked_here, options, executor, measured, record, deciding).run(planned)
     return 1 if failures else 0
+
+
+def _of_the_job(overrides: Sequence[str]) -> list[str]:
+    return [o for o in overrides if _option(o) not in SWEEP_OPTIONS]
 
 
 def _option(override: str) -> str:
@@ -206,9 +241,12 @@ class Record:
         folder: of the sweep; another name where it is taken.
         options: of the sweep.
         planned: its jobs.
+        plan: of `until=decided`; else empty.
     """
 
-    def __init__(self, folder: Path, options: SweepOptions, planned: Sequence[Planned]) -> None:
+    def __init__(
+        self, folder: Path, options: SweepOptions, planned: Sequence[Planned], plan: Mapping[str, Any]
+    ) -> None:
         folder = folder.expanduser().resolve()
         for number in itertools.count(1):
             self.folder = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
@@ -221,7 +259,7 @@ class Record:
         self.facts = {
             "folder": str(self.folder), "design": options.design or "as typed", "baseline": options.baseline,
             "margin_points": options.margin_points, "planned_seeds": options.planned_seeds or len(units),
-            "created": time.time(), "rule": RULE,
+            "created": time.time(), "rule": RULE, **plan,
         }  # fmt: skip
         self._planned = planned
         self.rivals: dict[str, str] = {}
@@ -256,6 +294,7 @@ class Sweep:
     executor: Executor
     measured: Measured
     record: Record
+    deciding: Deciding | None = None
 
     def run(self, planned: list[Planned]) -> int:
         """Run everything; how many of the jobs failed.
@@ -264,8 +303,11 @@ class Sweep:
             SystemExit: where a signal ended it.
         """
         self._all = planned
-        self._work([one for one in planned if one.state in TO_RUN])
-        self._others(wait=self.options.equal_time)
+        if self.deciding is not None:
+            self._decide(self.deciding)
+        else:
+            self._work([one for one in planned if one.state in TO_RUN])
+            self._others(wait=self.options.equal_time)
         if self.options.equal_time:
             found = rivals(self.compose, planned, self.options)
             added: list[Planned] = []
@@ -283,6 +325,35 @@ class Sweep:
                 self._work([one for one in added if one.state in TO_RUN])
                 self._others(wait=False)
         return self._report()
+
+    def _decide(self, deciding: Deciding) -> None:
+        """Run what the looks ask for, until they ask for nothing more or what they ask for has failed."""
+        told = False
+        while asked := deciding.asked():
+            todo = [one for one in asked if one.state in TO_RUN]
+            held = sum(one.state == "held" for one in asked)
+            if todo:
+                arms = ", ".join(dict.fromkeys(one.arm for one in todo))
+                print(f"\n{len(todo)} runs to the next look: {arms}", flush=True)
+                self._work(todo)
+            elif held:
+                if not told:
+                    print(f"waiting for {held} runs that are in progress elsewhere", flush=True)
+                    told = True
+                time.sleep(WAIT_S)
+            else:
+                self.record.write()
+                print("\npaused before the next look: these runs of it have failed", file=sys.stderr)
+                for one in asked:
+                    print(f"  {one.name()}: {one.reason}", file=sys.stderr)
+                print(
+                    "retry_failed=true runs them again, from their last state; drop_failed=true goes on without their "
+                    "pairs, for good",
+                    file=sys.stderr,
+                )
+                return
+        self.record.write()
+        print(deciding.ending(), flush=True)
 
     def _others(self, wait: bool) -> None:
         """What became of the runs that were in progress elsewhere; those lost there are run here.
@@ -347,7 +418,12 @@ class Sweep:
             for one in self._all:
                 if one.state == "held":
                     print(f"  {one.name()}: {one.reason}")
-        failures = [one for one in self._all if one.state not in ("finished", "held", *NO_RUN)]
+        failures = [
+            one
+            for one in self._all
+            if one.state not in ("finished", "held", *NO_RUN)
+            and not (one.job and one.job.run.known().get("dropped"))
+        ]
         if failures:
             print(f"\n{len(failures)} of the sweep's jobs did not finish:", file=sys.stderr)
             for one in failures:
@@ -383,9 +459,9 @@ def rivals(compose: Compose, planned: Sequence[Planned], options: SweepOptions) 
         sample, _ = next(iter(base.values()))
         ratio = _earlier_ratio(sample, arm) or round(times.ratio, 2)
         group = []
-        for job, overrides in base.values():
+        for job, overrides in (base[unit] for unit in sorted(base) if unit in runs):
             name = f"{options.baseline}_x{ratio:.2f}"
-            alike = f"model.compile={str(bool(job.config['model']['compile'])).lower()}"
+            alike = f"model.compile={str(job.config['model']['compile'] or False).lower()}"
             stretched = [*overrides, *stretch(job.config, ratio), alike, option("arm", name)]
             rival = examine(examiner, compose, stretched, (), options)
             if rival.job is not None:
@@ -435,7 +511,7 @@ def step_time_ratio(pairs: Sequence[tuple[RunDirectory, RunDirectory]]) -> StepT
     logs = []
     for pair in pairs:
         base, arm = (run.known() for run in pair)
-        if len({bool(select(run.config(), "model.compile")) for run in pair}) > 1:
+        if len({select(run.config(), "model.compile") or False for run in pair}) > 1:
             continue
         if base.get("device") == arm.get("device") and base.get("wall_time_s") and arm.get("wall_time_s"):
             logs.append(

@@ -42,7 +42,7 @@ from crucible.configuration import Config, flatten
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
 from crucible.loggers import build_loggers
-from crucible.machine import device_kind, is_child_rank, world_size
+from crucible.machine import device_kind, is_child_rank, processor_name, world_size
 from crucible.masking import masked_in
 from crucible.metrics import build_metrics, of_split, scalars
 from crucible.options import ConfigError
@@ -55,6 +55,7 @@ from lab.calibration import reader
 from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
+from lab.speed import faster_here
 from lab.states import find_state
 from lab.teachers import hand_in_teacher
 from lab.use import described_transform, network_facts
@@ -588,11 +589,7 @@ def device_name(kind: str) -> str:
     """What a run is computed on, as people call it."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
+    model = processor_name()
     return f"{model}, {torch.get_num_threads()} threads" if kind == "cpu" else f"{model} ({kind})"
 
 
@@ -668,6 +665,8 @@ def banner(
     }
     if resolved := run.summary().get("resolved"):
         rows["resolved"] = ", ".join(resolved)
+        if faster := faster_here(config, resolved):
+            rows["faster"] = faster
     if resume:
         rows["resumes"] = str(resume)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

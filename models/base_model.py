@@ -12,11 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from crucible.batch import Batch
-from crucible.keyed import stream_key
+from crucible.keyed import seed_generators, stream_key
 from crucible.metrics import build_metrics
 from crucible.options import ConfigError, option_names, read_options, suggest
 from crucible.sums import Sums
-from crucible.technique import BatchStage, Setting, assemble, check_techniques, read_techniques
+from crucible.technique import (
+    CUDA_GRAPHS,
+    BatchStage,
+    CompileMode,
+    Setting,
+    assemble,
+    check_techniques,
+    read_techniques,
+)
 from losses import LossOptions, evaluation_criterion
 from models.evaluation import EvaluatedModel
 from models.groups import GroupScores
@@ -55,7 +63,8 @@ class BaseModel(EvaluatedModel):
         metrics: names from `crucible.metrics`, for validation and test.
         channels_last: memory format of 2-D input and weights; null: on CUDA only.
         seed: key of all randomness in the step (dropout, drop paths, mixing).
-        compile: `torch.compile` the network for training; null: on the command line where it pays, else not.
+        compile: `torch.compile` the network for training, or the mode to do it in; null: on the command line where it
+            pays, else not.
         stages: techniques of one's own, `{name: module.Class}`.
         options: those of `BASICS` and of the techniques.
 
@@ -79,7 +88,7 @@ class BaseModel(EvaluatedModel):
         metrics: list[str] | None = None,
         channels_last: bool | None = None,
         seed: Annotated[int, "[0, inf)"] = 0,
-        compile: bool | None = None,
+        compile: bool | CompileMode | None = None,
         stages: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
@@ -198,20 +207,32 @@ class BaseModel(EvaluatedModel):
         return batch
 
     def _use_channels_last(self) -> bool:
-        wanted = self.device.type == "cuda" if self.channels_last is None else self.channels_last
-        return wanted and self.input_dim == 2
+        # the device that the weights will be on, where they are not there yet
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        return (on_cuda if self.channels_last is None else self.channels_last) and self.input_dim == 2
 
     # Training
 
     def setup(self, stage: str) -> None:
         self.convert()  # a model made in a notebook comes here unconverted, and not compiled
         exclude_streams_from_broadcast(self)  # each rank of DDP streams its own samples
+        if self._use_channels_last():
+            # before DDP lays out its buckets, and whatever is a copy of the weights: averages, moments
+            self.model.to(memory_format=torch.channels_last)
         if stage == "fit" and self.step.setting.compile and self.model._compiled_call_impl is None:
-            self.model.compile()
+            self.compile_in_place(self.model)
+
+    def compile_in_place(self, network: nn.Module) -> None:
+        """Compile a network, in the mode that `model.compile` names where it names one."""
+        mode = self.step.setting.compile
+        network.compile(**({"mode": mode} if isinstance(mode, str) else {}))
+
+    def outputs(self, input: Tensor) -> Tensor:
+        out = super().outputs(input)
+        # the next replay of a graph writes over what this one returned, which a callback may keep
+        return out.clone() if self.step.setting.compile in CUDA_GRAPHS else out
 
     def on_fit_start(self) -> None:
-        if self._use_channels_last():
-            self.model.to(memory_format=torch.channels_last)
         for option, wanted in self.step.networks.items():
             if wanted.network is None:
                 raise ConfigError(
@@ -224,7 +245,7 @@ class BaseModel(EvaluatedModel):
         if self._use_channels_last():
             network.to(memory_format=torch.channels_last)
         if self.model._compiled_call_impl is not None:
-            (network.model if isinstance(network, BaseModel) else network).compile()
+            self.compile_in_place(network.model if isinstance(network, BaseModel) else network)
 
     def on_fit_end(self) -> None:
         for wanted in self.step.networks.values():
@@ -257,9 +278,7 @@ class BaseModel(EvaluatedModel):
         """
         if stream:
             self._step_key = stream_key(self.seed, *stream, self.global_rank)
-        torch.default_generator.manual_seed(self._step_key)
-        if self.device.type == "cuda":
-            torch.cuda.default_generators[self.device.index or 0].manual_seed(self._step_key)
+        seed_generators(self._step_key, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch. Accuracy under mixing is against the dominant label."""

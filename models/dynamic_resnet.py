@@ -183,19 +183,14 @@ class ResNetModel(EitherBlock):
         stem: Annotated[
             Literal["C", "D"] | None, "ResNet-C or -D (arXiv 1812.01187); null: one convolution"
         ] = None,
-        shortcut: Annotated[
-            Literal["conv", "pool_conv"] | None,
-            "1x1 convolution where the shape changes, strided or behind an average; null: pool_conv with stem D",
-        ] = None,
+        averaged_shortcut: Annotated[
+            bool, "shortcuts average before their 1x1 convolution instead of striding, as they do with stem D"
+        ] = False,
         non_local: Annotated[bool, "self-attention in the middle stages (arXiv 1711.07971)"] = False,
         pretrained: Annotated[bool, "start from torchvision's ImageNet weights"] = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if stem == "D" and shortcut == "conv":
-            raise ConfigError(
-                "model.shortcut=conv: with model.stem=D the shortcuts average; model.stem=C has these"
-            )
         block, layers = self.block_and_layers()
         self.model = ResNet(
             block,
@@ -203,7 +198,7 @@ class ResNetModel(EitherBlock):
             width=self.width,
             cifar_size=cifar_size,
             stem=stem,
-            shortcut=shortcut or "conv",
+            shortcut="pool_conv" if averaged_shortcut else "conv",
             non_local=non_local,
             **self.network_options,
         )
@@ -219,7 +214,7 @@ class ResNetModel(EitherBlock):
                 f"data.input_channels={self.input_channels}": self.input_channels != 3,
                 "model.cifar_size=true": cifar_size,
                 f"model.stem={stem}": stem is not None,
-                f"model.shortcut={shortcut}": shortcut == "pool_conv",
+                "model.averaged_shortcut=true": averaged_shortcut,
                 "model.bottleneck=false": (block, layers) != (self.block, self.layers),
                 "model.squeeze_excitation=true": options["se_rd_ratio"] is not None,
                 "model.non_local=true": non_local,

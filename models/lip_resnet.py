@@ -133,8 +133,8 @@ class LIPResNetModel(ResNetModel):
         super().__init__(zero_init_residual=zero_init_residual, head_std=head_std, **kwargs)
         if kwargs.get("stem") == "D":
             raise ConfigError("model.stem=D pools before the shortcuts, which LIPResNet does already; use C")
-        if kwargs.get("shortcut") == "pool_conv":
-            raise ConfigError("model.shortcut=pool_conv: LIPResNet pools before the shortcuts already")
+        if kwargs.get("averaged_shortcut"):
+            raise ConfigError("model.averaged_shortcut=true: LIPResNet pools before the shortcuts already")
         network: Any = self.model
         if not isinstance(network.maxpool, nn.Identity):
             network.maxpool = LIPMaxPool(network.bn1.num_features, self.input_dim)

@@ -29,6 +29,7 @@ class Arm:
     diverged: list[Run] = field(default_factory=list)
     incomplete: list[Run] = field(default_factory=list)
     superseded: list[Run] = field(default_factory=list)  # a later run of their seed and fold counts
+    dropped: list[Run] = field(default_factory=list)  # their sweep went on without them
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -160,7 +161,9 @@ def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
         for unit, same in sorted(units.items()):
             run = max(same, key=lambda r: (r.started, r.path.name))
             arm.superseded += [r for r in same if r is not run]
-            if run.diverged:
+            if run.dropped:
+                arm.dropped.append(run)
+            elif run.diverged:
                 arm.diverged.append(run)
             elif run.value is None:
                 arm.incomplete.append(run)
@@ -236,11 +239,6 @@ class Plan(NamedTuple):
         """An interval at so many seeds covers 1 less this."""
         return s.ALPHA * self.share(seeds)
 
-    @property
-    def last_level(self) -> float:
-        """That of the last planned look."""
-        return self.level(self.seeds[-1]) if self.seeds else s.ALPHA
-
 
 def first_sweep(runs: Iterable[Run]) -> Sweep | None:
     """The earliest: only what it fixed was fixed before anything was seen."""
@@ -252,7 +250,7 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     """Margin and seeds as the first sweep fixed them, where the request does not say otherwise."""
     metric = request.metric
     sweeps = {run.sweep.folder: run.sweep for run in runs if run.sweep is not None}
-    first = first_sweep(runs)
+    first = first_sweep(run for run in runs if run.sweep and run.sweep.decides) or first_sweep(runs)
     recorded = first.margin_points if first and metric.default_margin is not None else None
     remarks = []
     if request.margin is not None:
@@ -267,6 +265,8 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
             )
     elif recorded is not None:
         margin = recorded / metric.scale
+    elif first is not None and first.decides is not None:
+        margin = None
     else:
         margin = metric.default_margin
         if margin is not None:
@@ -283,6 +283,11 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     if any(run.sweep is None for run in runs) and first is not None:
         outside = sum(run.sweep is None for run in runs)
         remarks.append(f"{outside} of {len(runs)} runs belong to no recorded sweep.")
+    if first is not None and first.decides is not None and first.decides.metric != metric.name:
+        remarks.append(
+            f"The sweep decided by {first.decides.metric}, which says how many seeds each arm got; this report is of "
+            f"{metric.name}, for which no look was planned."
+        )
     planned = s.looks_of(first.planned) if first else ()
     techniques = len(first.techniques) if first else 0
     return Plan(margin, planned, techniques, first.rule if first else None, tuple(remarks))

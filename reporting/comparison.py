@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,54 @@ from reporting.arms import (
     Settings,
     check_versions,
     choose_baseline,
+    first_sweep,
     name_arms,
     plan_of,
     settings_of,
     sort_into_arms,
 )
-from reporting.records import Run
+from reporting.looks import Looks, Steps, replay
+from reporting.records import Run, Sweep, Unit
 from reporting.request import SEE, Metric, Request
+
+
+class Step(NamedTuple):
+    """Where an arm stands among its planned looks.
+
+    Attributes:
+        found: as `reporting.looks.Steps` names it; what is final and what is not, see `ended`.
+        look: of which number, from 1; 0: before the first.
+        looks: all planned ones, in seeds.
+        family: the number of techniques planned.
+        units: the planned seeds of its look.
+        p, p_none: over all looks and techniques.
+        chance: of a decision at a later look.
+        wanted: seeds up to which it is asked to go now; 0: it has all that is asked for.
+        runs: that the plan has asked for so far, the baseline's included.
+        decides: a sweep of `until=decided` goes by it; else each arm is read when it has the seeds.
+    """
+
+    found: str
+    look: int
+    looks: tuple[int, ...]
+    family: int
+    units: frozenset[Unit]
+    p: float
+    p_none: float
+    chance: float
+    wanted: int
+    runs: int
+    decides: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is final: nothing that is run later changes it."""
+        return self.found not in ("undecided", "waiting")
+
+    @property
+    def seeds(self) -> int:
+        """Planned, of its look."""
+        return self.looks[self.look - 1] if self.look else 0
 
 
 @dataclass
@@ -38,6 +79,7 @@ class Comparison:
     arm: str
     differences: NDArray[np.float64]
     seeds: int  # of the arm, or of the baseline where it has fewer: what is looked at
+    share: float  # of the error, which this look may spend
     t: s.PairedT
     p_flip: float
     ratio: s.PairedT  # of training times, exponentiated
@@ -50,11 +92,18 @@ class Comparison:
     finding: str = ""
     verdict: str = ""
     cost: str = ""
+    step: Step | None = None  # where several looks are planned
+    later: int = 0  # pairs beyond the step's look, which are not used
 
     @property
     def n(self) -> int:
         """Pairs."""
         return len(self.differences)
+
+    @property
+    def level(self) -> float:
+        """The interval covers 1 less this."""
+        return s.ALPHA * self.share
 
 
 @dataclass
@@ -83,6 +132,7 @@ class Table:
     together: list[Together] = field(default_factory=list)
     rivals: frozenset[str] = frozenset()  # arms that are the baseline trained for longer
     shared: s.Shared | None = None  # the variance of a difference, pooled over the arms
+    follows: bool = True  # a sweep's looks are read as it read them: its metric, of the last epoch's weights
     floor: float = math.nan  # sd of one run's accuracy that the test set's size alone brings
     examples: int = 0
     robustness: Any = None  # `reporting.robustness.Robustness`, where its runs were tested under corruptions
@@ -129,7 +179,10 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     arms = {baseline: arms[baseline], **arms}
     plan, settings = plan_of(runs, request), settings_of(arms, baseline)
     rivals = _rival_arms(arms, baseline, runs)
-    return _filled(Table(data, request.metric, baseline, arms, plan, settings, rivals=rivals), runs, request)
+    table = Table(
+        data, request.metric, baseline, arms, plan, settings, rivals=rivals, follows=not request.best
+    )
+    return _filled(table, runs, request)
 
 
 def rescored(table: Table, values: Mapping[Path, float], request: Request, margin: float | None) -> Table:
@@ -149,7 +202,16 @@ def rescored(table: Table, values: Mapping[Path, float], request: Request, margi
             arm, runs={u: r for u, r in scored.items() if r.value is not None}, incomplete=incomplete
         )
     plan = table.plan._replace(margin=margin, remarks=())
-    again = Table(table.data, request.metric, table.baseline, arms, plan, table.settings, rivals=table.rivals)
+    again = Table(
+        table.data,
+        request.metric,
+        table.baseline,
+        arms,
+        plan,
+        table.settings,
+        rivals=table.rivals,
+        follows=False,
+    )
     return _filled(again, [r for arm in arms.values() for r in arm.all_runs], request)
 
 
@@ -160,7 +222,10 @@ def _filled(table: Table, runs: Sequence[Run], request: Request) -> Table:
     table.shared = _pooled(table)
     moderate = _moderating(table, request)
     base = arms[baseline]
-    table.comparisons = [_pair(arm, base, plan, moderate) for arm in arms.values() if arm is not base]
+    steps = _steps(table, moderate)
+    table.comparisons = [
+        _pair(arm, base, plan, moderate, steps.get(arm.name)) for arm in arms.values() if arm is not base
+    ]
     found = _findings(table)
     for c in table.comparisons:
         _judge(c, table, request, found.get(c.arm, "undecided"))
@@ -184,14 +249,19 @@ def _pairs(arm: Arm, base: Arm) -> list[tuple[Run, Run]]:
     return [(arm.runs[u], base.runs[u]) for u in sorted(set(arm.runs) & set(base.runs))]
 
 
-def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Comparison:
-    pairs = _pairs(arm, base)
+def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None, step: Step | None = None) -> Comparison:
+    pairs, later = _pairs(arm, base), 0
     seeds = max(len(pairs), min(len(arm.all_runs), len(base.all_runs)))
-    level = plan.level(seeds)
+    share = plan.share(seeds)
+    if step is not None and step.look:
+        at_look = [pair for pair in pairs if pair[0].unit in step.units]
+        pairs, later = at_look, len(pairs) - len(at_look)
+        share = s.share_of(step.seeds, step.looks)
+    level = s.ALPHA * share
     mine, theirs = (np.array([p[i].value for p in pairs], dtype=np.float64) for i in (0, 1))
     differences = mine - theirs
     t = s.paired_t(differences, level, moderate)
-    if is_copied(differences, base):
+    if is_copied(differences, base) or (step is not None and not step.look):
         t = t._replace(low=math.nan, high=math.nan, p=math.nan)
     logs = [
         math.log(a.seconds / b.seconds)
@@ -214,12 +284,15 @@ def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None) -> Compari
         arm=arm.name,
         differences=differences,
         seeds=seeds,
+        share=share,
         t=t,
         p_flip=s.sign_flip_p(differences),
         ratio=ratio,
         images=images,
         p_mcnemar=p_mcnemar,
         correlation=float(np.corrcoef(mine, theirs)[0, 1]) if varies else math.nan,
+        step=step,
+        later=later,
     )
 
 
@@ -250,21 +323,133 @@ def _moderating(table: Table, request: Request) -> s.Shared | None:
     return table.shared
 
 
+# Planned looks
+
+
+def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
+    """Where the arms stand for which several looks are planned: those of one sweep together."""
+    groups: dict[Any, list[Arm]] = defaultdict(list)
+    sweeps: dict[Any, Sweep] = {}
+    for arm in table.arms.values():
+        if arm.name in (table.baseline, *table.rivals):
+            continue
+        own = first_sweep(arm.all_runs)
+        if (
+            own is not None
+            and own.decides is not None
+            and table.follows
+            and own.decides.metric == table.metric.name
+        ):
+            key = own.planned, own.techniques, own.decides
+            sweeps[key] = own
+            groups[key].append(arm)
+        elif len(table.plan.seeds) > 1:
+            groups[None].append(arm)
+    found: dict[str, Step] = {}
+    for key, arms in groups.items():
+        if key in sweeps:
+            found |= steps_of_sweep(
+                sweeps[key], table.arms, table.baseline, table.metric.sign, table.plan.margin, moderate
+            )
+        else:
+            found |= _as_they_come(table, arms, moderate)
+    return found
+
+
+def steps_of_sweep(
+    sweep: Sweep,
+    arms: Mapping[str, Arm],
+    baseline: str,
+    sign: int,
+    margin: float | None,
+    moderate: s.Shared | None = None,
+) -> dict[str, Step]:
+    """Where each technique of a sweep of `until=decided` stands; those that have no run yet, too.
+
+    Args:
+        sweep: what was planned.
+        arms: by name.
+        baseline: its name.
+        sign: +1 where a higher metric is better, else -1.
+        margin: as logged.
+        moderate: `variance=shared`.
+    """
+    assert sweep.decides is not None
+    names, units = sorted(sweep.techniques), [(seed, sweep.decides.fold) for seed in sweep.decides.seeds]
+    base = arms.get(baseline, Arm(baseline))
+    d = np.full((len(names), len(units)), np.nan)
+    known, wrecked = np.zeros(d.shape, dtype=np.bool_), np.zeros(d.shape, dtype=np.bool_)
+    without = {run.unit for run in base.dropped}
+    for i, arm in enumerate(arms.get(name, Arm(name)) for name in names):
+        dropped, diverged = ({run.unit for run in runs} for runs in (arm.dropped, arm.diverged))
+        for j, unit in enumerate(units):
+            wrecked[i, j] = unit in diverged
+            known[i, j] = (unit in arm.runs or unit in dropped or unit in diverged) and (
+                unit in base.runs or unit in without
+            )
+            if unit in arm.runs and unit in base.runs:
+                d[i, j] = sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
+    settled = np.where(known.all(axis=1), len(units), known.argmin(axis=1))
+    first = np.where(wrecked.any(axis=1), wrecked.argmax(axis=1) + 1, np.inf)
+    looks = Looks(sweep.planned, len(names), margin, sweep.decides.futility, sweep.decides.order)
+    return _as_steps(
+        looks, names, [units] * len(names), replay(d, looks, settled, first, moderate), decides=True
+    )
+
+
+def _as_they_come(table: Table, arms: Sequence[Arm], moderate: s.Shared | None) -> dict[str, Step]:
+    """Where each of these arms stands that no sweep leads: it is read when it and the baseline have the seeds."""
+    base = table.arms[table.baseline]
+    tried = [sorted({r.unit for r in arm.all_runs} & {r.unit for r in base.all_runs}) for arm in arms]
+    looks = Looks(table.plan.seeds, max(len(arms), table.plan.techniques), table.plan.margin)
+    d = np.full((len(arms), max(looks.at[-1], *map(len, tried))), np.nan)
+    for i, (arm, units) in enumerate(zip(arms, tried, strict=True)):
+        for j, unit in enumerate(units):
+            if unit in arm.runs and unit in base.runs:
+                d[i, j] = table.metric.sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
+    steps = replay(d, looks, [len(units) for units in tried], shared=moderate)
+    return _as_steps(looks, [arm.name for arm in arms], tried, steps, decides=False)
+
+
+def _as_steps(
+    looks: Looks, names: Sequence[str], units: Sequence[Sequence[Unit]], steps: Steps, decides: bool
+) -> dict[str, Step]:
+    return {
+        name: Step(
+            found=str(steps.found[i]),
+            look=int(steps.number[i]),
+            looks=looks.at,
+            family=looks.family,
+            units=frozenset(units[i][: steps.seeds[i]]),
+            p=float(steps.p[i]),
+            p_none=float(steps.p_none[i]),
+            chance=float(steps.chance[i]),
+            wanted=int(steps.wanted[i]),
+            runs=int(steps.runs),
+            decides=decides,
+        )
+        for i, name in enumerate(names)
+    }
+
+
 # Verdicts
 
 
 def _findings(table: Table) -> dict[str, str]:
     """What the numbers of each tested arm say; their corrected p values are set."""
-    tested = table.tested
+    for c in table.comparisons:
+        if c.step is not None:
+            c.p_holm, c.p_none = c.step.p, c.step.p_none
+    found = {c.arm: c.step.found for c in table.comparisons if c.step is not None}
+    tested = [c for c in table.tested if c.step is None]
     if not tested:
-        return {}
+        return found
     columns = zip(*(c.t.times(table.metric.sign) for c in tested), strict=True)
     t = s.PairedT(*(np.array(column, dtype=np.float64) for column in columns))
-    shares = [table.plan.share(c.seeds) for c in tested]
-    found = s.findings(t, table.plan.margin, shares, table.family)
-    for c, p, p_none in zip(tested, found.p, found.p_none, strict=True):
+    at_once = s.findings(t, table.plan.margin, table.family)
+    for c, p, p_none in zip(tested, at_once.p, at_once.p_none, strict=True):
         c.p_holm, c.p_none = float(p), float(p_none)
-    return {c.arm: str(finding) for c, finding in zip(tested, found.found, strict=True)}
+    return found | {c.arm: str(finding) for c, finding in zip(tested, at_once.found, strict=True)}
 
 
 def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
@@ -278,8 +463,7 @@ def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
         return
     if c.n >= 3 and not math.isnan(c.t.low):
         sd = math.sqrt(table.shared.variance) if table.shared else float(c.t.sd)
-        level = table.plan.level(c.seeds)
-        alphas = (level / table.family, level)
+        alphas = (c.level / family_of(c, table), c.level)
         c.detectable = tuple(s.detectable_effect(c.n, a) * sd for a in alphas)  # type: ignore[assignment]
     c.finding, c.verdict = _verdict(c, table, request, finding)
 
@@ -287,6 +471,13 @@ def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
 def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tuple[str, str]:
     arm, base = table.arms[c.arm], table.arms[table.baseline]
     metric, margin = table.metric, table.plan.margin
+    if (
+        c.step is not None
+        and c.step.decides
+        and c.step.ended
+        and c.step.found not in ("unstable", "cannot say")
+    ):
+        return _at_a_look(c, c.step, table)  # final, whatever became of later seeds
     for who in (arm, base):
         if who.diverged:
             whose = "" if who is arm else f" {base.name}"
@@ -296,22 +487,67 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
         return "cannot say", f"cannot say (selected on {metric.split})"
     if arm.incomplete or base.incomplete:
         return "cannot say", f"cannot say ({metric.name} is not in all runs)"
-    if is_copied(c.differences, base):
+    if c.step is not None and not c.step.look:
+        return "waiting", f"no look yet: {c.seeds} of {c.step.looks[0]} seeds"
+    if is_copied(c.differences, base) or (c.step is not None and c.step.found == "cannot say"):
         return "cannot say", f"cannot say ({pairs}, all with the same difference)"
     if c.n < 3:
         return "cannot say", f"cannot say ({pairs})"
+    if c.step is not None:
+        return _at_a_look(c, c.step, table)
     shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"
     if finding == "no difference":
         return finding, f"no difference larger than {shown}"
     if finding != "undecided":
         return finding, f"{finding} than {shown}" if " by " in finding else finding
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
-    text = f"undecided: between {low} and {high}{metric.unit}"
-    if c.t.low > 0 or c.t.high < 0:
-        text += f" (excludes 0 alone, not after correction for {table.family})"
-    elif margin is not None and -margin < c.t.low and c.t.high < margin:
-        text += f" (within ±{shown} alone, not after correction for {table.family})"
+    text = f"undecided: between {low} and {high}{metric.unit}{_alone(c, table)}"
     return finding, text + _more_seeds(c, table)
+
+
+def family_of(c: Comparison, table: Table) -> int:
+    """The number of techniques that a comparison is corrected for."""
+    return table.family if c.step is None else c.step.family
+
+
+def _alone(c: Comparison, table: Table) -> str:
+    """What an undecided arm's interval would say if there were no other arm."""
+    margin, correction = table.plan.margin, f"alone, not after correction for {family_of(c, table)})"
+    if c.t.low > 0 or c.t.high < 0:
+        return f" (excludes 0 {correction}"
+    if margin is not None and -margin < c.t.low and c.t.high < margin:
+        return f" (within ±{table.metric.formatted(margin)}{table.metric.unit} {correction}"
+    return ""
+
+
+def _at_a_look(c: Comparison, step: Step, table: Table) -> tuple[str, str]:
+    """The verdict of the last look that was reached."""
+    metric, margin, last = table.metric, table.plan.margin, step.looks[-1]
+    shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"
+    low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
+    between = f"between {low} and {high}{metric.unit}{_alone(c, table)}"
+    where = f"look {step.look} of {len(step.looks)}, {step.seeds} seeds"
+    if step.found == "stopped":
+        text = f"stopped at {step.seeds} seeds: {between}; chance of a decision by {last} seeds {step.chance:.0%}"
+    elif step.found == "undecided" and step.look == len(step.looks):
+        text = f"undecided at the last look ({step.seeds} seeds): {between}"
+    elif step.found == "undecided":
+        following = step.looks[step.look]
+        ahead = f"next look at {following} seeds (chance of a decision {step.chance:.0%})"
+        text = f"undecided: {between} ({where}); {ahead}"
+    elif step.found == "no difference":
+        text = f"no difference larger than {shown} ({where}, p over all looks {formatted_p(step.p_none)})"
+    else:
+        size = f"{step.found} than {shown}" if " by " in step.found else step.found
+        text = f"{size} ({where}, p over all looks {formatted_p(step.p)})"
+    if c.later:
+        text += f"; {c.later} later seed{'' if c.later == 1 else 's'} not used"
+    return step.found, text
+
+
+def formatted_p(p: float) -> str:
+    """A p value as the report shows it."""
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _selected_on_scored(table: Table, best: bool) -> bool:
@@ -328,7 +564,7 @@ def _more_seeds(c: Comparison, table: Table) -> str:
     margin, shared, techniques = table.plan.margin, table.shared, table.family
     if margin is None or shared is None or shared.variance == 0:
         return ""
-    more = s.more_seeds(c.n, margin, shared, table.plan.last_level / techniques)
+    more = s.more_seeds(c.n, margin, shared, s.ALPHA / techniques)
     if more.about is None:
         return f"; not resolvable at {table.metric.formatted(margin)}{table.metric.unit} (over {s.MOST_SEEDS} seeds)"
     if techniques == 1 and c.n < 5:  # one sd of so few pairs says next to nothing
@@ -345,11 +581,11 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
     rivals = {c.arm: rival for c in table.comparisons if (rival := _rival(c, table, runs)) is not None}
     tests = {arm: _against(table.arms[arm], table.arms[rival], table) for arm, rival in rivals.items()}
     testable = {arm: t for arm, t in tests.items() if not math.isnan(t.p)}
-    shares = {c.arm: table.plan.share(c.seeds) for c in table.comparisons}
+    shares = {c.arm: c.share for c in table.comparisons}
     p_values = s.holm([t.p / shares[arm] for arm, t in testable.items()])
     corrected = dict(zip(testable, p_values, strict=True))
     for c in table.comparisons:
-        if c.finding in ("unstable", "cannot say", "rival") or math.isnan(c.ratio.low):
+        if c.finding in ("unstable", "cannot say", "rival", "waiting") or math.isnan(c.ratio.low):
             continue
         helps = c.finding.startswith("helps")
         beats = c.arm in corrected and corrected[c.arm] <= s.ALPHA and testable[c.arm].mean > 0

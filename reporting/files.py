@@ -17,7 +17,8 @@ CSV_COLUMNS = (
     "data", "arm", "metric", "n", "diverged", "mean", "sd", "median", "min", "max", "time_s", "images_per_s",
     "images", "memory_mb", "pairs", "difference", "sd_difference", "low", "high", "images_low", "images_high", "p",
     "p_flip", "p_holm", "p_none", "correlation", "detectable", "detectable_alone", "time_ratio", "time_ratio_low",
-    "time_ratio_high", "margin", "level", "noise_floor", "verdict", "cost",
+    "time_ratio_high", "margin", "level", "look", "seeds_at_look", "seeds_not_used", "chance", "noise_floor", "verdict",
+    "cost",
 )  # fmt: skip
 
 
@@ -41,7 +42,9 @@ def _results_csv(tables: Sequence[Table]) -> str:
     rows = [
         {n: cell(value) for n, value in row.items()} for table in [*tables, *under] for row in _rows(table)
     ]
-    table = pandas.DataFrame(rows, columns=list(CSV_COLUMNS)).astype({"pairs": "Int64"})
+    table = pandas.DataFrame(rows, columns=list(CSV_COLUMNS)).astype(
+        dict.fromkeys(("pairs", "look", "seeds_at_look", "seeds_not_used"), "Int64")
+    )
     return str(table.to_csv(index=False, lineterminator="\n"))
 
 
@@ -59,11 +62,14 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
                 "sd_difference": c.t.sd,
                 "low": c.t.low,
                 "high": c.t.high,
-                "level": table.plan.level(c.seeds),
+                "level": c.level,
                 "p_none": c.p_none,
             }
             row |= {"p": c.t.p, "p_flip": c.p_flip, "p_holm": c.p_holm, "correlation": c.correlation}
             row |= {"detectable": c.detectable[0], "detectable_alone": c.detectable[1]}
+            if c.step is not None:
+                row |= {"look": c.step.look, "seeds_at_look": c.step.seeds, "seeds_not_used": c.later}
+                row |= {"chance": c.step.chance}
             if c.images is not None:
                 row |= {"images_low": c.images.low, "images_high": c.images.high}
             row |= {

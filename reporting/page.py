@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from crucible.command_line import command, option
 from reporting import remarks
 from reporting.arms import unit_name
-from reporting.comparison import Comparison, Table
+from reporting.comparison import Comparison, Table, formatted_p
 from reporting.elsewhere import Elsewhere
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
@@ -167,7 +167,7 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
 _DETECTABLE = (
     "*detectable*: the effect that so many pairs find 4 times in 5 at the level of the verdict, corrected for all "
     "techniques; *alone*: if there were one technique only. *margin p*: that the effect is smaller than the margin, "
-    "one-sided and corrected likewise; *Holm p* and *margin p* are held against 0.05."
+    "one-sided and corrected likewise; *Holm p* (*p over all looks*) and *margin p* are held against 0.05."
 )
 _COST_LABELS = (
     "*free*: helps, and the time ratio is surely below 1.05. *pays*: helps, and beats the baseline that was "
@@ -196,8 +196,7 @@ def _metric(table: Table, value: float, signed: bool = False) -> Cell:
 
 
 def _p(value: float) -> Cell:
-    text = "-" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
-    return text, value
+    return formatted_p(value), value
 
 
 def _headline(table: Table, request: Request) -> str:
@@ -206,7 +205,8 @@ def _headline(table: Table, request: Request) -> str:
     margin = "none" if plan.margin is None else f"{metric.formatted(plan.margin)}{metric.unit}"
     percent = " in %" if metric.is_fraction else ""
     scored = "of the weights that were best on validation" if request.best else "of the last epoch"
-    planned = f"; planned seeds: {' or '.join(map(str, plan.seeds))}" if plan.seeds else ""
+    kind = "looks at" if len(plan.seeds) > 1 else "planned seeds:"
+    planned = f"; {kind} {', '.join(map(str, plan.seeds))}" if plan.seeds else ""
     variance = "; variance shared by the arms (moderated)" if request.shared_variance else ""
     what = f"{metric.name}{percent} {scored} ({better} is better)"
     return f"{what}; margin {margin}; baseline: {table.baseline}{planned}{variance}"
@@ -234,13 +234,13 @@ def _comparison_grid(table: Table) -> Grid:
     metric = table.metric
     flips = any(not math.isnan(c.p_flip) for c in table.comparisons)
     new = any(c.images is not None for c in table.comparisons)
-    levels = [remarks.percent(table, c) for c in table.comparisons]
+    levels = [remarks.percent(c) for c in table.comparisons]
     several = len(set(levels)) > 1
     interval_name = "interval" if several else f"{levels[0]} interval"
     head = ["arm", "pairs", "diff", interval_name, *(["new images"] if new else []), "p"]
     head += [
         *(["flip p"] if flips else []),
-        "Holm p",
+        "p over all looks" if any(c.step for c in table.comparisons) else "Holm p",
         *(["margin p"] if table.plan.margin is not None else []),
     ]
     head += ["detectable", "alone"]

@@ -165,7 +165,7 @@ def _differences(table: Table) -> Drawn | None:
     label = f"difference to {_short(table.baseline, 20)} in {metric.name}{unit} ({better} is better)"
     figure.supxlabel(label, fontsize=9.5)  # of the figure: long names leave the axes little room
     band = "" if margin is None else " The band is the margin."
-    levels = sorted({percent(table, c) for c in shown})
+    levels = sorted({percent(c) for c in shown})
     caption = (
         f"Mean paired difference with its {' or '.join(levels)} interval; ticks are single seeds. "
         f"Filled: helps or hurts.{band}"

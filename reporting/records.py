@@ -26,11 +26,22 @@ from crucible.masking import masked, masked_in
 from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
 from crucible.run import RunDirectory
+from reporting.looks import Order
 from reporting.request import SEE, Metric, Request
 
 UNDER_CORRUPTIONS = ("acc_corrupted", "ece_corrupted", "mce")
 Unit = tuple[int, int]  # (seed, fold): what a technique and the baseline are paired by
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class Decides(NamedTuple):
+    """What a sweep of `until=decided` fixed besides: its looks are `Sweep.planned`."""
+
+    seeds: tuple[int, ...]  # in the order in which they are run
+    fold: int
+    metric: str
+    futility: float
+    order: Order
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Sweep:
     command: str
     rule: int  # of the verdicts, by which it was planned
     techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
+    decides: Decides | None = None  # of `until=decided`
 
 
 class Correctness(NamedTuple):
@@ -108,6 +120,7 @@ class Run:
     nonfinite: str  # what was done about numbers that were not finite
     unreadable: str  # what its data lacked
     ended_early: str  # why it did, and after how many epochs
+    dropped: bool  # its sweep went on without it (`drop_failed`), whatever becomes of it
     tested: Mapping[str, Tested] = field(default_factory=dict)  # under corruptions, by whose weights
 
     @property
@@ -145,7 +158,7 @@ def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
         names = ",".join(map(str, request.folders))
         raise ConfigError(f"runs={names}: no run directory there (one has a summary.json)", see=SEE)
     sweeps = _read_sweeps(paths)
-    read = [_read_run(path, request, sweeps) for path in paths.values()]
+    read = [read_run(path, request, sweeps) for path in paths.values()]
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and not of_split(request.metric.name, "val"):
@@ -188,7 +201,8 @@ def _find(folder: Path) -> Iterable[Path]:
             folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
 
 
-def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | LeftOut:
+def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | LeftOut:
+    """One run directory; `sweeps` are those recorded beside it."""
     try:
         summary, config = _read_record(path)
     except ConfigError as error:
@@ -197,7 +211,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
     diverged = ""
     if status == "failed" and reason.startswith("diverged"):
         diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
-    if status != "finished" and not diverged:
+    if status != "finished" and not diverged and not summary.get("dropped"):
         return _left_out(path, status, reason)
     settings = {**_defaults(), **masked_in(flatten(config))}
     module = (config.get("data") or {}).get("module") or {}
@@ -242,6 +256,7 @@ def _read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Le
         nonfinite=_nonfinite(summary),
         unreadable=_unreadable(summary),
         ended_early=_ended_early(summary),
+        dropped=bool(summary.get("dropped")),
         tested=tested,
     )
 
@@ -468,13 +483,14 @@ def _read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
         for file in sorted(folder.glob("sweeps/*/sweep.json")):
             try:
                 record = json.loads(file.read_text(encoding="utf-8"))
-                found.append(_sweep(record, str(file.parent)))
+                found.append(read_sweep(record, str(file.parent)))
             except (OSError, ValueError, TypeError, AttributeError):
                 continue  # a sweep that is being written; its runs carry its facts themselves
     return sorted(found, key=lambda s: (s.created, s.folder))
 
 
-def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
+def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
+    """What a sweep recorded, of itself or in one of its runs."""
     planned = record.get("planned_seeds")
     margin = record.get("margin_points")
     runs = [
@@ -482,6 +498,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
     ]
     created = record.get("created")
     baseline, rivals = record.get("baseline"), record.get("rivals") or {}
+    decides = record.get("decides")
     return Sweep(
         folder=folder,
         design=str(record.get("design") or ""),
@@ -494,6 +511,7 @@ def _sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         command=masked(str(record.get("command") or "")),
         rule=int(record.get("rule") or 1),
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
+        decides=Decides(**{**decides, "seeds": tuple(decides["seeds"])}) if decides else None,
     )
 
 
@@ -502,7 +520,7 @@ def _sweep_of(path: Path, summary: Mapping[str, Any], sweeps: Sequence[Sweep]) -
     if listed:
         return listed[0]  # the first that planned this run; what came later found it finished
     own = summary.get("sweep")
-    return _sweep(own, str(own.get("folder") or "")) if isinstance(own, dict) else None
+    return read_sweep(own, str(own.get("folder") or "")) if isinstance(own, dict) else None
 
 
 # Configurations: thousands of them, nearly all of whose lines are the same

@@ -10,7 +10,7 @@ import numpy as np
 
 from reporting import statistics as s
 from reporting.arms import as_text, first_sweep, is_setting, unit_name
-from reporting.comparison import Comparison, Table, is_copied
+from reporting.comparison import Comparison, Table, family_of, is_copied
 
 
 def warnings(table: Table) -> list[str]:
@@ -27,6 +27,15 @@ def warnings(table: Table) -> list[str]:
     ]
 
 
+def before_more_seeds(table: Table) -> list[str]:
+    """What of it is to be looked at before a sweep spends more seeds: runs, differences, spreads."""
+    return [
+        *_outliers(table),
+        *(w for c in table.comparisons for w in _of_a_difference(c, table)),
+        *_of_the_seeds(table),
+    ]
+
+
 def _repeated(table: Table) -> Iterable[str]:
     for name, arm in sorted(table.arms.items()):
         counted = {run.unit: run for run in arm.all_runs}
@@ -38,11 +47,26 @@ def _repeated(table: Table) -> Iterable[str]:
             )
 
 
-def _of_the_runs(table: Table) -> Iterable[str]:
-    """Runs and counts that a reader should go to."""
-    for arm in table.arms.values():
+def _outliers(table: Table) -> Iterable[str]:
+    """Runs that diverged, or lie far from their arm."""
+    arms = list(table.arms.values())
+    for arm in arms:
         for run in arm.diverged:
             yield f"{arm.name}, {unit_name(run.unit)} diverged: {run.diverged} ({run.path.name})"
+    for arm, distances in zip(arms, s.outlying([a.values for a in arms]), strict=True):
+        for unit, distance in zip(sorted(arm.runs), distances, strict=True):
+            if distance > s.OUTLIER_SD:
+                where = arm.runs[unit].path.name
+                sds = f"{distance:.0f} sd"
+                yield f"{arm.name}, {unit_name(unit)} lies {sds} from its arm's median: look at this run ({where})"
+
+
+def _of_the_runs(table: Table) -> Iterable[str]:
+    """Runs and counts that a reader should go to."""
+    yield from _outliers(table)
+    for arm in table.arms.values():
+        for run in arm.dropped:
+            yield f"{arm.name}, {unit_name(run.unit)}: the sweep went on without this run ({run.path.name})"
         for run in arm.incomplete:
             why = f": {run.remark}" if run.remark else ""
             yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name}){why}"
@@ -55,20 +79,15 @@ def _of_the_runs(table: Table) -> Iterable[str]:
     if with_few_runs:
         yield f"fewer than 5 runs: {', '.join(with_few_runs)}"
     base = table.arms[table.baseline]
+    at_look = {c.arm: c.step.units for c in table.comparisons if c.step is not None}  # more are not asked for
     for arm in table.arms.values():
-        without = sorted(set(arm.runs) - set(base.runs)), sorted(set(base.runs) - set(arm.runs))
-        for units, there, lacks in ((without[0], arm, base), (without[1], base, arm)):
+        here, there = (set(a.runs) & at_look.get(arm.name, set(a.runs)) for a in (arm, base))
+        without = sorted(here - there), sorted(there - here)
+        for units, has, lacks in ((without[0], arm, base), (without[1], base, arm)):
             if units:
                 listed = ", ".join(map(unit_name, units))
-                yield f"missing pair: {there.name} has {listed}, {lacks.name} has not; not in the difference"
-    arms = list(table.arms.values())
-    for arm, distances in zip(arms, s.outlying([a.values for a in arms]), strict=True):
-        for unit, distance in zip(sorted(arm.runs), distances, strict=True):
-            if distance > s.OUTLIER_SD:
-                where = arm.runs[unit].path.name
-                sds = f"{distance:.0f} sd"
-                yield f"{arm.name}, {unit_name(unit)} lies {sds} from its arm's median: look at this run ({where})"
-    if len({unit[1] for arm in arms for unit in arm.runs}) > 1:
+                yield f"missing pair: {has.name} has {listed}, {lacks.name} has not; not in the difference"
+    if len({unit[1] for arm in table.arms.values() for unit in arm.runs}) > 1:
         yield "folds share training data, so their differences are not independent: intervals are too narrow"
 
 
@@ -108,7 +127,7 @@ def _of_the_seeds(table: Table) -> Iterable[str]:
 def _unplanned_looks(table: Table) -> Iterable[str]:
     for c in table.comparisons:
         first = first_sweep(table.arms[c.arm].all_runs)
-        if first is None or not first.planned or c.n in first.planned or c.n < 3:
+        if c.step is not None or first is None or not first.planned or c.n in first.planned or c.n < 3:
             continue
         planned = " or ".join(map(str, first.planned))
         when = "before the last" if c.n < max(first.planned) else "after the last"
@@ -183,11 +202,11 @@ def notes(table: Table) -> Iterable[str]:
         return
     yield _rule(table)
     k, few = len(tested), min(tested, key=lambda c: c.n)
-    levels = sorted({table.plan.level(c.seeds) for c in tested})
+    levels = sorted({c.level for c in tested})
     covered = " or ".join(f"{100 * (1 - level):.3g}%" for level in levels)
     note = f"Each interval covers its own truth {covered} of the time"
     if k > 1:
-        missed = 1 - math.prod(1 - table.plan.level(c.seeds) for c in tested)
+        missed = 1 - math.prod(1 - c.level for c in tested)
         note += f"; among {k}, one or more miss in about {100 * missed:.0f} of 100 such tables"
     yield note + ". They say what holds on this test set, over seeds."
     if any(c.images is not None for c in table.comparisons):
@@ -196,14 +215,9 @@ def notes(table: Table) -> Iterable[str]:
         yield (
             "*Not estimable*: the seeds vary more than the images do, and so few of them cannot tell the images' share."
         )
-    if len(table.plan.seeds) > 1:
-        looks = ", ".join(f"{n} ({table.plan.share(n):.3f})" for n in table.plan.seeds)
-        yield (
-            f"Looks were planned at so many seeds (with this share of the error of 5 in 100): {looks}. Holm p and "
-            "margin p are corrected for the share, and intervals allow for looking more than once."
-        )
+    yield from _of_the_looks(table)
     if shared is not None and few.n > 1:
-        sd, level, of = math.sqrt(shared.variance), table.plan.level(few.seeds), table.family
+        sd, level, of = math.sqrt(shared.variance), few.level, family_of(few, table)
         corrected, alone = (s.detectable_effect(few.n, a) * sd for a in (level / of, level))
         yield (
             f"With {few.n} pairs and {of} technique{'' if of == 1 else 's'} this design finds effects above "
@@ -214,9 +228,40 @@ def notes(table: Table) -> Iterable[str]:
         yield "Effects that are significant with 5 pairs or fewer tend to be overstated, by 1.3 to 2 times."
 
 
-def percent(table: Table, c: Comparison) -> str:
+def _of_the_looks(table: Table) -> Iterable[str]:
+    """What several planned looks mean for what is printed."""
+    stepped = [c for c in table.comparisons if c.step is not None]
+    for looks in sorted({c.step.looks for c in stepped if c.step is not None}):
+        *before, last = looks
+        shares = ", ".join(f"{n} ({s.share_of(n, looks):.3f})" for n in looks)
+        yield (
+            f"Looks planned at {', '.join(map(str, before))} and {last} seeds. Seeds beyond {last} can change no "
+            f"finding. Each look may spend this share of the error of 5 in 100: {shares}; p over all looks and "
+            "margin p are corrected for it."
+        )
+    for c in stepped:
+        step = c.step
+        if step is None or not step.look or step.look == len(step.looks) or math.isnan(c.t.low):
+            continue
+        if not step.ended:
+            continue
+        metric, plain = table.metric, s.paired_t(c.differences)
+        wider = float((c.t.high - c.t.low) / (plain.high - plain.low))
+        interval = f"{metric.formatted(float(c.t.low), True)} to {metric.formatted(float(c.t.high), True)}"
+        text = (
+            f"{c.arm}: {metric.formatted(float(c.t.mean), True)} ({interval}){metric.unit}. The interval allows for "
+            "stopping early: over all ways a comparison can end it holds at least 95 times in 100, and at "
+            f"{step.seeds} seeds it is {wider:.1f} times as wide as for {step.seeds} seeds fixed beforehand."
+        )
+        if step.found.startswith(("helps", "hurts")):
+            word = step.found.split()[0]
+            text += f" An early *{word}* was read because the difference looked large: expect a true one nearer 0."
+        yield text
+
+
+def percent(c: Comparison) -> str:
     """What the comparison's interval covers, as text."""
-    return f"{100 * (1 - table.plan.level(c.seeds)):.3g}%"
+    return f"{100 * (1 - c.level):.3g}%"
 
 
 def sd_of_detectable(table: Table) -> str:
@@ -233,12 +278,18 @@ def sd_of_detectable(table: Table) -> str:
 
 def _rule(table: Table) -> str:
     """Which rule judged the table, and whether it is that by which its runs were planned."""
-    family = f"{table.family} technique{'' if table.family == 1 else 's'}"
+    counts = sorted({family_of(c, table) for c in table.tested})
+    family = f"{' or '.join(map(str, counts))} technique{'' if counts == [1] else 's'}"
     rule = (
         f"Judged by rule {s.RULE}: *helps* and *hurts* by Holm's correction, *no difference larger than* and *by less "
         f"than* the margin by a one-sided test against it, both corrected for {family} and for all planned looks."
     )
-    if table.plan.rule is not None and table.plan.rule < s.RULE:
+    if table.plan.rule == 2 and len(table.plan.seeds) > 1:
+        rule += (
+            " These runs were planned under rule 2, which read each arm at the seeds that it had: there a later look "
+            "could take a finding back, and seeds between two looks counted."
+        )
+    if table.plan.rule == 1:
         rule += (
             " These runs were planned under rule 1, which said *no difference* where the interval lay within the "
             "margin, uncorrected, and held each look to one level: a report written then may say it of arms that are "

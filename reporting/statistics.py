@@ -23,7 +23,9 @@ SAME_COST = 1.05  # time ratios up to here cost nothing
 COPIED = 1e-9
 FLIP_FROM, FLIP_EXACT_TO = 8, 16
 OUTLIER_SD = 6.0
-RULE = 2  # of the verdicts; 1: the interval inside the margin, one level for all looks
+# of the verdicts; 1: the interval inside the margin, one level for all looks; 2: planned looks, each arm at the seeds
+# that it happens to have
+RULE = 3
 
 Floats = NDArray[np.float64]
 
@@ -142,7 +144,7 @@ def share_of(seeds: int, planned: Iterable[int]) -> float:
 class Findings(NamedTuple):
     """What may be said of each arm: text, and the p values for it, to be held against 0.05.
 
-    `p` is corrected for the number of techniques and of looks, `p_none` (that the effect is smaller than the
+    `p` is corrected for the number of techniques, `p_none` (that the effect is smaller than the
     margin) as well; NaN without a margin.
     """
 
@@ -151,31 +153,28 @@ class Findings(NamedTuple):
     p_none: Floats
 
 
-def findings(t: PairedT, margin: float | None, share: ArrayLike = 1.0, family: int | None = None) -> Findings:
-    """The verdicts that follow from the numbers alone, as text without the margin's value.
+def findings(t: PairedT, margin: float | None, family: int | None = None) -> Findings:
+    """The verdicts that follow from the numbers of one look alone, as text without the margin's value.
 
-    `helps`, `helps by more`, `helps by less`, the same of `hurts`, `no difference`, `undecided`. At a share w of
-    the error, of K arms, an arm helps or hurts at 0.05 w / (K - r), with r the arms that do already; it makes no
-    difference larger than the margin, or helps by less, by a one-sided test against the margin at 0.05 w / K
-    (0.025 / K where there is one look). So false findings stay below 6 of 100 tables whatever the effects are:
-    an arm's effect is not both 0 and beyond the margin.
+    `helps`, `helps by more`, `helps by less`, the same of `hurts`, `no difference`, `undecided`. Of K arms, an arm
+    helps or hurts at 0.05 / (K - r), with r the arms that do already; it makes no difference larger than the
+    margin, or helps by less, by a one-sided test against the margin at 0.025 / K. So false findings stay below 6 of
+    100 tables whatever the effects are: an arm's effect is not both 0 and beyond the margin.
 
     Args:
         t: of the differences in the good direction (positive is better), (..., K).
         margin: differences below it do not matter; None: there is none, and nothing is said about it.
-        share: of the error that this look may spend, of each arm or of all.
         family: the number of techniques, where some of them cannot be tested now.
     """
     d = math.nan if margin is None else margin  # comparisons with NaN are false: rules with a margin are off
     mean, error = np.asarray(t.mean, dtype=np.float64), np.asarray(t.error, dtype=np.float64)
-    w = np.broadcast_to(np.asarray(share, dtype=np.float64), mean.shape)
     arms = max(mean.shape[-1], family or 0)
-    q = np.asarray(t.p, dtype=np.float64) / w
+    q = np.asarray(t.p, dtype=np.float64)
     p = holm(q, arms)
     none = stats.t.sf((d - np.abs(mean)) / error, t.freedom)
-    more = 2 * stats.t.sf((np.abs(mean) - d) / error, t.freedom) / w
+    more = 2 * stats.t.sf((np.abs(mean) - d) / error, t.freedom)
     left = arms - np.argsort(np.argsort(q, axis=-1), axis=-1)  # K - r, where the arm's turn comes
-    p_none = np.minimum(none * arms * np.where(w < 1, 1, 2) / w, 1.0)
+    p_none = np.minimum(none * arms * 2, 1.0)
     significant, better, within = p <= ALPHA, mean > 0, p_none <= ALPHA
     beyond = more * left <= ALPHA
     rules = [

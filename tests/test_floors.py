@@ -24,6 +24,7 @@ FLOORS = (
         "lab.build",
         "lab.use",
         "lab.summary",
+        "lab.speed",
         "lab.teachers",
         "lab.states",
         "lab.experiment",
@@ -33,7 +34,15 @@ FLOORS = (
     ("lab.robustness",),
     ("lab.tasks",),
     ("lab.warm", "lab.ranks", "lab.processes", "lab.remote", "lab.jobs"),
-    ("lab.planning", "lab.executors", "lab.cluster", "lab.ray_engine", "lab.search", "lab.sweeps"),
+    (
+        "lab.planning",
+        "lab.deciding",
+        "lab.executors",
+        "lab.cluster",
+        "lab.ray_engine",
+        "lab.search",
+        "lab.sweeps",
+    ),
     ("docs", "hydra_plugins", "main", "report"),
 )
 LATE = {

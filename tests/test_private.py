@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import platform
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +37,14 @@ def test_the_base_classes_of_norms_and_convolutions() -> None:
     assert not isinstance(nn.GroupNorm(1, 1), private.AnyBatchNorm)
     for convolution in (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d):
         assert isinstance(convolution(1, 1, 1), private.AnyConvolution)
+
+
+def test_the_processor_says_whether_it_has_instructions_for_bf16() -> None:
+    cpu = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpu.is_file():
+        pytest.skip("its flags are read on Linux")
+    flags = set(re.search(r"^flags\s*: (.*)$", cpu.read_text(encoding="utf-8"), re.M)[1].split())  # type: ignore[index]
+    assert private.has_bf16_instructions() == bool(flags & {"avx512_bf16", "amx_tile"})
 
 
 def test_the_gradient_scaler_asks_the_optimizer_for_the_flag() -> None:

@@ -712,10 +712,127 @@ def test_the_report_says_by_which_rule_it_judged(tmp_path):
     make_arm(tmp_path, "mixup", BETTER)
     record_sweep(tmp_path, ["baseline", "mixup"])
     text = run_report(tmp_path)[1]
-    assert "Judged by rule 2" in text and "were planned under rule 1" in text
+    assert "Judged by rule 3" in text and "were planned under rule 1" in text
     record_sweep(tmp_path, ["baseline", "mixup"], time="0", created=0.5, rule=2)
     text = run_report(tmp_path)[1]
-    assert "Judged by rule 2" in text and "rule 1" not in text
+    assert "Judged by rule 3" in text and "planned under rule" not in text, "of one look rule 2 said the same"
+    record_sweep(tmp_path, ["baseline", "mixup"], time="1", created=0.3, rule=2, planned_seeds=[5, 10])
+    assert "were planned under rule 2" in run_report(tmp_path)[1]
+
+
+# Seeds until it is decided
+
+
+PLANNED = {
+    "seeds": list(range(10, 30)),
+    "fold": 0,
+    "metric": "test/acc",
+    "futility": 0.1,
+    "order": "together",
+}
+
+
+def make_decided(root: Path, counts: dict[str, int], **facts) -> dict[str, np.ndarray]:
+    """A sweep of `until=decided` with so many seeds of each arm, looks at 5, 8, 12 and 20; the arms' values."""
+    rng = np.random.default_rng(3)
+    base = 0.9 + 0.002 * rng.normal(size=20)
+    effects, noise = {"baseline": 0.0, "strong": 0.02, "weak": 0.002, "noisy": 0.0}, rng.normal(size=(4, 20))
+    noise[3] -= noise[3, :8].mean()  # nothing to see at its second look
+    spread = {"baseline": 0.0, "strong": 0.0015, "weak": 0.0025, "noisy": 0.03}
+    values = {a: base + effects[a] + spread[a] * n for a, n in zip(effects, noise, strict=True)}
+    for arm, count in counts.items():
+        for seed in range(count):
+            make_run(root, arm, 10 + seed, float(values[arm][seed]))
+    record_sweep(
+        root, list(effects), planned_seeds=[5, 8, 12, 20], margin_points=0.3, rule=3, decides=PLANNED, **facts
+    )
+    sweep = root / "sweeps/20260101-000000/sweep.json"
+    runs = [str(run) for run in (root / "digits").iterdir()]
+    sweep.write_text(json.dumps({**json.loads(sweep.read_text()), "runs": runs}))
+    return values
+
+
+def test_each_arm_is_read_at_its_look_with_the_repeated_interval(tmp_path):
+    values = make_decided(tmp_path, {"baseline": 8, "strong": 5, "weak": 8, "noisy": 8})
+    rows, text = run_report(tmp_path)
+    share = (5 / 20) ** 1.5
+    test = stats.ttest_rel(values["strong"][:5], values["baseline"][:5])
+    interval = test.confidence_interval(1 - 0.05 * share)
+    strong = rows["strong"]
+    assert [float(strong["low"]), float(strong["high"])] == pytest.approx([interval.low, interval.high])
+    assert float(strong["p_holm"]) == pytest.approx(3 * test.pvalue / share), (
+        "three techniques, over all looks"
+    )
+    assert strong["verdict"].startswith(
+        "helps by more than 0.30 points (look 1 of 4, 5 seeds, p over all looks "
+    )
+    assert rows["noisy"]["verdict"].startswith("stopped at 8 seeds: between")
+    assert "chance of a decision by 20 seeds" in rows["noisy"]["verdict"]
+    assert (rows["weak"]["look"], rows["weak"]["seeds_at_look"]) == ("2", "8")
+    assert rows["weak"]["verdict"].startswith("undecided: between")
+    assert (
+        f"next look at 12 seeds (chance of a decision {float(rows['weak']['chance']):.0%})"
+        in rows["weak"]["verdict"]
+    )
+    assert "Looks planned at 5, 8, 12 and 20 seeds. Seeds beyond 20 can change no finding." in text
+    wider = stats.t.isf(0.025 * share, 4) / stats.t.isf(0.025, 4)
+    assert f"at 5 seeds it is {wider:.1f} times as wide as for 5 seeds fixed beforehand" in text
+    assert "An early *helps* was read because the difference looked large" in text
+
+
+def test_between_two_looks_no_finding_changes_and_later_seeds_are_named(tmp_path):
+    make_decided(tmp_path / "at", {"baseline": 8, "strong": 5, "weak": 8, "noisy": 8})
+    make_decided(tmp_path / "later", {"baseline": 11, "strong": 9, "weak": 11, "noisy": 9})
+    at, later = (run_report(tmp_path / name)[0] for name in ("at", "later"))
+    for arm, extra in (("strong", 4), ("weak", 3), ("noisy", 1)):
+        plural = "" if extra == 1 else "s"
+        assert later[arm]["verdict"] == f"{at[arm]['verdict']}; {extra} later seed{plural} not used"
+        for column in ("pairs", "difference", "low", "high", "p", "p_holm", "level"):
+            assert later[arm][column] == at[arm][column], column
+
+
+def test_before_the_first_look_there_is_no_verdict(tmp_path):
+    make_decided(tmp_path, {"baseline": 5, "strong": 4, "weak": 5, "noisy": 5})
+    rows, _ = run_report(tmp_path)
+    assert rows["strong"]["verdict"] == "no look yet: 4 of 5 seeds"
+    assert rows["weak"]["verdict"] == "no look yet: 5 of 5 seeds", "the arms are read together"
+    assert rows["weak"]["low"] == rows["weak"]["p"] == ""
+
+
+def test_a_diverged_run_after_a_finding_does_not_take_it_back(tmp_path):
+    make_decided(tmp_path, {"baseline": 8, "strong": 5, "weak": 7, "noisy": 8})
+    make_run(tmp_path, "strong", 15, math.nan)
+    make_run(tmp_path, "weak", 17, math.nan)
+    sweep = tmp_path / "sweeps/20260101-000000/sweep.json"
+    runs = [str(run) for run in (tmp_path / "digits").iterdir()]
+    sweep.write_text(json.dumps({**json.loads(sweep.read_text()), "runs": runs}))
+    rows, _ = run_report(tmp_path)
+    assert rows["strong"]["verdict"].startswith("helps by more than 0.30 points (look 1 of 4")
+    assert rows["weak"]["verdict"] == "unstable: 1 of 8 runs diverged"
+
+
+def test_a_seed_that_the_sweep_dropped_is_no_pair_and_no_divergence(tmp_path):
+    make_decided(tmp_path, {"baseline": 5, "strong": 5, "weak": 5, "noisy": 5})
+    file = tmp_path / "digits/baseline-s11/summary.json"
+    failed = {"status": "failed", "reason": "diverged: train/loss is nan", "final": {}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **failed}))
+    assert run_report(tmp_path)[0]["strong"]["verdict"].startswith("unstable: 1 of 5 baseline runs diverged")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropped": True}))
+    row = run_report(tmp_path)[0]["strong"]
+    assert row["verdict"].startswith("helps") and row["pairs"] == "4"
+
+
+def test_a_report_of_another_metric_says_that_no_look_was_planned_for_it(tmp_path):
+    make_decided(tmp_path, {"baseline": 5, "strong": 5, "weak": 5, "noisy": 5})
+    for file in (tmp_path / "digits").glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        summary["final"]["val/acc"] = summary["final"]["test/acc"] + 0.01
+        file.write_text(json.dumps(summary))
+    text = run_report(tmp_path, "metric=val/acc")[1]
+    assert (
+        "The sweep decided by test/acc, which says how many seeds each arm got"
+        in text.split("### Verdicts")[0]
+    )
 
 
 def test_the_sd_behind_what_is_detectable_is_named(tmp_path):

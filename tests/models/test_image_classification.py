@@ -158,7 +158,7 @@ class SmallVGG(VGG16):
 
 RECONSTRUCTED: dict[str, tuple[Callable[[], Any], Callable[[Weights, Tensor], Tensor]]] = {
     "resnet": (
-        lambda: Small(bottleneck=False, shortcut="pool_conv", cifar_size=True),
+        lambda: Small(bottleneck=False, averaged_shortcut=True, cifar_size=True),
         lambda w, x: post_activation(w, x, 4),
     ),
     "wide_resnet": (
@@ -243,13 +243,15 @@ def test_a_pyramidnet_of_either_block_keeps_its_published_depth() -> None:
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: ResNet18(stem="D", shortcut="conv"), r"model\.shortcut=conv: .* model\.stem=C"),
         (lambda: ResNet50(pretrained=True, bottleneck=False), r"pretrained=true .* model\.bottleneck=false"),
-        (lambda: ResNet50(pretrained=True, shortcut="pool_conv"), r"pretrained=true .* model\.shortcut"),
-        (lambda: LIPResNet50(shortcut="pool_conv"), r"model\.shortcut=pool_conv: LIPResNet pools"),
+        (
+            lambda: ResNet50(pretrained=True, averaged_shortcut=True),
+            r"pretrained=true .* model\.averaged_shortcut",
+        ),
+        (lambda: LIPResNet50(averaged_shortcut=True), r"model\.averaged_shortcut=true: LIPResNet pools"),
         (lambda: WRN2810(preactivation=False, block_dropout=0.3), r"model\.block_dropout=0\.3"),
     ],
-    ids=["stem D", "weights of bottlenecks", "weights of strides", "LIP", "dropout"],
+    ids=["weights of bottlenecks", "weights of strides", "LIP", "dropout"],
 )
 def test_what_contradicts_itself_is_refused_in_one_line(build: Callable[[], Any], said: str) -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match=said):
