@@ -42,7 +42,7 @@ def _statistics(logits: Tensor) -> Tensor:
     return torch.stack((torch.linalg.vector_norm(z, dim=1), mean, z.amax(dim=1), var)).abs().mean(dim=1)
 
 
-def _total_norm(tensors: Iterable[Tensor]) -> Tensor:
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The L2 norm of all tensors together, float32 or wider; 0 of none."""
     tensors = list(tensors)
     if not tensors:
@@ -82,7 +82,7 @@ class _GradientNorms:
 
     @torch.no_grad()
     def add(self, gradients: list[Tensor]) -> None:
-        norm = _total_norm(gradients).to(self.sums)
+        norm = total_norm(gradients).to(self.sums)
         finite = norm.isfinite().to(norm.dtype)
         norm = norm.nan_to_num(nan=0.0, posinf=0.0)
         self.sums += torch.stack((norm, finite))
@@ -206,7 +206,7 @@ class LogitStats(Callback):
         values = self._train.means(trainer, PREFIXES["train"])
         if self.norms:
             values |= self._gradients.values()
-            values["train/weight_norm"] = _total_norm(p.detach() for p in pl_module.parameters())
+            values["train/weight_norm"] = total_norm(p.detach() for p in pl_module.parameters())
         return values
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

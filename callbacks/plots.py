@@ -1,9 +1,9 @@
-"""Pictures of what a model gets wrong: a confusion matrix, or predictions against targets."""
+"""Pictures of a run: its learning curves, and what the model gets wrong (a confusion matrix, or predictions)."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -118,6 +119,7 @@ class ResultPlots(Callback):
     Classification: `confusion_matrix_val.png` (rows normalised to the true class) and `.csv` (counts, a row a
     true class). Regression: `predictions_val.png`, targets against predictions with r2 and the mean absolute
     error. `_test` likewise. The last validation of a fit and every test are written; W&B gets the pictures.
+    `curves.png`, at the end of a training, has loss and accuracy (error) by the epoch, of all rows of metrics.csv.
     Above 2000 classes there is no confusion matrix, and a line says so. Exact over ranks; rank 0 writes.
 
     Args:
@@ -156,6 +158,19 @@ class ResultPlots(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # only now is it known which validation was the last
         self._write(trainer, pl_module, "val")
+        self._write_curves(trainer)
+
+    @fails_together
+    def _write_curves(self, trainer: Trainer) -> None:
+        folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero or not (folder / "metrics.csv").is_file():
+            return
+        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        if rows:
+            (folder / "plots").mkdir(parents=True, exist_ok=True)
+            with replacing(folder / "plots" / "curves.png") as file:
+                draw_curves(rows).savefig(file, format="png", dpi=150)
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -213,6 +228,30 @@ def _write_counts(path: Path, counts: list[list[int]], names: Sequence[str]) -> 
         writer = csv.writer(stream)
         writer.writerow(["true \\ predicted", *map(cell, names)])
         writer.writerows([cell(name), *row] for name, row in zip(names, counts, strict=True))
+
+
+def draw_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """Loss, and accuracy or absolute error, of training and validation by the epoch, which is counted from 1.
+
+    Args:
+        rows: of metrics.csv, as texts; an empty one is no value.
+    """
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    second = "mae" if any(row.get("train/mae") for row in rows) else "acc"
+    for axes, name in zip(figure.subplots(1, 2), ("loss", second), strict=True):
+        for split, marker in (("train", "o"), ("val", "s")):
+            known = [
+                (int(r["epoch"]) + 1, float(r[f"{split}/{name}"])) for r in rows if r.get(f"{split}/{name}")
+            ]
+            if known:
+                alone = marker if len(known) == 1 else ""
+                axes.plot(*zip(*known, strict=True), marker=alone, label=split)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    return figure
 
 
 def draw_confusion(counts: Any, names: Sequence[str], title: str) -> Figure:

@@ -10,55 +10,107 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from crucible import private
-from crucible.masking import masked_in
+from crucible.masking import masked, masked_in
 from crucible.options import ConfigError
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 CONNECT_TIMEOUT_S = 3.0
+_PORTS = {"http": 80, "https": 443}
 TAG_LENGTH = 64  # W&B refuses longer ones
 
 
+def _server() -> tuple[str, int]:
+    """Host and port of the W&B server: of WANDB_BASE_URL, where it is set.
+
+    Raises:
+        ConfigError: where that is no address.
+    """
+    url = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if host is None or parts.scheme not in _PORTS:
+        raise ConfigError(
+            f"WANDB_BASE_URL={masked(url)}: an address is meant, such as https://wandb.example.org"
+        )
+    return host, port or _PORTS[parts.scheme]
+
+
+def _way() -> tuple[str, int]:
+    """Host and port that a connection to the W&B server opens first: those of a proxy of the environment, if any."""
+    host, port = _server()
+    proxies = getproxies()
+    proxy = proxies.get("http" if port == _PORTS["http"] else "https") or proxies.get("all")
+    if not proxy or proxy_bypass(host):
+        return host, port
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        return parts.hostname or host, parts.port or _PORTS.get(parts.scheme, 1080)
+    except ValueError:
+        return host, port
+
+
 def has_wandb_key() -> bool:
-    """Whether W&B could log in without asking."""
+    """Whether W&B could log in at its server without asking."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc().authenticators(_server()[0]) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
-def server_answers(host: str = "api.wandb.ai", port: int = 443) -> bool:
-    """Whether a connection opens within three seconds."""
+def server_answers() -> bool:
+    """Whether a connection to the W&B server, or to the proxy before it, opens within three seconds."""
     try:
-        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
+        with socket.create_connection(_way(), timeout=CONNECT_TIMEOUT_S):
             return True
     except OSError:
         return False
 
 
-def wandb_mode(mode: WandbMode) -> str:
-    """`online`, `offline` or `disabled`; never one that would prompt or wait.
-
-    WANDB_MODE in the environment decides first; `auto` is online with a key and a server that answers.
+def _asked_mode(mode: str) -> str:
+    """The mode of WANDB_MODE, else of the configuration.
 
     Raises:
-        ConfigError: where `online` is asked for and there is no key.
+        ConfigError: for a value that is none, and for `online` without a key.
     """
-    mode = os.environ.get("WANDB_MODE", mode)  # type: ignore[assignment]
-    if mode == "online" and not has_wandb_key():
+    asked = os.environ.get("WANDB_MODE", "").strip().lower() or mode
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's older words
+    if asked not in get_args(WandbMode):
+        raise ConfigError(
+            f"WANDB_MODE={asked}: must be one of {', '.join(get_args(WandbMode))}", "docs/wandb.md"
+        )
+    if asked == "online" and not has_wandb_key():
         raise ConfigError(
             "logger.wandb.mode=online needs WANDB_API_KEY or `wandb login`; use auto or offline"
         )
-    if mode == "auto":
+    return asked
+
+
+def wandb_mode(mode: WandbMode) -> str:
+    """`online`, `offline` or `disabled`; never one that would prompt or wait.
+
+    WANDB_MODE in the environment decides first; `auto` is online with a key and a server that answers. The server is
+    that of WANDB_BASE_URL, reached as HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY say.
+
+    Raises:
+        ConfigError: for a WANDB_MODE or WANDB_BASE_URL without meaning, and for `online` without a key.
+    """
+    asked = _asked_mode(mode)
+    if asked == "auto":
         return "online" if has_wandb_key() and server_answers() else "offline"
-    return mode
+    return asked
 
 
 class Wandb(WandbLogger):
@@ -119,11 +171,11 @@ def check_loggers(nodes: dict[str, Any]) -> None:
     """Refuse, before anything is written, a tracker that could not start.
 
     Raises:
-        ConfigError: for W&B online without a key, or TensorBoard without its package.
+        ConfigError: for W&B online without a key or a mode or server that is none, or TensorBoard without its package.
     """
     for node in filter(None, nodes.values()):
-        if node["_target_"] == "crucible.loggers.Wandb" and node.get("mode") == "online":
-            wandb_mode("online")
+        if node["_target_"] == "crucible.loggers.Wandb" and _asked_mode(node.get("mode", "auto")) == "auto":
+            _server()
         if node["_target_"] == "crucible.loggers.TensorBoard":
             _check_tensorboard()
 

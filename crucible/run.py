@@ -1,10 +1,10 @@
 """The run directory: what a run writes, who may write it, and how it is read again.
 
-config.yaml  overrides.yaml  metrics.csv  summary.json  checkpoints/  plots/  main.log  claim
+config.yaml  overrides.yaml  metrics.csv  summary.json  checkpoints/  plots/  main.log  claim  (steps.csv)
 
-Each file is whole at every moment, and so is the record: what the run is stands in summary.json before config.yaml is
-there, and a folder is that of a run from config.yaml on. What is damaged from outside is told apart from what is not
-there yet: reading it raises `Damaged`, in one line.
+Each file is whole at every moment, but for the two that grow (main.log, steps.csv), and so is the record: what the run
+is stands in summary.json before config.yaml is there, and a folder is that of a run from config.yaml on. What is
+damaged from outside is told apart from what is not there yet: reading it raises `Damaged`, in one line.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from crucible.files import is_abandoned, replacing, temporary_name, write_atomic
 from crucible.liveness import lives, this_process
 from crucible.metrics import of_split
 from crucible.options import ConfigError, is_number
+from crucible.writing import unwritable
 
 SCHEMA = 1
 HEARTBEAT_S = 15.0
 LOST_AFTER_S = 120.0
+STEP_COLUMNS = ("epoch", "step", "loss", "lr", "grad_norm", "images_per_s")  # of steps.csv
 LOCK_S = 10.0  # a change of hands takes milliseconds
 log = logging.getLogger("crucible")
 _claims: dict[Path, dict[str, Any]] = {}  # those of this process, by their file
@@ -372,6 +374,36 @@ class RunDirectory:
             writer = csv.writer(stream)
             writer.writerow(map(cell, columns))
             writer.writerows([cell(row.get(name, "")) for name in columns] for row in rows)
+
+    def cut_steps(self, last: int) -> None:
+        """Take the rows after optimizer step `last` out of steps.csv, if there is one, and what is not whole."""
+        file = self.path / "steps.csv"
+        if not file.is_file():
+            return
+        self._end_if_taken_over()
+        head, *lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+        if head.split(",") != list(STEP_COLUMNS):
+            lines = []
+        rows = [line.split(",") for line in lines]
+        kept = [
+            r for r in rows if len(r) == len(STEP_COLUMNS) and all(map(is_number, r)) and float(r[1]) <= last
+        ]
+        write_atomically(file, "".join(",".join(row) + "\n" for row in (STEP_COLUMNS, *kept)))
+
+    def add_step(self, row: Mapping[str, Any]) -> None:
+        """Add a row of `STEP_COLUMNS` to the end of steps.csv.
+
+        Raises:
+            Unwritable: where it cannot be.
+        """
+        self._end_if_taken_over()
+        file = self.path / "steps.csv"
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                head = "" if stream.tell() else ",".join(STEP_COLUMNS) + "\n"
+                stream.write(head + ",".join(str(row[name]) for name in STEP_COLUMNS) + "\n")
+        except OSError as error:
+            raise unwritable(file, error) from error
 
     # who may write: the claim
 

@@ -38,6 +38,9 @@ class Training(Protocol):
     def running_metrics(self) -> dict[str, float]:
         """This rank's means of the epoch so far. Waits for the device: call it rarely."""
 
+    def running_sums(self) -> Tensor:
+        """This rank's sums of the epoch so far, (3,) on the device: loss, hits (or errors), samples. It goes on."""
+
 
 def watched(module: LightningModule) -> Training:
     """The module that a callback is handed, as what it is."""

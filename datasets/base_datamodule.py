@@ -166,6 +166,7 @@ class BaseDataModule(LightningDataModule):
         train_transforms: policy of the training samples; null: `IdentityTransform`.
         test_transforms: policy of all other samples; null: `IdentityTransform`.
         random_batches: draw training samples with replacement.
+        balanced_batches: draw each class as often, its samples alike, with replacement.
         drop_last: leave out of each epoch the samples that do not fill a batch; else they are a smaller one.
         num_workers: loader processes; "auto": none where nothing is left to do per sample, else one a core.
         prefetch_factor: batches each worker holds ready.
@@ -223,6 +224,7 @@ class BaseDataModule(LightningDataModule):
         train_transforms: Policy | None = None,
         test_transforms: Policy | None = None,
         random_batches: bool = False,
+        balanced_batches: bool = False,
         drop_last: bool = True,
         num_workers: Literal["auto"] | Annotated[int, "[0, inf)"] = "auto",
         prefetch_factor: Annotated[int, "[1, inf)"] = 2,
@@ -255,7 +257,16 @@ class BaseDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.train_transforms = train_transforms or IdentityTransform()
         self.test_transforms = test_transforms or IdentityTransform()
+        if balanced_batches and task != "classification":
+            raise ConfigError(
+                "data.module.balanced_batches=true needs classes, which data.task=regression has none of"
+            )
+        if balanced_batches and random_batches:
+            raise ConfigError(
+                "data.module.random_batches=true: data.module.balanced_batches=true draws with replacement already"
+            )
         self.random_batches = random_batches
+        self.balanced_batches = balanced_batches
         self.drop_last = drop_last
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
@@ -604,8 +615,25 @@ class BaseDataModule(LightningDataModule):
             start=start,
             frozen=frozen,
             left_out=self._places_left_out(samples),
+            chances=self._chances(),
             drop_last=self.drop_last,
         )
+
+    def _training_labels(self) -> np.ndarray:
+        """(N,) int64 of the samples that train, by their places."""
+        targets, chosen = self._train_targets(), self.samples("train").indices
+        return (targets if chosen is None else targets[chosen]).astype(np.int64)
+
+    def class_counts(self) -> np.ndarray:
+        """(K,) int64: how many of the samples that train are of each class."""
+        return np.bincount(self._training_labels(), minlength=self.num_classes or 0)
+
+    def _chances(self) -> np.ndarray | None:
+        """(N,) of the samples that train; None: they are equal."""
+        if not self.balanced_batches:
+            return None
+        labels = self._training_labels()
+        return 1 / np.bincount(labels)[labels]
 
     def _places_left_out(self, samples: Samples) -> list[int]:
         if not self.left_out or samples.indices is None:
@@ -623,7 +651,8 @@ class BaseDataModule(LightningDataModule):
         samples, (rank, world) = self.samples("train"), self._place()
         sampler = EpochSampler(
             len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
-            left_out=self._places_left_out(samples), drop_last=self.drop_last,
+            left_out=self._places_left_out(samples), chances=self._chances(),
+            drop_last=self.drop_last,
         )  # fmt: skip
         return itertools.islice(self._loader(samples, sampler), count)
 

@@ -36,6 +36,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         start: (epoch, batch) to begin at; later epochs begin at 0.
         frozen: every epoch has the order of epoch 0.
         left_out: numbers of samples in whose places others stand, drawn; all else stays as it is.
+        chances: (samples,) of each to be drawn, which then is independent and with replacement; None: they are equal.
         drop_last: leave out what does not fill a global batch; else only what cannot be shared out over the ranks.
     """
 
@@ -51,6 +52,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         start: tuple[int, int] = (0, 0),
         frozen: bool = False,
         left_out: Collection[int] = (),
+        chances: np.ndarray | None = None,
         drop_last: bool = True,
     ) -> None:
         self.samples = samples
@@ -62,6 +64,7 @@ class EpochSampler(Sampler[KeyedBatch]):
         self.start = start
         self.frozen = frozen
         self.left_out = left_out
+        self.chances = chances
         self.drop_last = drop_last
         self.epoch = start[0]
 
@@ -80,7 +83,11 @@ class EpochSampler(Sampler[KeyedBatch]):
     def __iter__(self) -> Iterator[KeyedBatch]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(stream_key(self.seed, "order", 0 if self.frozen else epoch))
-        if self.replace:
+        if self.chances is not None:
+            upto = torch.from_numpy(self.chances).double().cumsum(0)
+            draws = torch.rand(self.samples, dtype=torch.float64, generator=generator) * upto[-1]
+            order = torch.searchsorted(upto, draws, right=True).clamp_(max=self.samples - 1)
+        elif self.replace:
             order = torch.randint(self.samples, (self.samples,), generator=generator)
         else:
             order = torch.randperm(self.samples, generator=generator)

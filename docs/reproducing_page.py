@@ -45,6 +45,10 @@ FAMILIES = {
         "[arXiv 1811.12231](https://arxiv.org/abs/1811.12231): training on Stylized-ImageNet (SIN), on it and ImageNet "
         "(IN) together, and the fine-tuning of that on ImageNet; and a reconstruction.",
     ),
+    "timm": (
+        "timm",
+        "The procedures A1 to A3 of [arXiv 2110.00476](https://arxiv.org/abs/2110.00476) for ResNet-50 on ImageNet.",
+    ),
 }
 INTRODUCTION = """\
 # Reproducing published results

@@ -160,8 +160,14 @@ def _others_callbacks(config: Config) -> list[str]:
     return [n for n, node in nodes.items() if not str(node.get("_target_")).startswith("callbacks.")]
 
 
+EARLY_STOPPING = "callbacks.early_stopping.EarlyStopping"
+
+
 def _can_end_early(config: Config) -> bool:
-    return config["trainer"].get("max_time") is not None or bool(_others_callbacks(config))
+    stops = any(
+        isinstance(n, Mapping) and n.get("_target_") == EARLY_STOPPING for n in config["callbacks"].values()
+    )
+    return stops or config["trainer"].get("max_time") is not None or bool(_others_callbacks(config))
 
 
 def _packs(config: Config) -> bool:
@@ -176,10 +182,6 @@ NEEDED = (
     Needed(
         "trainer.gradient_clip_algorithm", lambda config: config["trainer"].get("gradient_clip_val"),
         "trainer.gradient_clip_val: the largest length, or number, that a gradient keeps",
-    ),
-    Needed(
-        "trainer.log_every_n_steps", _others_callbacks,
-        "a callback of your own that logs by the step; Crucible logs by the epoch",
     ),
     Needed("trainer.min_epochs", _can_end_early, "trainer.max_time or a callback, to end the training before"),
     Needed("trainer.min_steps", _can_end_early, "trainer.max_time or a callback, to end the training before"),
@@ -598,16 +600,39 @@ def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None
 
     def logged(monitor: str, others: Sequence[str]) -> bool:
         of_a_class = monitor.rpartition("/")[0] in known
-        return monitor in known or of_a_class or (bool(others) and monitor.startswith("val"))
+        logging = [
+            n for n in others if not str(config["callbacks"][n].get("_target_")).endswith("EarlyStopping")
+        ]
+        return monitor in known or of_a_class or (bool(logging) and monitor.startswith("val"))
 
     if not logged(monitor, others):
         raise ConfigError(f"checkpoint.monitor={monitor}: this run never logs it{suggest(monitor, known)}")
-    for name in others:  # such as Lightning's EarlyStopping, which would find out after an epoch
-        watched = config["callbacks"][name].get("monitor")
-        if str(watched).startswith("val") and not logged(watched, [n for n in others if n != name]):
+
+    def check_watched(option: str, watched: str, others: Sequence[str]) -> None:
+        if not logged(watched, others):
+            raise ConfigError(f"{option}={watched}: this run never logs it{suggest(watched, known)}")
+        if config["trainer"].get("limit_val_batches") == 0:
             raise ConfigError(
-                f"callbacks.{name}.monitor={watched}: this run never logs it{suggest(watched, known)}"
+                f"{option}={watched}: trainer.limit_val_batches=0 leaves nothing to validate on"
             )
+
+    for name in others:  # which would find out after an epoch
+        node = config["callbacks"][name]
+        ours, watched = node.get("_target_") == EARLY_STOPPING, node.get("monitor")
+        if ours and watched is None:
+            watched = node["monitor"] = monitor
+        rest = [n for n in others if n != name]
+        if ours or str(watched).startswith("val"):
+            check_watched(f"callbacks.{name}.monitor", watched, rest)
+        elif watched is not None and str(node.get("_target_")).endswith(("EarlyStopping", "ModelCheckpoint")):
+            of_training = ("train/loss", "train/acc" if task == "classification" else "train/mae")
+            if watched not in of_training and not rest:
+                every = [*known, *of_training]
+                raise ConfigError(
+                    f"callbacks.{name}.monitor={watched}: this run never logs it{suggest(watched, every)}"
+                )
+    if config["model"].get("scheduler") == "Plateau":
+        check_watched("model.lr_monitor", config["model"].get("lr_monitor") or "val/loss", others)
 
 
 def resolve_precision(config: Config, settled: list[str]) -> None:

@@ -365,7 +365,7 @@ def _differing(recorded: Config, config: Config) -> str:
     return ""
 
 
-_WITHOUT_COST = {"data.module.drop_last", "model.head_std"}
+_WITHOUT_COST = {"data.module.balanced_batches", "data.module.drop_last", "model.head_std"}
 # options younger than recorded costs, as a step costs what it did without them
 _YOUNGER = {
     "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.averaged_shortcut": False,

@@ -30,10 +30,12 @@ from rich.table import Table
 from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
 from callbacks.correctness import CorrectnessRecord
+from callbacks.early_stopping import EarlyStopping
 from callbacks.nonfinite import Guard
 from callbacks.pruning import Pruning
 from callbacks.real_labels import RealLabels
 from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
+from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
 from crucible.configuration import Config, flatten
@@ -108,7 +110,9 @@ def _train(
     trial = received().trial
     after = [correctness, checkpoints, *([Pruning(trial)] if trial else []), GracefulStop(checkpoints)]
     before: list[Callback] = [Unreadable(run)] if data.on_error == "skip" else []
-    callbacks: list[Callback] = [*before, Recorder(run), guard, *extra, *after]
+    every = config["trainer"].get("log_every_n_steps")
+    by_step = [StepRecorder(run, every)] if every else []
+    callbacks: list[Callback] = [*before, Recorder(run), guard, *by_step, *extra, *after]
     if not config["trainer"].get("enable_progress_bar", True):
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     # without ours (callbacks.progress=null) Lightning would show a bar of its own
@@ -121,6 +125,10 @@ def _train(
     trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None, weights_only=True)
     if trainer.is_global_zero and checkpoints.remarks:
         run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
+    if reason := next((c.reason for c in extra if isinstance(c, EarlyStopping)), ""):
+        log.warning("ended after epoch %d of %g: %s", trainer.current_epoch, model.epochs, reason)
+        if trainer.is_global_zero:
+            run.update_summary(ended_early=reason)
     if checkpoints.refused:
         raise Diverged("diverged: the weights are not finite; last.ckpt holds the last state that is")
     if any(weights.active and weights.updates is None for weights in model.step.weights):
@@ -620,7 +628,7 @@ def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
     arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
-    flat = flatten({k: v for k, v in config.items() if k not in ("callbacks", "logger", "techniques")})
+    flat = flatten({k: v for k, v in config.items() if k not in ("logger", "techniques")})
     return {
         "name": run.path.name,
         "id": f"{run.path.name}-{summary.get('started', 0):.0f}",  # the same after a resume, another when run afresh

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from crucible.machine import widened
 from crucible.options import ConfigError, option_names, read_options, suggest
 from crucible.technique import Setting, assemble, read_techniques
+from losses.binary import BinaryCrossEntropy
 from losses.powergrad import LabelSmoothing, PowerGrad, PowerGradCrossEntropy, powergrad_cross_entropy
+from losses.weights import ClassWeights
 
 Task = Literal["classification", "regression"]
 LossName = Literal["cross_entropy", "mse", "mae"]
-CRITERION_TECHNIQUES = (PowerGrad, LabelSmoothing)
+CRITERION_TECHNIQUES = (BinaryCrossEntropy, PowerGrad, LabelSmoothing, ClassWeights)
 
 __all__ = [
     "LossOptions",

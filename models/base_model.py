@@ -32,7 +32,7 @@ from models.techniques import technique_kinds
 from norms import exclude_streams_from_broadcast
 from optimizers import OptimizerOptions, build_optimizer
 from optimizers.accumulation import group_factor, restore_window, save_window
-from optimizers.schedules import ScheduleOptions, build_scheduler, resume_schedule, training_length
+from optimizers.schedules import Plateau, ScheduleOptions, build_scheduler, resume_schedule, training_length
 
 log = logging.getLogger("crucible")
 
@@ -109,6 +109,9 @@ class BaseModel(EvaluatedModel):
         self.seed = seed
         self.optimizer_options = read_options(OptimizerOptions, options)
         self.schedule_options = read_options(ScheduleOptions, options)
+        self.plateau = (
+            Plateau(self.schedule_options) if self.schedule_options.scheduler == "Plateau" else None
+        )
         loss = read_options(LossOptions, options).loss
         setting = Setting(task, num_classes, input_dim, input_channels, compile=compile)
         self.step = assemble(read_techniques(kinds, options), setting, evaluation_criterion(task, loss))
@@ -257,6 +260,8 @@ class BaseModel(EvaluatedModel):
         self._logged = False
         if state:
             restore_window(self, state)
+            if self.plateau is not None and "plateau" in state:
+                self.plateau.load_state_dict(state["plateau"])
             resume_schedule(self.trainer, state, self.steps_per_epoch)
 
     def on_train_epoch_start(self) -> None:
@@ -310,6 +315,10 @@ class BaseModel(EvaluatedModel):
             # before validation and the callbacks' epoch end, so that both see this epoch's values
             self.log_training()
 
+    def on_validation_end(self) -> None:
+        if self.plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.plateau.observe(self.trainer)
+
     def on_train_epoch_end(self) -> None:
         self.log_training()
 
@@ -350,6 +359,7 @@ class BaseModel(EvaluatedModel):
             epochs=self.epochs,
             steps_per_epoch=steps_per_epoch,
             changes=step.schedule,
+            plateau=self.plateau,
         )
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -366,10 +376,12 @@ class BaseModel(EvaluatedModel):
         totals = self.trainer.strategy.all_gather(sums.totals)
         checkpoint["train_sums"] = (self.current_epoch, totals.flatten().tolist())
         checkpoint["steps_per_epoch"] = self.steps_per_epoch
+        if self.plateau is not None:
+            checkpoint["plateau"] = self.plateau.state_dict()
         save_window(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        wanted = ("train_sums", "steps_per_epoch", "accumulation")
+        wanted = ("train_sums", "steps_per_epoch", "accumulation", "plateau")
         self._resumed = {name: checkpoint[name] for name in wanted if name in checkpoint}
         if (updates := checkpoint.get("average_updates")) is not None:
             state = {k.removeprefix("model."): v for k, v in checkpoint["averaged_state_dict"].items()}

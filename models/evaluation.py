@@ -155,3 +155,7 @@ class EvaluatedModel(LightningModule):
     def running_metrics(self) -> dict[str, float]:
         """This rank's means of the epoch so far. Waits for the device: call it rarely."""
         return {k: float(v) for k, v in self._sums["train"].means().items()}
+
+    def running_sums(self) -> Tensor:
+        """This rank's sums of the epoch so far, (3,) on the device: loss, hits (or errors), samples. It goes on."""
+        return self._sums["train"].totals

@@ -13,8 +13,10 @@ from augmentation.mixing import Mix
 from crucible.configuration import find_target
 from crucible.options import ConfigError
 from crucible.technique import Technique
+from losses.binary import BinaryCrossEntropy
 from losses.distillation import Distil
 from losses.powergrad import LabelSmoothing, PowerGrad
+from losses.weights import ClassWeights
 from models.convert import ActivationSwap, BlurDownsampling
 from norms import Norm
 from optimizers.averaging import Averaging
@@ -25,8 +27,9 @@ from optimizers.lookahead import Lookahead
 from optimizers.sam import Sam
 
 TECHNIQUES: tuple[type[Technique], ...] = (
-    Norm, ActivationSwap, BlurDownsampling, PowerGrad, LabelSmoothing, Distil, Distort, AugMixConsistency, Mix,
-    ManifoldMixup, Freeze, UndecayNorm, LayerDecay, HeadRate, GradientCentralization, Lookahead, Sam, Averaging,
+    Norm, ActivationSwap, BlurDownsampling, BinaryCrossEntropy, PowerGrad, LabelSmoothing, ClassWeights, Distil,
+    Distort, AugMixConsistency, Mix, ManifoldMixup, Freeze, UndecayNorm, LayerDecay, HeadRate, GradientCentralization,
+    Lookahead, Sam, Averaging,
 )  # fmt: skip
 
 

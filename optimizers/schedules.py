@@ -1,4 +1,4 @@
-"""Learning-rate schedules in closed form: the factor on the learning rate as a function of progress alone."""
+"""Learning-rate schedules: the factor on the rate as a function of progress, in closed form but for a plateau."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crucible.configuration import select
 from crucible.corrections import Correction
+from crucible.metrics import higher_is_better
 from crucible.options import ConfigError
+from crucible.patience import Patience
 from crucible.technique import Factor
 from optimizers import OptimizerOptions
 
-Scheduler = Literal["CosineAnneal", "MultiStep", "Step"]
+Scheduler = Literal["CosineAnneal", "MultiStep", "Step", "Plateau"]
 
 
 def _warms_up_by_the_step(config: Mapping[str, Any]) -> bool:
@@ -53,9 +55,11 @@ class ScheduleOptions:
         "the warm-up covers the cosine's first epochs, as timm's does, instead of coming before it (CosineAnneal)",
     ] = False
     cooldown: Annotated[int | float, "[0, inf)", "last epochs, spent at the lowest rate"] = 0
-    lr_min: Annotated[float, "[0, 1]", "where the cosine ends, as a fraction of model.lr (CosineAnneal)"] = (
-        0.0
-    )
+    lr_min: Annotated[
+        float,
+        "[0, 1]",
+        "where the cosine ends, as a fraction of model.lr (CosineAnneal); the lowest (Plateau)",
+    ] = 0.0
     lr_milestones: Annotated[
         list[int | float] | None,
         "(0, inf)",
@@ -64,9 +68,15 @@ class ScheduleOptions:
     lr_step_size: Annotated[
         int | float | None, "(0, inf)", "epochs between falls; null: a quarter of the training (Step)"
     ] = None
-    lr_multiplier: Annotated[float | None, "(0, 1]", "factor of each fall; null: 0.1 (MultiStep, Step)"] = (
-        None
-    )
+    lr_multiplier: Annotated[
+        float | None, "(0, 1]", "factor of each fall; null: 0.1 (MultiStep, Step, Plateau)"
+    ] = None
+    lr_patience: Annotated[
+        int | None, "[1, inf)", "validations without a better lr_monitor before a fall; null: 10 (Plateau)"
+    ] = None
+    lr_monitor: Annotated[
+        str | None, "value of the validation that the rate falls by; null: val/loss (Plateau)"
+    ] = None
     lr_restarts: Annotated[
         list[int | float] | None,
         "(0, inf)",
@@ -92,13 +102,15 @@ class ScheduleOptions:
     def __post_init__(self) -> None:
         owners: dict[str, tuple[Scheduler, ...]] = {
             "cooldown": ("CosineAnneal", "MultiStep", "Step"),
+            "lr_min": ("CosineAnneal", "Plateau"),
+            "lr_patience": ("Plateau",),
+            "lr_monitor": ("Plateau",),
             "warmstart_inside": ("CosineAnneal",),
             "lr_ahead": ("CosineAnneal", "MultiStep", "Step"),
-            "lr_min": ("CosineAnneal",),
             "lr_restarts": ("CosineAnneal",),
             "lr_milestones": ("MultiStep",),
             "lr_step_size": ("Step",),
-            "lr_multiplier": ("MultiStep", "Step"),
+            "lr_multiplier": ("MultiStep", "Step", "Plateau"),
         }
         for name, schedulers in owners.items():
             value = getattr(self, name)
@@ -146,7 +158,40 @@ def training_length(max_epochs: int | None, max_steps: int | None, steps_per_epo
     return min(bounds, default=math.inf)
 
 
-def schedule(options: ScheduleOptions, epochs: float, unit: float = 1.0) -> Callable[[float], float]:
+class Plateau:
+    """Falls of the rate, one after each `lr_patience` validations in a row that were not better than the best before.
+
+    Args:
+        options: `lr_patience`, and `lr_monitor`, the value that is watched.
+    """
+
+    def __init__(self, options: ScheduleOptions) -> None:
+        self.monitor = options.lr_monitor or "val/loss"
+        self.patience = 10 if options.lr_patience is None else options.lr_patience
+        self.falls = 0
+        self._watch = Patience(higher_is_better(self.monitor))
+
+    def observe(self, trainer: Any) -> None:
+        """Take in the validation that has ended; its fall counts from the next step on."""
+        self._watch.observe(float(trainer.callback_metrics[self.monitor]))
+        if self._watch.waited >= self.patience:
+            self._watch.waited, self.falls = 0, self.falls + 1
+            for known in trainer.lr_scheduler_configs:
+                place(known.scheduler, known.scheduler.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Falls so far, and what the next one depends on."""
+        return {"falls": self.falls, **self._watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.falls = state["falls"]
+        self._watch.load_state_dict(state)
+
+
+def schedule(
+    options: ScheduleOptions, epochs: float, unit: float = 1.0, plateau: Plateau | None = None
+) -> Callable[[float], float]:
     """The factor on the learning rate as a function of progress, in epochs since the start of training.
 
     It is defined for any progress from 0 on, depends on nothing else and rises in the warm-up and at
@@ -159,6 +204,7 @@ def schedule(options: ScheduleOptions, epochs: float, unit: float = 1.0) -> Call
         MultiStep, e < E:      lr_multiplier ^ (number of milestones <= e)
         Step, e < E:           lr_multiplier ^ floor(e / lr_step_size)
         both, e >= E:          the rate just before E
+        Plateau:               max(lr_min, lr_multiplier ^ falls), which `plateau` counts
 
     From e = 1 on, e is `lr_ahead` epochs more than the progress, and E for the last line too. Milestones and step sizes
     that are null are fractions of E. A fall that comes before the warm-up ends acts on the warm-up too; a milestone at
@@ -170,11 +216,12 @@ def schedule(options: ScheduleOptions, epochs: float, unit: float = 1.0) -> Call
         epochs: length of the training in epochs (`training_length`).
         unit: epochs from one change of the rate to the next: 1, or the part of an epoch that a step is. The
             warm-up begins at the share of one of them.
+        plateau: of `Plateau`; None: it has not fallen.
 
     Raises:
         ConfigError: for lengths that do not fit into `epochs`, and for a fall over a training without an end.
     """
-    if math.isinf(epochs) and options.scheduler is not None:
+    if math.isinf(epochs) and options.scheduler not in (None, "Plateau"):
         raise ConfigError(
             f"model.scheduler={options.scheduler} needs the length of the training: set trainer.max_epochs or "
             "trainer.max_steps"
@@ -202,6 +249,9 @@ def schedule(options: ScheduleOptions, epochs: float, unit: float = 1.0) -> Call
     rise = partial(_warm_up, warm_up, unit, options.warmstart_from)
     if options.scheduler is None:
         return rise
+    if options.scheduler == "Plateau":
+        falls = 0.1 if options.lr_multiplier is None else options.lr_multiplier
+        return partial(_plateau, rise, plateau or Plateau(options), falls, options.lr_min)
     multiplier = 0.1 if options.lr_multiplier is None else options.lr_multiplier
     factor: Callable[[float], float]
     if options.scheduler == "CosineAnneal":
@@ -225,6 +275,7 @@ def build_scheduler(
     epochs: float,
     steps_per_epoch: int,
     changes: Sequence[Callable[[Factor, float], Factor]] = (),
+    plateau: Plateau | None = None,
 ) -> dict[str, Any] | None:
     """The schedule as Lightning's `lr_scheduler` configuration, or None where the rate never changes.
 
@@ -236,12 +287,13 @@ def build_scheduler(
         epochs: length of the training in epochs.
         steps_per_epoch: optimizer steps in an epoch, after gradient accumulation.
         changes: what techniques make of the factor, each with the length of the training (the stage `schedule`).
+        plateau: of `Plateau`.
 
     Raises:
         ConfigError: as `schedule`.
     """
     by_step = options.lr_interval == "step"
-    factor = schedule(options, epochs, 1 / steps_per_epoch if by_step else 1.0)
+    factor = schedule(options, epochs, 1 / steps_per_epoch if by_step else 1.0, plateau)
     if options.scheduler is None and not options.warmstart and not changes:
         return None
     for change in changes:
@@ -314,6 +366,10 @@ def _cosine(rise: Factor, warm_up: float, marks: tuple[float, ...], minimum: flo
     behind = bisect_right(marks, epoch)
     start, end = marks[behind - 1], marks[behind]
     return minimum + (1 - minimum) * (1 + math.cos(math.pi * (epoch - start) / (end - start))) / 2
+
+
+def _plateau(rise: Factor, plateau: Plateau, multiplier: float, minimum: float, epoch: float) -> float:
+    return rise(epoch) * max(minimum, multiplier**plateau.falls)
 
 
 def _multi_step(rise: Factor, milestones: tuple[float, ...], multiplier: float, epoch: float) -> float:

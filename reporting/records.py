@@ -119,6 +119,7 @@ class Run:
     remark: str  # what is wrong with its records
     nonfinite: str  # what was done about numbers that were not finite
     unreadable: str  # what its data lacked
+    ended_early: str  # why it did, and after how many epochs
     dropped: bool  # its sweep went on without it (`drop_failed`), whatever becomes of it
     tested: Mapping[str, Tested] = field(default_factory=dict)  # under corruptions, by whose weights
 
@@ -254,6 +255,7 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Lef
         remark=remark,
         nonfinite=_nonfinite(summary),
         unreadable=_unreadable(summary),
+        ended_early=_ended_early(summary),
         dropped=bool(summary.get("dropped")),
         tested=tested,
     )
@@ -317,6 +319,12 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     parts = [f"{skipped} steps were not finite and left out"] if skipped else []
     parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
     return "; ".join(parts)
+
+
+def _ended_early(summary: Mapping[str, Any]) -> str:
+    """That a run was shorter than what was asked for."""
+    reason = summary.get("ended_early")
+    return f"ended early, after {summary.get('epochs')} epochs: {reason}" if reason else ""
 
 
 def _unreadable(summary: Mapping[str, Any]) -> str:

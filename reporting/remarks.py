@@ -71,8 +71,10 @@ def _of_the_runs(table: Table) -> Iterable[str]:
             why = f": {run.remark}" if run.remark else ""
             yield f"{arm.name}, {unit_name(run.unit)} has no {table.metric.name} ({run.path.name}){why}"
         for run in arm.runs.values():
-            for remark in filter(None, (run.remark, run.nonfinite, run.unreadable)):
+            for remark in filter(None, (run.remark, run.nonfinite, run.unreadable, run.ended_early)):
                 yield f"{arm.name}, {unit_name(run.unit)}: {remark} ({run.path.name})"
+    if any(run.ended_early for arm in table.arms.values() for run in arm.runs.values()):
+        yield "runs ended early, so lengths differ: a difference between arms is also one of training time"
     with_few_runs = [f"{arm.name} ({len(arm.runs)})" for arm in table.arms.values() if len(arm.runs) < 5]
     if with_few_runs:
         yield f"fewer than 5 runs: {', '.join(with_few_runs)}"

@@ -21,7 +21,6 @@ OWN = {"own": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}}
 # for each option: a value of it, what takes away all that it may need, and each of the things that it may need
 ALONE: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
     "trainer.gradient_clip_algorithm": ("value", {}, [{"trainer.gradient_clip_val": 1.0}]),
-    "trainer.log_every_n_steps": (5, {}, [{"callbacks": OWN}]),
     "trainer.min_epochs": (2, {}, [{"callbacks": OWN}, {"trainer.max_time": "00:01:00:00"}]),
     "trainer.min_steps": (2, {}, [{"callbacks": OWN}, {"trainer.max_time": "00:01:00:00"}]),
     "model.lr_interval": (
@@ -92,7 +91,6 @@ def test_recorded_runs_with_steps_between_logs_still_resume(run: Path) -> None:
             "trainer.gradient_clip_algorithm=value",
             r"trainer\.gradient_clip_algorithm=value needs trainer\.gradient",
         ),
-        ("trainer.log_every_n_steps=5", r"trainer\.log_every_n_steps=5 needs a callback"),
         ("model.mixup_alpha=0.4", r"model\.mixup_alpha=0\.4 needs model\.mixup=true"),
     ],
 )

@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, mean_absolute_error, r2_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from callbacks.plots import MAX_CLASSES, PredictionSample, ResultPlots, draw_confusion
+from callbacks.plots import MAX_CLASSES, PredictionSample, ResultPlots, draw_confusion, draw_curves
 
 N, CLASSES = 37, 5
 
@@ -241,3 +241,30 @@ def test_wandb_gets_the_picture(tmp_path, monkeypatch):
         assert len(media) == 1 and is_picture(media[0])
     finally:
         wandb.finish()
+
+
+def test_curves_have_the_rows_of_all_epochs_counted_from_one_and_leave_out_what_has_no_value() -> None:
+    rows = [
+        {"epoch": "0", "train/loss": "2.0", "val/loss": "1.5", "train/acc": "0.25", "val/acc": ""},
+        {"epoch": "1", "train/loss": "nan", "val/loss": "1.0", "train/acc": "0.5", "val/acc": "0.75"},
+    ]
+    loss, accuracy = draw_curves(rows).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert drawn["val"] == [[1.0, 1.5], [2.0, 1.0]]
+    assert drawn["train"][0] == [1.0, 2.0] and np.isnan(drawn["train"][1][1])
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [
+        [[1.0, 0.25], [2.0, 0.5]],
+        [[2.0, 0.75]],
+    ]
+    regression = draw_curves([{"epoch": "0", "train/loss": "1.0", "train/mae": "0.5"}])
+    assert [axes.get_ylabel() for axes in regression.axes] == ["loss", "mae"]
+
+
+def test_a_training_leaves_its_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,train/loss,train/acc\n0,2.0,0.25\n1,1.0,0.5\n")
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        callbacks=[ResultPlots()], default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **options
+    )
+    trainer.fit(Tiny(), Data())
+    assert (tmp_path / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -281,7 +281,10 @@ def test_lengths_that_do_not_fit_the_training_are_refused(values, message):
             {"scheduler": None, "cooldown": 2},
             "model.cooldown=2 needs model.scheduler=CosineAnneal or MultiStep or Step, got null",
         ),
-        ({"scheduler": None, "lr_min": 0.1}, "model.lr_min=0.1 needs model.scheduler=CosineAnneal, got null"),
+        (
+            {"scheduler": None, "lr_min": 0.1},
+            "model.lr_min=0.1 needs model.scheduler=CosineAnneal or Plateau, got null",
+        ),
         (
             {"scheduler": "Cosine"},
             "model.scheduler must be one of .* got 'Cosine'; did you mean CosineAnneal?",
