@@ -53,7 +53,7 @@ def faster_here(config: Config, settled: Sequence[str]) -> str:
 
 def _remembered(size: int) -> float:
     """`bf16_factor`, measured once a machine."""
-    facts = [processor_name(), torch.__version__, torch.get_num_threads(), size, _BATCH, _CHANNELS]
+    facts = [processor_name(), torch.__version__, size, _BATCH, _CHANNELS]
     kept = cache_folder("speed") / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     with contextlib.suppress(OSError, ValueError):
         return float(kept.read_text(encoding="utf-8"))
@@ -68,16 +68,21 @@ def bf16_factor(size: int) -> float:
     """How many times as fast as the defaults a training step in bf16 and channels_last is on this processor.
 
     Of a stand-in: four 3x3 convolutions of 64 to 512 channels with norms, each but the first at stride 2, on 8 images.
-    By turns, the fastest of five each.
+    By turns, the fastest of five each, on one core: several would wait for each other wherever others are at work.
 
     Args:
         size: of the images, in pixels.
     """
-    with torch.random.fork_rng(devices=[]):
-        steps = [_step(size, half) for half in (False, True)]
-        for step in steps:
-            step()
-        took = [[_seconds(step) for step in steps] for _ in range(_ROUNDS)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            steps = [_step(size, half) for half in (False, True)]
+            for step in steps:
+                step()
+            took = [[_seconds(step) for step in steps] for _ in range(_ROUNDS)]
+    finally:
+        torch.set_num_threads(threads)
     plain, half = (min(times) for times in zip(*took, strict=True))
     return plain / half
 
