@@ -27,6 +27,9 @@ ALONE: dict[str, tuple[Any, dict[str, Any], list[dict[str, Any]]]] = {
         "step", {"model.scheduler": None, "model.warmstart": 0},
         [{"model.scheduler": "CosineAnneal"}, {"model.warmstart": 1}, {"model.swa_start": 0.5, "model.swa_lr": 0.1}],
     ),
+    "model.lr_scale_momentum": (
+        True, {"model.optimizer": "Adam", "model.lr_scale_batch": 256}, [{"model.optimizer": "SGD"}],
+    ),
     "rollback_lr": (0.5, {}, [{"on_nonfinite": "rollback"}]),
     "rollback_limit": (2, {}, [{"on_nonfinite": "rollback"}]),
     "summary_depth": (3, {}, [{"task": "summary"}]),
