@@ -387,7 +387,7 @@ def test_a_limited_run_says_how_many_samples_it_saw(cli, tmp_path: Path) -> None
             ["trainer.max_epochs=9", "trainer.max_steps=5", "model.scheduler=MultiStep", "model.lr_milestones=[4]"],
             "model.lr_milestones",
         ),
-        (["model.scheduler=MultiStep", "model.lr_milestones=[1]"], "model.lr_milestones"),
+        (["model.scheduler=MultiStep", "model.lr_milestones=[2]"], "model.lr_milestones"),
         (["data.task=regression", "metrics=[r2]", "data.module.num_samples=7"], "r2 needs 2 samples"),
         (
             ["data.task=regression", "metrics=[r2]", "data.module.batch_size=1", "trainer.limit_val_batches=1"],
