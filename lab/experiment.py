@@ -365,7 +365,12 @@ def _differing(recorded: Config, config: Config) -> str:
     return ""
 
 
-_WITHOUT_COST = {"data.module.balanced_batches", "data.module.drop_last", "model.head_std"}
+_WITHOUT_COST = {
+    "data.module.balanced_batches",
+    "data.module.drop_last",
+    "model.head_std",
+    "model.data_config",
+}
 # options younger than recorded costs, as a step costs what it did without them
 _YOUNGER = {
     "model.bottleneck": None, "model.final_norm": True, "model.preactivation": True, "model.averaged_shortcut": False,
