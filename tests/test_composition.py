@@ -60,7 +60,7 @@ def test_techniques_compose_four_at_a_time(techniques: tuple[str, ...], tmp_path
     """In these sets every pair meets that is not refused; the precision by turns."""
     options = (*QUICK, f"trainer.precision={PRECISIONS[SETS.index(techniques) % 2]}")
     before, after = train(composed(*techniques, teacher=teacher, options=options), tmp_path)
-    assert after < 1.05 * before  # nor NaN; a few steps of four noisy ones need not lower it
+    assert after < before  # nor NaN
 
 
 @pytest.mark.nightly
