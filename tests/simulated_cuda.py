@@ -315,7 +315,7 @@ def _pin(tensor: Tensor, *_: Any) -> Tensor:
 
 @contextmanager
 def _casting_as_cuda() -> Iterator[None]:
-    library = torch.library.Library("aten", "IMPL")
+    dispatch = torch.library.Library("aten", "IMPL")
     try:
         for names, to in (
             (LOWER, lambda: torch.get_autocast_dtype("cuda")),
@@ -326,10 +326,10 @@ def _casting_as_cuda() -> Iterator[None]:
                 for overload in packet.overloads():
                     if not overload.endswith("out"):
                         operator = getattr(packet, overload)
-                        library.impl(operator, partial(_cast_and_call, operator, to), "AutocastCUDA")
+                        dispatch.impl(operator, partial(_cast_and_call, operator, to), "AutocastCUDA")
         yield
     finally:
-        library._destroy()
+        dispatch._destroy()
 
 
 def _cast_and_call(operator: Any, to: Callable[[], torch.dtype], *args: Any, **kwargs: Any) -> Any:
