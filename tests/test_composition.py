@@ -59,7 +59,8 @@ SETS = _together(4)
 def test_techniques_compose_four_at_a_time(techniques: tuple[str, ...], tmp_path, teacher) -> None:
     """In these sets every pair meets that is not refused; the precision by turns."""
     options = (*QUICK, f"trainer.precision={PRECISIONS[SETS.index(techniques) % 2]}")
-    if "class_weights" in techniques:  # what it lowers first is the loss of the rare classes, not the plain one
+    if "class_weights" in techniques:
+        # what it lowers first is the loss of the rare classes, not the plain one
         options += ("trainer.max_steps=24",)
     before, after = train(composed(*techniques, teacher=teacher, options=options), tmp_path)
     assert after < before  # nor NaN
