@@ -171,11 +171,11 @@ def weights_of(path: str) -> str:
             if state == "absent"
             else "this run is in progress; name one of its checkpoints"
         )
-        raise ConfigError(f"model.init_from={path}: {reason}", "README.md")
+        raise ConfigError(f"model.init_from={path}: {reason}", "docs/weights.md")
     try:
         return str(run.pick_checkpoint(None))
     except ConfigError as error:
-        raise ConfigError(f"model.init_from={path}: the run kept no checkpoint", "README.md") from error
+        raise ConfigError(f"model.init_from={path}: the run kept no checkpoint", "docs/weights.md") from error
 
 
 _CONTENT = ("data_fingerprint", "classes", "identity_hash")  # what runs of earlier versions did not record

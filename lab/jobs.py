@@ -674,10 +674,10 @@ def _expand(text: str) -> list[str]:
         path = Path(part).expanduser()
         matches = [str(path)] if _is_run(part) else _matches(path)
         if not matches and path.is_symlink() and not path.exists():
-            raise ConfigError(f"run={part}: {missing(path)}", see="README.md")
+            raise ConfigError(f"run={part}: {missing(path)}", see="docs/training.md")
         found += matches or ([] if _has_magic(part) else [str(path)])
     if not found:
-        raise ConfigError(f"run={text}: no run there; give a folder with a config.yaml", see="README.md")
+        raise ConfigError(f"run={text}: no run there; give a folder with a config.yaml", see="docs/training.md")
     return list(dict.fromkeys(found))
 
 
@@ -723,7 +723,7 @@ def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> C
                     "run=RUN resumes what was recorded; to change it, start a new run "
                     f"(with ckpt_path={run.checkpoints / 'last.ckpt'} to start from this one's state)"
                 )
-            raise ConfigError(f"{name}={as_typed(value)}: {changeable}", see="README.md")
+            raise ConfigError(f"{name}={as_typed(value)}: {changeable}", see="docs/training.md")
         value = _resolved(config, value)
         both = isinstance(value, Mapping) and isinstance(known[leaf], Mapping)
         known[leaf] = {**known[leaf], **value} if both else value

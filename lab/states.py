@@ -55,11 +55,11 @@ def _read(path: str) -> Mapping[str, Any]:
         content = sealed.read(Path(path))
     except sealed.Damaged as error:
         raise ConfigError(
-            f"ckpt_path={path}: it {error}; {whole_beside(Path(path)) or weights}", "README.md"
+            f"ckpt_path={path}: it {error}; {whole_beside(Path(path)) or weights}", "docs/training.md"
         ) from error
     if missing := _missing(content):
         raise ConfigError(
-            f"ckpt_path={path}: no training state of Crucible, it has no {missing}; {weights}", "README.md"
+            f"ckpt_path={path}: no training state of Crucible, it has no {missing}; {weights}", "docs/training.md"
         )
     return content
 
@@ -87,7 +87,7 @@ def find_state(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
         raise ConfigError(
             f"run={run.path}: no checkpoint to go on from, {_listed(problems)}; nothing was changed; fresh=true "
             "with the command that made the run puts this folder aside and starts anew",
-            "README.md",
+            "docs/training.md",
         )
     start = None if config["ckpt_path"] is None else Path(config["ckpt_path"])
     if start is not None:
@@ -144,7 +144,7 @@ def _check_length(config: Config, state: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"trainer.{option}={wanted}: ckpt_path={path} has {done} {unit} behind it, which count; "
                 f"more than {done} train on from there",
-                "README.md",
+                "docs/training.md",
             )
 
 
@@ -153,7 +153,7 @@ def _check_network(path: str, model: nn.Module, saved: Mapping[str, Any]) -> Non
         raise ConfigError(
             f"ckpt_path={path}: the state of another network, {difference}; "
             f"model.init_from={path} starts from the weights that fit",
-            "README.md",
+            "docs/training.md",
         )
 
 
@@ -229,11 +229,11 @@ def _check_optimizer(path: str, model: BaseModel, states: list[dict[str, Any]]) 
         with torch.no_grad():
             optimizer.step(lambda: 0.0)
     except ConfigError as error:
-        raise ConfigError(f"{error.args[0]} (ckpt_path={path})", "README.md") from error
+        raise ConfigError(f"{error.args[0]} (ckpt_path={path})", "docs/training.md") from error
     except Exception as error:  # an optimizer that misses something in its state says so in words of its own
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ConfigError(
             f"model.optimizer={options.optimizer}: it cannot go on with the moments in ckpt_path={path} ({reason}); "
             "model.optimizer_kwargs and the optimizer must be as they were",
-            "README.md",
+            "docs/training.md",
         ) from error
