@@ -63,3 +63,23 @@ def test_the_floors_on_the_page_are_those_that_are_kept() -> None:
         if line.startswith("| `")
     ]
     assert [set(row) for row in reversed(rows)] == [set(floor) for floor in FLOORS]
+
+
+def test_the_dockerfile_installs_by_the_readmes_command() -> None:
+    readme, dockerfile = ((ROOT / name).read_text() for name in ("README.md", "Dockerfile"))
+    install = next(
+        line.strip() for line in readme.splitlines() if line.startswith("    python3 -m venv")
+    ).rsplit(" && ", 1)[0]
+    assert f"RUN {install}\n" in dockerfile
+    assert 'ENTRYPOINT ["python", "main.py"]' in dockerfile
+
+
+def test_every_page_is_on_the_index_and_links_lead_somewhere() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert "://" in link or link.startswith("mailto:") or (page.parent / link).exists(), (
+                f"{page.name}: {link}"
+            )
