@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ FAST = ("model.optimizer=AdamW", "model.lr=0.002")
 PRECISIONS = ("32-true", "bf16-mixed")
 # a second pass; then a second network, norms of our own
 COSTLIEST = nightly("sam", "distillation", "online_norm", "switchable_norm", "ghost_norm")
-# what acts outside of the network, so that the compiler is given the plain one
+# what acts outside of the network, so that the compiler is given the plain one; weights that start otherwise
 OUTSIDE = {
-    "augmix", "color_jitter", "cutmix", "cutout", "ema", "gradient_centralization", "gradient_clipping",
-    "label_smoothing", "layer_decay", "logit_stats", "lookahead", "mixup_cutmix", "random_erasing",
-    "random_rotation", "swa", "undecay_norm",
+    "augmix", "balanced_sampling", "binary_cross_entropy", "class_weights", "color_jitter", "cutmix", "cutout", "ema",
+    "gradient_centralization", "gradient_clipping", "head_rate", "label_smoothing", "layer_decay", "logit_stats",
+    "lookahead", "mixup_cutmix", "random_erasing", "random_rotation", "swa", "undecay_norm", "zero_init_residual",
 }  # fmt: skip
+# of whose kind another one is compiled in CI: group_norm, sam
+LIKE_ANOTHER = {"adaptive_sam", "instance_norm", "layer_norm", "sam_every_5"}
 
 
 def _together(size: int) -> list[tuple[str, ...]]:
@@ -51,14 +53,24 @@ def _together(size: int) -> list[tuple[str, ...]]:
     return sets
 
 
-SETS = _together(4)
+SIX_AT_A_TIME = [*zip(_together(6), cycle(PRECISIONS), strict=False)]
+FOUR_AT_A_TIME = [
+    pytest.param(*case, marks=pytest.mark.nightly)
+    for case in zip(_together(4), cycle(PRECISIONS), strict=False)
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("techniques", SETS, ids="+".join)
-def test_techniques_compose_four_at_a_time(techniques: tuple[str, ...], tmp_path, teacher) -> None:
+@pytest.mark.parametrize(
+    ("techniques", "precision"),
+    [*SIX_AT_A_TIME, *FOUR_AT_A_TIME],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_techniques_compose_many_at_a_time(
+    techniques: tuple[str, ...], precision: str, tmp_path, teacher
+) -> None:
     """In these sets every pair meets that is not refused; the precision by turns."""
-    options = (*QUICK, f"trainer.precision={PRECISIONS[SETS.index(techniques) % 2]}")
+    options = (*QUICK, f"trainer.precision={precision}")
     if "class_weights" in techniques:
         # what it lowers first is the loss of the rare classes, not the plain one
         options += ("trainer.max_steps=24",)
@@ -111,7 +123,9 @@ def _compile_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("technique", [nightly(t)[0] if t in OUTSIDE else t for t in TECHNIQUES])
+@pytest.mark.parametrize(
+    "technique", [nightly(t)[0] if t in OUTSIDE | LIKE_ANOTHER else t for t in TECHNIQUES]
+)
 def test_a_technique_trains_with_the_network_compiled_whole(
     technique: str, tmp_path, teacher, monkeypatch
 ) -> None:

@@ -97,7 +97,7 @@ def test_an_average_of_ones_own_excludes_another_one(cli, tmp_path: Path) -> Non
 def test_an_ablation_compares_a_technique_of_ones_own_with_a_built_in_one(shell, tmp_path: Path) -> None:
     write_examples(tmp_path / "mine")
     (sweep,) = [c for c in commands() if "-m" in c]
-    outcome = shell(*sweep, *QUICK)
+    outcome = shell(*sweep, *QUICK, "seed=0,1", "trainer.max_epochs=1")
     assert outcome.status == 0, outcome.err
     assert set(summaries(tmp_path)) == {"baseline", "input_penalty", "mixup"}
     report = shell("runs=experiments/stripes", script="report.py")

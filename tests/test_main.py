@@ -342,7 +342,8 @@ def test_the_signature_command_compiles(shell, tmp_path: Path, imagenet_folder: 
     outcome = shell(
         "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
         "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true",
-        "model._target_=tiny_networks.TinyResNet", *SHORT, env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
+        "model._target_=tiny_networks.TinyResNet", *SHORT, "trainer.limit_val_batches=0", "test_after_training=false",
+        env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
     run = only_run(tmp_path / "experiments")
@@ -385,16 +386,17 @@ def test_a_multirun_runs_every_arm_and_seed_and_the_report_compares_them(shell, 
         "-m",
         "model=resnet",
         "technique=baseline,powergrad,[powergrad,mixup]",
-        "seed=range(5)",
+        "seed=range(2)",
         *TINY,
+        "trainer.limit_train_batches=2",
         timeout=550,
     )
     assert outcome.status == 0, outcome.err
     summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments" / "synthetic")]
-    assert len(summaries) == 15
+    assert len(summaries) == 6
     arms = {s["arm"] for s in summaries}
     assert arms == {"baseline", "powergrad", "mixup+powergrad"}
-    assert {s["seed"] for s in summaries if s["arm"] == "powergrad"} == set(range(5))
+    assert {s["seed"] for s in summaries if s["arm"] == "powergrad"} == {0, 1}
     report = shell("runs=experiments/synthetic", script="report.py")
     assert report.status == 0, report.err
     text = next((tmp_path / "experiments" / "synthetic").rglob("report.md")).read_text()
@@ -409,9 +411,9 @@ def test_seed_style_folds_are_a_sweep(cli, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_job_does_not_end_the_sweep_and_is_listed(shell, tmp_path: Path) -> None:
-    outcome = shell("-m", *TINY, "model.lr=0.01,-1,0.02")
+    outcome = shell("-m", *TINY, "trainer.limit_train_batches=2", "model.lr=-1,0.02")
     assert outcome.status == 1
-    assert len(runs_in(tmp_path / "experiments" / "synthetic")) == 2
+    assert len(runs_in(tmp_path / "experiments" / "synthetic")) == 1
     assert "1 of the sweep's jobs did not finish" in outcome.err and "model.lr=-1" in outcome.err
     assert "Traceback" not in outcome.err
 
