@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Command, Outcome, end_group, runs_in
+from conftest import ROOT, TINY, Command, Outcome, end_group, runs_in, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -57,10 +57,6 @@ def mine(tmp_path: Path) -> list[str]:
     (folder / "plain.py").write_text(PLAIN_NETWORK)
     (folder / "cli_configs" / "model" / "plain.yaml").write_text("_target_: plain.Plain\n")
     return [f"user_dir={folder}", *TINY, "model=plain", "+callbacks.probe._target_=plain.Probe"]
-
-
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
 
 
 def ranks_of(run: Path) -> list[dict]:

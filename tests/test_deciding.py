@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Command, Outcome, runs_in
+from conftest import TINY, Command, Outcome, runs_in, summary_of
 
 from crucible.run import RunDirectory
 from lab import deciding, planning
@@ -319,6 +319,6 @@ def test_two_machines_and_a_kill_come_to_one_end(launch: Callable[..., Command],
     runs = runs_in(tmp_path / "experiments" / "synthetic")
     looked = 3 if "look 1" in verdicts(both[0])["powergrad"] else 4
     assert len(runs) == 2 * looked, "no run that was not asked for"
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    summaries = [summary_of(run) for run in runs]
     assert all(s["status"] == "finished" for s in summaries)
     assert len({s["sweep"]["created"] for s in summaries}) == 1, "one plan"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, runs_in
+from conftest import ROOT, runs_in, summary_of
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 QUICK = ["logger.wandb=null", "trainer.enable_progress_bar=false"]
@@ -29,7 +28,7 @@ def commands() -> list[list[str]]:
 
 
 def summaries(folder: Path) -> dict[str, dict]:
-    read = [json.loads((run / "summary.json").read_text()) for run in runs_in(folder)]
+    read = [summary_of(run) for run in runs_in(folder)]
     return {s["arm"]: s for s in read if s["data"] == "stripes"}
 
 

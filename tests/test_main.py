@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, runs_in, write_images
+from conftest import ROOT, TINY, runs_in, summary_of, write_images
 from record import command_ids
 
 from lab.config import Task
@@ -29,10 +29,6 @@ SHORT = [
 def only_run(folder: Path) -> Path:
     (run,) = runs_in(folder)
     return run
-
-
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
 
 
 def rows_of(run: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import runs_in
+from conftest import runs_in, summary_of
 from PIL import Image
 from test_report import make_run
 
@@ -90,7 +90,7 @@ def test_a_cell_is_tested_recorded_and_not_computed_again(cli, run: Path) -> Non
     now = json.loads(record_of(again).read_text())
     assert now["cells"]["gaussian_noise"]["3"]["acc"] == 0.123, "what is known is kept"
     assert "contrast" in now["cells"] and "1 of 2 cells were known" in again.out
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert record["data"] == summary["data_fingerprint"]
 
 

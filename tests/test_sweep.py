@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, Command, Outcome, runs_in
+from conftest import ROOT, TINY, Command, Outcome, runs_in, summary_of
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
@@ -40,10 +40,6 @@ EXTRA = pytest.importorskip  # a machine without the extra skips visibly
 
 def grid(*overrides: str, design: str | None = None) -> planning.Grid:
     return expand(OverridesParser.create().parse_overrides(list(overrides)), design)
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 # what is planned
@@ -615,7 +611,7 @@ def test_a_search_takes_the_better_way_of_its_metric_or_the_mode_of_the_monitor(
 def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(start, tmp_path: Path) -> None:
     optuna = EXTRA("optuna")
     command = [
-        "sweep=optuna", "model.lr=1e-7,1e-6,0.02,0.03", "model.label_smoothing=interval(0, 0.1)", "search.n_trials=10",
+        "sweep=optuna", "model.lr=1e-7,1e-6,0.02,0.03", "model.label_smoothing=interval(0, 0.1)", "search.n_trials=6",
         "search.study=shared", "search.sampler=random", "trainer.max_epochs=3", "data.module.num_samples=200",
     ]  # fmt: skip
     both = [process.outcome(580) for process in [start(*command) for _ in range(2)]]
@@ -623,7 +619,7 @@ def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(start, tmp_p
     folder = tmp_path / "experiments" / "searches" / "shared"
     study = optuna.load_study(study_name="shared", storage=f"sqlite:///{folder / 'study.db'}")
     states = [trial.state.name for trial in study.trials]
-    assert 10 <= len(states) <= 11, "one more at most, by the process that asked at the same moment"
+    assert 6 <= len(states) <= 7, "one more at most, by the process that asked at the same moment"
     assert set(states) <= {"COMPLETE", "PRUNED"}
     for trial in study.trials:
         summary = summary_of(Path(trial.user_attrs["run"]))

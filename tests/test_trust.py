@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, Outcome, runs_in
+from conftest import ROOT, TINY, Outcome, runs_in, summary_of
 
 from crucible import load_run
 from crucible.cells import cell, text_of
@@ -178,7 +178,7 @@ def planted(finished: Path, folder: Path, change: Callable[[dict[str, Any]], Non
     config = yaml.safe_load((run / "config.yaml").read_text())
     change(config)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     del summary["options"]  # which would say that there were more of them
     (run / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     return run
