@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, nightly
 from hydra.utils import get_class
 from small_models import FAMILIES, SIZE, small
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ def test_it_fits_the_data(case: tuple[str, ...], overrides: tuple[str, ...], out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 4, 8, SIZE])
+@pytest.mark.parametrize("size", [1, *nightly(4, 8), SIZE])
 def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...], model: BaseModel) -> None:
     config = small(*case, f"data.input_size={size}")
     try:
