@@ -6,12 +6,12 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, runs_in, summary_of, write_images
+from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
 from record import command_ids
 
 from lab.config import Task
@@ -334,14 +334,24 @@ def test_the_signature_command_trains_on_an_imagenet_folder(
 
 
 @pytest.mark.slow
-def test_the_signature_command_compiles(shell, tmp_path: Path, imagenet_folder: Path) -> None:
-    outcome = shell(
+@pytest.mark.parametrize("backend", ["aot_eager", *nightly("inductor")])
+def test_the_signature_command_compiles(
+    cli, tmp_path: Path, imagenet_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, real = [], torch.compile
+
+    def with_backend(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return real(function, **{**options, "backend": backend})
+
+    monkeypatch.setattr(torch, "compile", with_backend)
+    outcome = cli(
         "model=resnet", "data=imagenet", "model.powergrad_alpha=0.3", f"data.module.data_root_dir={imagenet_folder}",
         "data.num_classes=3", "data.module.batch_size=4", "data.module.val_split=0.25", "model.compile=true",
-        "model._target_=tiny_networks.TinyResNet", *SHORT, "trainer.limit_val_batches=0", "test_after_training=false",
-        env={"PYTHONPATH": str(ROOT / "tests")}, timeout=500,
+        "model._target_=tiny_networks.TinyResNet", *SHORT,
     )  # fmt: skip
     assert outcome.status == 0, outcome.err
+    assert compiled
     run = only_run(tmp_path / "experiments")
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert not [k for k in state if "_orig_mod" in k], "a compiled run's checkpoint loads into a plain one"
