@@ -70,7 +70,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_one_step_of_two_processes_equals_one_step_of_one(shell, tmp_path: Path, mine: list[str]) -> None:
     step = ["trainer.limit_train_batches=1", "test_after_training=false"]
     one = shell(*mine, *step, "data.module.batch_size=16")
-    two = shell(*mine, *step, "data.module.batch_size=8", "trainer.devices=2", real=True)
+    two = shell(*mine, *step, "data.module.batch_size=8", "trainer.devices=2")
     assert one.status == 0 and two.status == 0, one.err + two.err
     runs = {len(ranks_of(run)): run for run in runs_in(tmp_path / "experiments")}
     assert set(runs) == {1, 2}

@@ -302,7 +302,7 @@ def test_a_plan_that_cannot_be_is_refused_in_one_line(
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # CI sees two machines in tests/test_sweep.py, a kill above
 def test_two_machines_and_a_kill_come_to_one_end(launch: Callable[..., Command], tmp_path: Path) -> None:
     command = ["-m", *TINY, "sweep=ablation", "technique=baseline,powergrad", "until=decided", "looks=[3,4]"]
     command += ["decided_by=val/loss"]
