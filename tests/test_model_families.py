@@ -119,7 +119,7 @@ def test_it_trains_in_bfloat16(model: BaseModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["online", "group"])
+@pytest.mark.parametrize("norm", ["online", *nightly("group")])
 @others
 def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
     try:
