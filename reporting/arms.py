@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -78,6 +79,59 @@ def _mean(values: Iterable[float | None]) -> float:
 def unit_name(unit: Unit) -> str:
     """`seed 3`, or `seed 3 fold 1`."""
     return f"seed {unit[0]}" + (f" fold {unit[1]}" if unit[1] else "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-4,7` of 0, 1, 2, 3, 4, 7."""
+    parts: list[str] = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(parts)
+
+
+def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
+    """The runs of a data set by setting: one, or one for each network where techniques were tried on several.
+
+    Networks that share at least two sets of techniques (none, and one) are settings, and the same arm has one name in
+    each; else they are arms of one setting. `networks=settings|arms` says it.
+    """
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[str(run.settings.get("model._target_"))].append(run)
+    shared = set.intersection(*({run.techniques for run in group} for group in groups.values()))
+    if len(groups) < 2 or request.networks == "arms" or (request.networks is None and len(shared) < 2):
+        return {data: list(runs)}
+    everywhere = set.intersection(*(_options_of(run.arm) for run in runs))
+    short = {network: network.rpartition(".")[2] for network in groups}
+    found = {}
+    for network, group in sorted(groups.items()):
+        own = set.intersection(*(_options_of(run.arm) for run in group)) - everywhere
+        name = short[network] if len(set(short.values())) == len(short) else network
+        found[f"{data}, {name}"] = [_within(run, own) for run in group]
+    return found
+
+
+def _options_of(arm: str) -> set[str]:
+    return {part for part in arm.split(" ") if "=" in part}
+
+
+def _without(arm: str, parts: set[str]) -> str:
+    return " ".join(p for p in arm.split(" ") if p not in parts) or "baseline"
+
+
+def _within(run: Run, own: set[str]) -> Run:
+    """A run as one of its setting: its arm's name, and what its sweep planned, without what names the setting."""
+    if run.sweep is None or not own:
+        return replace(run, arm=_without(run.arm, own))
+    sweep, named = run.sweep, {a for a in run.sweep.techniques if own <= _options_of(a)}
+    narrowed = replace(
+        sweep,
+        techniques=frozenset(_without(a, own) for a in named) - {"baseline"},
+        rivals={_without(a, own): _without(b, own) for a, b in sweep.rivals.items() if own <= _options_of(a)},
+        baseline=None if sweep.baseline is None else _without(sweep.baseline, own),
+    )
+    return replace(run, arm=_without(run.arm, own), sweep=narrowed)
 
 
 def name_arms(runs: Sequence[Run]) -> list[Run]:
