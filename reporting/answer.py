@@ -68,7 +68,29 @@ def answer(table: Table, request: Request) -> Answer:
         found.insert(0, ("Helps", "no technique is found to"))
     if arms := kinds.get("open"):
         found.insert(len(found) - ("untold" in kinds), ("Open", _open(arms, table)))
+    if (under := under_corruptions(table)) is not None and under.comparisons:
+        found.append(
+            (
+                f"Under corruptions ({under.metric.name})",
+                _listed([_under(c, under) for c in under.comparisons]),
+            )
+        )
     return Answer(" ".join(_compared(table, request)), found)
+
+
+def under_corruptions(table: Table) -> Table | None:
+    """The arms compared by their accuracy under corruptions; None where they have not been tested so."""
+    tables: Sequence[Table] = table.robustness.tables if table.robustness else ()
+    return next((t for t in tables if t.metric.base == "acc_corrupted"), None)
+
+
+def _under(c: Comparison, table: Table) -> str:
+    word = c.finding.split(" ")[0]
+    if word in ("helps", "hurts"):
+        return f"{c.arm} {word} by {_shown(c, table)}"
+    if c.finding == "no difference":
+        return f"{c.arm}, {c.verdict} ({table.metric.formatted_interval(float(c.t.low), float(c.t.high))})"
+    return f"{c.arm}, {c.verdict}"
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -174,12 +196,17 @@ def _span(counts: Sequence[int]) -> str:
 
 def _effect(c: Comparison, table: Table) -> str:
     metric = table.metric
-    interval = f"{percent(c)} interval {metric.formatted_interval(float(c.t.low), float(c.t.high))}"
-    parts = [f"{c.arm} by {metric.formatted(float(c.t.mean), True)}{metric.unit} ({interval})"]
+    parts = [f"{c.arm} by {_shown(c, table)}"]
     if size := c.finding.partition(" ")[2]:
         margin = "" if table.plan.margin is None else f"{metric.formatted(table.plan.margin)}{metric.unit}"
         parts[0] += f", {size} than {margin}"
     return ", ".join([*parts, *_cost(c, table)])
+
+
+def _shown(c: Comparison, table: Table) -> str:
+    metric = table.metric
+    interval = f"{percent(c)} interval {metric.formatted_interval(float(c.t.low), float(c.t.high))}"
+    return f"{metric.formatted(float(c.t.mean), True)}{metric.unit} ({interval})"
 
 
 def _interval(c: Comparison, table: Table) -> str:
@@ -220,7 +247,8 @@ def answer_in_general(found: InGeneral) -> Answer:
         ("No verdict", ("unstable",)),
     ):
         if group := [one for one in found.techniques if one.finding.split(" ")[0] in words]:
-            told.append((title, _listed([_in_general(one, found) for one in group])))
+            texts = [_in_general(one, found) for one in group]
+            told.append((title, _by_prospect(group, found) if title == "Open" else _listed(texts)))
     if told and not told[0][0].startswith("Helps"):
         told.insert(0, ("Helps in general", "no technique is found to"))
     if few := [one for one in found.techniques if one.finding == "cannot say"]:
@@ -244,9 +272,22 @@ def _in_general(one: General, found: InGeneral) -> str:
         text += f"; {size} than {metric.formatted(found.margin or math.nan)}{metric.unit}"
     if one.combined.p <= 0.05:
         text += f"; the settings differ (p {float(one.combined.p):.3f})"
-    if one.finding == "undecided" and (prospect := more_settings(one, found)):
-        text += f"; {prospect}"
     return text
+
+
+def _by_prospect(group: Sequence[General], found: InGeneral) -> str:
+    """The undecided, those that would take as many settings together."""
+    metric, by_prospect = found.metric, dict[str, list[str]]()
+    for one in group:
+        assert one.combined is not None
+        low, high = (metric.formatted(float(b), True) for b in (one.combined.t.low, one.combined.t.high))
+        text = f"{one.arm}, between {low} and {high}{metric.unit}"
+        by_prospect.setdefault(more_settings(one, found), []).append(text)
+    parts = []
+    for prospect, texts in by_prospect.items():
+        each = "for each " if len(texts) > 1 else ""
+        parts.append(_listed(texts) + (f"; {each}{prospect}" if prospect else ""))
+    return "; ".join(parts)
 
 
 def _each(one: General, found: InGeneral) -> str:

@@ -197,8 +197,7 @@ def _judge(found: InGeneral) -> None:
         if one.finding == "no difference":
             one.verdict = f"no difference larger than {shown} in general"
         elif one.finding == "undecided":
-            low, high = (metric.formatted(float(b), True) for b in (one.combined.t.low, one.combined.t.high))
-            one.verdict = f"undecided in general: between {low} and {high}{metric.unit}{_alone(one, found)}"
+            one.verdict = f"undecided in general{_alone(one, found)}"
             if prospect := more_settings(one, found):
                 one.verdict += f"; {prospect}"
         else:

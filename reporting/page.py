@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from crucible.command_line import command, option
 from reporting import remarks
-from reporting.answer import Answer, answer, answer_in_general, basics, varying
+from reporting.answer import Answer, answer, answer_in_general, basics, under_corruptions, varying
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table, formatted_p
 from reporting.elsewhere import Elsewhere
@@ -200,31 +200,32 @@ def _add_general(page: Page, found: InGeneral, plots: Sequence[Plot]) -> None:
     for one in found.techniques:
         row = [_word(one.arm), _number(len(one.used), "d")]
         if (all_of := one.combined) is None:
-            rows.append([*row, *[("-", math.nan)] * 8, _word(one.verdict)])
+            rows.append([*row, *[("-", math.nan)] * 2, _word(one.verdict), *[("-", math.nan)] * 6])
             continue
         t = all_of.t
         row += [
             shown(float(t.mean), True),
             (metric.formatted_interval(float(t.low), float(t.high)), float(t.low)),
         ]
+        row += [_word(one.verdict), _p(one.p_holm), _p(one.p_none)]
         row += [(metric.formatted_interval(float(all_of.low), float(all_of.high)), float(all_of.low))]
         row += [shown(float(all_of.tau)), _number(100 * float(all_of.i2), ".0f"), _p(float(all_of.p))]
-        rows.append([*row, _p(one.p_holm), _p(one.p_none), _word(one.verdict)])
+        rows.append(row)
     head = [
         "arm",
         "settings",
         "diff",
         "95% interval",
+        "verdict",
+        "Holm p",
+        "margin p",
         "another setting",
         "tau",
-        "I2, %",
-        "differ p",
-        "Holm p",
     ]
     unit = f", in{metric.unit}" if metric.unit else ""
     page.add(
         Heading(f"Over {len(found.settings)} settings{unit}", 3),
-        Grid([*head, "margin p", "verdict"], rows, frozenset({"arm", "verdict"})),
+        Grid([*head, "I2, %", "differ p"], rows, frozenset({"arm", "verdict"})),
         brief=True,
     )
     page.add(Text(_GENERAL))
@@ -271,23 +272,35 @@ def _p(value: float) -> Cell:
 
 
 def _verdict_grid(table: Table) -> Grid:
+    """The arms: difference, verdict, cost; and under corruptions, where their runs were tested so."""
+    under = under_corruptions(table)
     rows = []
     for c in table.comparisons:
         difference = _metric(table, float(c.t.mean), signed=True)
         rows.append([_word(c.arm), difference, _word(c.verdict), _word(c.cost or "-")])
-    return Grid(["arm", "diff", "verdict", "cost"], rows, frozenset({"arm", "verdict", "cost"}))
+        if under is not None:
+            other = next(o for o in under.comparisons if o.arm == c.arm)
+            shown = _metric(under, float(other.t.mean), signed=True)
+            rows[-1] += [shown, _word(other.verdict)]
+    words, corrupted = ["arm", "verdict", "cost"], []
+    if under is not None:
+        corrupted = ["diff, corrupted", "verdict, corrupted"]
+        words.append(corrupted[1])
+    return Grid(["arm", "diff", "verdict", "cost", *corrupted], rows, frozenset(words))
 
 
 def _arm_grid(table: Table) -> Grid:
-    rows, differing = [], varying(table)
+    rows, differing, tests = [], varying(table), table.robustness
     for arm in table.arms.values():
         described = [_metric(table, v) for v in arm.spread().values()]
         own = basics(table, arm.name)
         rows.append(
             [_word(arm.name), _number(len(arm.runs), "d"), *described, _number(len(arm.diverged), "d")]
+            + ([_percent(tests.mean(arm, "acc_corrupted"))] if tests else [])
             + [_word(own.get(name, "-")) for name in differing]
         )
-    head = ["arm", "n", "mean", "sd", "median", "min", "max", "diverged", *differing]
+    head = ["arm", "n", "mean", "sd", "median", "min", "max", "diverged"]
+    head += [*(["acc corrupted"] if tests else []), *differing]
     return Grid(head, rows, frozenset({"arm", *differing}))
 
 

@@ -36,10 +36,10 @@ LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MOST_PANELS = 9
 MOST_LINES = len(COLOURS)
 PAPER = "#fdfefd"  # becomes the page's background
-WIDTH = 5.6  # inches: with this type it stays readable at the width of a phone
+WIDTH = 4.8  # inches: with this type it stays readable at the width of a phone
 STYLE: Any = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "text.color": INK, "axes.linewidth": 0.8, "lines.linewidth": 1.5, "grid.color": BASELINE_COLOUR,
     "grid.alpha": 0.3, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
@@ -152,7 +152,7 @@ def _ranked(table: Table) -> list[str]:
     return [c.arm for c in sorted(known, key=lambda c: -sign * float(c.t.mean))]
 
 
-def _short(name: str, length: int = 26) -> str:
+def _short(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

@@ -181,7 +181,7 @@ def _html_grid(grid: Grid) -> str:
         for i, (name, (shown, key)) in enumerate(zip(grid.head, row, strict=True)):
             text = (
                 f"<span{_verdict_class(shown)}>{_escape(shown)}</span>"
-                if name in ("verdict", "so")
+                if name in ("verdict", "verdict, corrupted", "so")
                 else _escape(shown)
             )
             if i == 0:  # long names may break where they have a joint
@@ -238,7 +238,7 @@ tbody th{font-weight:600;position:sticky;left:0;background:var(--page);white-spa
 .verdict.hurts,.verdict.conflict,.verdict.unstable{color:var(--bad);font-weight:600}
 .verdict.undecided,.verdict.cannot,.verdict.open,.verdict.stopped{color:var(--open)}
 figure{margin:1.2rem 0}
-figure svg{display:block;width:100%;max-width:42rem;height:auto;font-family:inherit}
+figure svg{display:block;width:100%;max-width:37rem;height:auto;font-family:inherit}
 figcaption{color:var(--soft);font-size:.9rem;max-width:48rem;margin-top:.3rem}
 details{margin:.6rem 0}
 summary{cursor:pointer;color:var(--link)}
