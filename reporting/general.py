@@ -68,19 +68,19 @@ def combine(
     critical = float(stats.t.ppf(1 - alpha / 2, k - 1))
     half, reach = critical * error, critical * np.sqrt((tau2 + noise) * (1 + 1 / k))
     p = 2 * stats.t.sf(np.abs(mean) / error, k - 1)
-    t = s.PairedT(mean, np.sqrt(spread), mean - half, mean + half, p, error, np.full_like(mean, k - 1))
+    t = s.PairedT(mean, np.sqrt(spread), mean - half, mean + half, p, error, np.full_like(mean, k - 1)[()])
     q, p_differ = _welch(y, 1 / v, np.broadcast_to(np.asarray(freedom, dtype=np.float64), y.shape))
     return Combined(t, np.sqrt(tau2), tau2 / (tau2 + noise), q, p_differ, mean - reach, mean + reach)
 
 
-def _welch(y: Floats, w: Floats, freedom: Floats) -> tuple[Floats, Floats]:
+def _welch(y: Floats, w: Floats, freedom: Floats) -> tuple[Any, Any]:
     """Cochran's Q, and the p of Welch's test that all are equal."""
     k = y.shape[-1]
     share = w / w.sum(-1, keepdims=True)
     q = (w * (y - (share * y).sum(-1, keepdims=True)) ** 2).sum(-1)
     spread = np.maximum(((1 - share) ** 2 / freedom).sum(-1), 1e-12)  # of errors that are known: next to none
     f = q / (k - 1) / (1 + 2 * (k - 2) / (k**2 - 1) * spread)
-    return q, np.asarray(stats.f.sf(f, k - 1, (k**2 - 1) / (3 * spread)))
+    return q, stats.f.sf(f, k - 1, (k**2 - 1) / (3 * spread))
 
 
 @dataclass
