@@ -171,12 +171,13 @@ def main() -> None:
         for tau in (0.0, 1.0, 4.0)
     )
     head = "| settings | tau | the mean | another setting | settings differ | usual weights | with q >= 1 |"
+    count, seeds = len(SEEDS) * len(RATIOS), ", ".join(map(str, SEEDS))
     text = f"""# The mean over several settings, on tables with known truth
 
 Coverage of 95% intervals in percent, with the Monte-Carlo standard error, of {tables:,} tables a cell; each row shows
-the worst of its {len(SEEDS) * len(RATIOS)} cells: {", ".join(map(str, SEEDS))} pairs of seeds a setting; sds of a paired
-difference equal, or 4 or 16 times as large in one setting as in another. tau: sd of the true effects between settings, in errors of a
-setting. *Settings differ*: how often Welch's test finds that they do, the most of the cells (with tau 0 it promises 5
+the worst of its {count} cells: {seeds} pairs of seeds a setting; sds of a paired difference equal, or 4 or 16 times as
+large in one setting as in another. tau: sd of the true effects between settings, in errors of a setting. *Settings
+differ*: how often Welch's test finds that they do, the most of the cells (with tau 0 it promises 5
 where seeds are many). The two columns on the right are what the report does not do: weights by each setting's error and
 Paule and Mandel's tau, with the interval of Hartung and Knapp as it is and with its ad hoc correction.
 
