@@ -362,7 +362,7 @@ def _panels(table: Table, curves: Curves, column: str, scale: float) -> Figure |
     for axes, name in zip(grid, arms, strict=False):
         if base is not None and name != table.baseline:
             _band(axes, base, drawn_as[table.baseline], scale, table.baseline)
-        _band(axes, curves[name][column], drawn_as[name], scale, name)
+        _band(axes, curves[name][column], drawn_as[name]._replace(line="-"), scale, name)
         axes.set_title(_short(name, 24 if columns > 1 else 60), fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in grid[len(arms) :]:

@@ -205,7 +205,7 @@ _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
-main{max-width:62rem;margin:0 auto;padding:1rem 1rem 4rem}
+main{max-width:68rem;margin:0 auto;padding:1rem 1rem 4rem}
 h1{font-size:1.7rem;margin:.5rem 0}
 h2{font-size:1.35rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
 h3{font-size:1.08rem;margin:1.8rem 0 .5rem}
