@@ -56,7 +56,7 @@ class Cell(NamedTuple):
 def draw(
     k: int, seeds: int, ratio: float, tau: float, shape: str, tables: int, rng: np.random.Generator
 ) -> tuple[Floats, Floats, Floats]:
-    """Differences and their estimated errors in the settings of `tables` tables, (tables, k); and one more's difference.
+    """Differences and their estimated errors in k settings, (tables, k); and that of one more setting, measured alike.
 
     Those of normal pairs: the mean is normal, and its squared error independent of it a chi2 of seeds - 1 degrees of
     freedom. The mean effect is 0; errors have a root mean square of 1.

@@ -64,7 +64,7 @@ def answer(table: Table, request: Request) -> Answer:
             sign = -table.metric.sign if kind == "helps" else table.metric.sign
             arms = sorted(arms, key=lambda c: sign * float(c.t.mean)) if kind in ("helps", "hurts") else arms
             found.append((title, _listed([told(c, table) for c in arms])))
-    if kinds and "helps" not in kinds:
+    if kinds.keys() - {"helps", "rival"} and "helps" not in kinds:
         found.insert(0, ("Helps", "no technique is found to"))
     if arms := kinds.get("open"):
         found.insert(len(found) - ("untold" in kinds), ("Open", _open(arms, table)))

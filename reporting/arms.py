@@ -94,13 +94,21 @@ def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, li
     """The runs of a data set by setting: one, or one for each network where techniques were tried on several.
 
     Networks that share at least two sets of techniques (none, and one) are settings, and the same arm has one name in
-    each; else they are arms of one setting. `networks=settings|arms` says it.
+    each; else they are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
+    `networks=settings|arms` says it.
+
+    Raises:
+        ConfigError: for `networks=settings` of what was decided together.
     """
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[str(run.settings.get("model._target_"))].append(run)
     shared = set.intersection(*({run.techniques for run in group} for group in groups.values()))
-    if len(groups) < 2 or request.networks == "arms" or (request.networks is None and len(shared) < 2):
+    together = _decided_together(groups.values())
+    if together and request.networks == "settings":
+        raise ConfigError(f"networks=settings: {together} decided over all its networks together", see=SEE)
+    as_arms = request.networks == "arms" or (request.networks is None and (len(shared) < 2 or together))
+    if len(groups) < 2 or as_arms:
         return {data: list(runs)}
     everywhere = set.intersection(*(_options_of(run.arm) for run in runs))
     short = {network: network.rpartition(".")[2] for network in groups}
@@ -110,6 +118,24 @@ def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, li
         name = short[network] if len(set(short.values())) == len(short) else network
         found[f"{data}, {name}"] = [_within(run, own) for run in group]
     return found
+
+
+def _decided_together(groups: Iterable[Sequence[Run]]) -> str:
+    """The sweep of `until=decided` whose techniques are of several of the groups; empty: there is none."""
+    arms: dict[Any, list[set[str]]] = defaultdict(list)
+    folders = {}
+    for group in groups:
+        own: dict[Any, set[str]] = defaultdict(set)
+        for run in group:
+            if run.sweep is not None and run.sweep.decides and run.arm in run.sweep.techniques:
+                key = run.sweep.planned, run.sweep.techniques, run.sweep.decides
+                own[key].add(run.arm)
+                folders[key] = run.sweep.folder
+        for key, names in own.items():
+            arms[key].append(names)
+    # sweeps of one network each, planned alike, have the same arms
+    parted = (key for key, sets in arms.items() if len(sets) > 1 and not set.intersection(*sets))
+    return next((folders[key] for key in parted), "")
 
 
 def _options_of(arm: str) -> set[str]:
