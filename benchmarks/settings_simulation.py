@@ -179,9 +179,9 @@ def main() -> None:
 Coverage of 95% intervals in percent, with the Monte-Carlo standard error, of {tables:,} tables a cell; each row shows
 the worst of its {count} cells: {seeds} pairs of seeds a setting; sds of a paired difference equal, or 4 or 16 times as
 large in one setting as in another. tau: sd of the true effects between settings, in errors of a setting. *Settings
-differ*: how often Welch's test finds that they do, the most of the cells (with tau 0 it promises 5
-where seeds are many). The two columns on the right are what the report does not do: weights by each setting's error and
-Paule and Mandel's tau, with the interval of Hartung and Knapp as it is and with its ad hoc correction.
+differ*: how often Welch's test finds that they do, the most of the cells (with tau 0 it promises 5 where seeds are
+many; 14 are of 3 seeds). The two columns on the right are what the report does not do: weights by each setting's
+error and Paule and Mandel's tau, with the interval of Hartung and Knapp as it is and with its ad hoc correction.
 
 {provenance()}- CPU time: {time.process_time() - start:.0f} s
 
@@ -199,10 +199,10 @@ An interval for the mean of few draws from so skewed a distribution covers less,
 | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows["skew"]}
 
-## What few seeds do to weights
+## What weights by precision do
 
-Worst coverage over all normal cells, by the pairs of seeds in each setting: errors that few seeds estimate make weights
-of noise, which the interval with equal weights does not use.
+Worst coverage over all normal cells, by the pairs of seeds in each setting. Such weights leave the mean to the settings
+that are measured best, too few to tell how far settings differ; few seeds make them noise besides.
 
 | pairs of seeds | the mean | usual weights | with q >= 1 |
 | ---: | ---: | ---: | ---: |
