@@ -10,12 +10,14 @@ import hydra
 from omegaconf import DictConfig
 
 from crucible import command_line
+from crucible.composition import compose_once
 
 ROOT = Path(__file__).resolve().parent
 
 
 def compose_and_run() -> int:
     """One composed job: recorded, then run; the exit status. `-m` goes on in hydra_plugins/crucible_sweepers."""
+    compose_once()
     statuses: list[int] = []
     raised: list[Exception] = []
 

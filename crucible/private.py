@@ -5,6 +5,7 @@ An upgrade may move them. tests/test_private.py says so by name, before a run do
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 __all__ = [
     "AnyBatchNorm", "AnyConvolution", "FOREACH", "drop_wandb_argument", "end_sigterm_votes", "has_bf16_instructions",
-    "storage_identity", "trial_in_storage", "unscale_outside_the_step",
+    "keep_queues", "storage_identity", "trial_in_storage", "unscale_outside_the_step",
 ]  # fmt: skip
 
 # of torch, used where they stand: one kernel for many tensors
@@ -33,6 +34,17 @@ def storage_identity(tensor: Tensor) -> int:
 def has_bf16_instructions() -> bool:
     """Whether the processor multiplies bf16 in instructions of its own (AVX512_BF16, AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_queues(iterator: Any) -> None:
+    """Keep the queues to a loader's workers as long as its iterator.
+
+    In one piece of garbage with it they would be closed first, and each worker, which nothing could then tell to end,
+    would be waited for in vain for five seconds.
+    """
+    if (queues := getattr(iterator, "_index_queues", None)) and not hasattr(iterator, "_kept"):
+        iterator._kept = True
+        weakref.finalize(iterator, len, queues).atexit = False
 
 
 def unscale_outside_the_step(optimizer: Optimizer) -> None:

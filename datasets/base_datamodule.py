@@ -26,6 +26,7 @@ from crucible.machine import core_count
 from crucible.memory import SHARED, shared_memory_free
 from crucible.options import ConfigError
 from crucible.pictures import Decoder, installed
+from crucible.private import keep_queues
 from datasets.cache import Cache, OnError, in_memory
 from datasets.classes import NUMBERED, listed, match_classes, numbered_classes, read_class_map
 from datasets.corrupted import Cell, CorruptedSamples
@@ -66,6 +67,15 @@ def _hand_on(batch: Any) -> Any:
         for tensor in batch:
             tensor.share_memory_()
     return batch
+
+
+class _Loader(DataLoader):
+    """Whose workers end at once wherever it is left, in an exception's traceback too."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        keep_queues(iterator)
+        return iterator
 
 
 def _once(setup: Callable[..., None]) -> Callable[..., None]:
@@ -715,7 +725,7 @@ class BaseDataModule(LightningDataModule):
 
     def _loader(self, samples: Samples | CorruptedSamples, sampler: EpochSampler | EvalSampler) -> DataLoader:
         workers, prefetch = self._within_shared_memory(samples, sampler, self._workers(samples, len(sampler)))
-        return DataLoader(
+        return _Loader(
             samples,
             batch_size=None,  # the sampler delivers whole batches
             sampler=sampler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -256,6 +257,12 @@ def end_group(process: subprocess.Popen[str]) -> None:
 def runs_in(folder: Path) -> list[Path]:
     """The run directories under a folder."""
     return sorted(p.parent for p in folder.rglob("config.yaml"))
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """What is in the run's summary.json; nothing where it has none yet."""
+    file = run / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write_images(folder: Path, classes: Sequence[str], count: int, size: tuple[int, int] = (40, 48)) -> None:

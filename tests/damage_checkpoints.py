@@ -6,7 +6,6 @@ python tests/damage_checkpoints.py benchmarks/results/damaged_checkpoints.md
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from conftest import TINY, Command, Outcome, runs_in  # noqa: E402
+from conftest import TINY, Command, Outcome, runs_in, summary_of  # noqa: E402
 
 from callbacks.recorder import Recorder  # noqa: E402
 from lab.warm import WarmParent  # noqa: E402
@@ -115,10 +114,6 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 def state_of(file: Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 def _short(outcome: Outcome, run: Path) -> str:

@@ -22,6 +22,7 @@ CASES = {
     "swa of ghost": [("swa", "ghost_norm"), {"swa_start": 0.3}],
     "swa of online": [("swa", "online_norm"), {"swa_start": 0.3}],
 }
+ONE_OF_EACH_KIND = ["baseline", "ema of switchable", "swa of ghost"]
 OPTIONS = (
     "trainer.max_epochs=3", "trainer.max_steps=8", "trainer.limit_train_batches=3", "trainer.limit_val_batches=2",
     "model.lr=0.1", "data.module.batch_size=8",
@@ -69,12 +70,19 @@ def train_and_resume(out: str, *cases: str) -> None:
     (Path(out) / f"rank{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(results))
 
 
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(ONE_OF_EACH_KIND, id="one of each kind"),
+        pytest.param([*CASES], id="all", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_recorded_values_are_those_of_the_saved_state_and_come_again_after_a_kill(
-    on_two_processes, tmp_path: Path
+    cases: list[str], on_two_processes, tmp_path: Path
 ) -> None:
-    on_two_processes(train_and_resume, tmp_path, *CASES)
+    on_two_processes(train_and_resume, tmp_path, *cases)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    for number, case in enumerate(CASES):
+    for number, case in enumerate(cases):
         whole, resumed = first[case]
         assert whole == second[case][0] and resumed == second[case][1], f"{case}: the processes differ"
         assert whole == resumed, f"{case}: a killed run differs"

@@ -197,7 +197,7 @@ def test_a_choice_that_is_not_there_is_a_mistake_and_no_fault_of_the_system(cli)
 
 @pytest.mark.slow
 def test_the_tracebacks_are_there_for_who_wants_them(shell) -> None:
-    outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"}, real=True)
+    outcome = shell("model.lr=-1", "data=synthetic", env={"HYDRA_FULL_ERROR": "1"})
     assert outcome.status != 0
     assert "Traceback" in outcome.err and "ConfigError" in outcome.err
 
@@ -379,9 +379,14 @@ ODD_OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [["trainer.devices=2", "trainer.accelerator=cpu"], ["sweep=submitit", "cluster.executor=local"]],
-    ids=["two devices", "submitit"],
-)  # fmt: skip
+    "how",
+    [
+        pytest.param(
+            ["trainer.devices=2", "trainer.accelerator=cpu"], id="two devices", marks=pytest.mark.nightly
+        ),
+        pytest.param(["sweep=submitit", "cluster.executor=local"], id="submitit"),
+    ],
+)
 def test_odd_names_reach_every_process_of_a_sweep(how: list[str], shell, tmp_path: Path) -> None:
     """folder, data, own code and arms: handed to jobs, ranks and submitit, which find and finish what there is"""
     if "sweep=submitit" in how:

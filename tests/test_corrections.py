@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
-from conftest import TINY, runs_in
+from conftest import TINY, runs_in, summary_of
 from test_report import BASE, make_arm, make_run
 
 import report
@@ -41,7 +40,7 @@ def test_a_correction_is_another_run_and_stands_in_its_summary(
             assert cli(*TINY, *overrides, "trainer.limit_train_batches=1", f"exp_dir={place}").status == 0
             (run,) = runs_in(place)
             found[name] = run.name
-            corrected = json.loads((run / "summary.json").read_text())["corrected"]
+            corrected = summary_of(run)["corrected"]
             assert corrected == ({"model.label_smoothing": 2} if folder == "after" and overrides else {})
         return found
 

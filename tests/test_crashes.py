@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, nightly
 from crashes import CONFIGURATIONS, TINY, contents, differences, killed_before, operations
 
 pytestmark = pytest.mark.slow
@@ -25,18 +25,15 @@ def whole(start, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[s
     return contents(run), done
 
 
-def _of_a_kind(done: list[str], kind: str) -> list[int]:
-    """The middle and the last operation of a kind, which comes once with each epoch or step."""
-    at = [number for number, operation in enumerate(done, 1) if operation.split()[0] == kind]
-    return sorted({at[len(at) // 2], at[-1]})
-
-
+@pytest.mark.parametrize("place", ["middle", *nightly("last")])
 @pytest.mark.parametrize("kind", ["open", "rename", "link", "remove", "mkdir"])
-def test_killed_before_an_operation_of_each_kind(start, whole, tmp_path: Path, kind: str) -> None:
+def test_killed_before_an_operation_of_each_kind(start, whole, tmp_path: Path, kind: str, place: str) -> None:
+    """An operation of a kind comes once with each epoch or step."""
     as_it_should_be, done = whole
-    for number in _of_a_kind(done, kind):
-        found = killed_before(start, tmp_path / str(number), OPTIONS, number, as_it_should_be)
-        assert not found, (number, done[number - 1], found)
+    at = [number for number, operation in enumerate(done, 1) if operation.split()[0] == kind]
+    number = at[len(at) // 2] if place == "middle" else at[-1]
+    found = killed_before(start, tmp_path, OPTIONS, number, as_it_should_be)
+    assert not found, (number, done[number - 1], found)
 
 
 def test_a_difference_is_seen(whole) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Command, Outcome, runs_in
+from conftest import TINY, Command, Outcome, runs_in, summary_of
 
 from crucible.run import RunDirectory
 from lab import deciding, planning
@@ -302,7 +302,7 @@ def test_a_plan_that_cannot_be_is_refused_in_one_line(
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # CI sees two machines in tests/test_sweep.py, a kill above
 def test_two_machines_and_a_kill_come_to_one_end(launch: Callable[..., Command], tmp_path: Path) -> None:
     command = ["-m", *TINY, "sweep=ablation", "technique=baseline,powergrad", "until=decided", "looks=[3,4]"]
     command += ["decided_by=val/loss"]
@@ -319,6 +319,6 @@ def test_two_machines_and_a_kill_come_to_one_end(launch: Callable[..., Command],
     runs = runs_in(tmp_path / "experiments" / "synthetic")
     looked = 3 if "look 1" in verdicts(both[0])["powergrad"] else 4
     assert len(runs) == 2 * looked, "no run that was not asked for"
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    summaries = [summary_of(run) for run in runs]
     assert all(s["status"] == "finished" for s in summaries)
     assert len({s["sweep"]["created"] for s in summaries}) == 1, "one plan"

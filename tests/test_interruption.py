@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, Command, nightly, runs_in
+from conftest import TINY, Command, nightly, runs_in, summary_of
 
 from lab.warm import WarmParent
 
@@ -50,7 +49,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, warm_parent: WarmPar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "real"), [(2, False), (4, False), (8, True)], ids=["2", "4", "8"])
+@pytest.mark.parametrize(
+    ("step", "real"),
+    [
+        pytest.param(2, False, id="2", marks=pytest.mark.nightly),
+        pytest.param(4, False, id="4"),
+        pytest.param(8, True, id="8", marks=pytest.mark.nightly),
+    ],
+)
 def test_kill_minus_9_loses_nothing(
     launch, shell, tmp_path: Path, uninterrupted: Path, step: int, real: bool
 ) -> None:
@@ -58,7 +64,7 @@ def test_kill_minus_9_loses_nothing(
     run = wait_for_step(tmp_path, process, step)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert json.loads((run / "summary.json").read_text())["status"] == "running"
+    assert summary_of(run)["status"] == "running"
     resumed = shell(f"run={run}", "data.module.num_workers=2", real=real)
     assert resumed.status == 0, resumed.err
     assert equal(weights(run), weights(uninterrupted))
@@ -67,7 +73,7 @@ def test_kill_minus_9_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *nightly(signal.SIGINT), signal.SIGUSR1])
 def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
     launch, shell, tmp_path: Path, uninterrupted: Path, number: int
 ) -> None:
@@ -75,7 +81,7 @@ def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
     run = wait_for_step(tmp_path, process, 3)
     os.kill(process.pid, number)
     assert process.outcome(60).status == 128 + number
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "interrupted" and signal.Signals(number).name in summary["reason"]
     assert not (run / "claim").exists()
     resumed = shell(*STATEFUL)
@@ -112,7 +118,7 @@ def test_a_crash_is_recorded_with_its_reason(cli, tmp_path: Path) -> None:
     assert outcome.status == 1
     assert "the roof is on fire" in outcome.err and "Traceback" not in outcome.err
     (run,) = runs_in(tmp_path)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "failed" and "the roof is on fire" in summary["reason"]
     assert "Traceback" in (run / "main.log").read_text()
     assert not (run / "claim").exists()
@@ -155,4 +161,4 @@ def test_a_diverged_run_is_a_failed_run(cli, tmp_path: Path) -> None:
     outcome = cli(*TINY, "model.lr=1e30", "trainer.max_epochs=3")
     assert outcome.status == 1 and "diverged" in outcome.err
     (run,) = runs_in(tmp_path)
-    assert "diverged" in json.loads((run / "summary.json").read_text())["reason"]
+    assert "diverged" in summary_of(run)["reason"]

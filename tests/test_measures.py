@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, nightly, runs_in
+from conftest import TINY, nightly, runs_in, summary_of
 from lightning.pytorch import Trainer
 from sklearn import metrics as sk
 from tiny_networks import TinyResNet
@@ -311,7 +311,7 @@ def test_only_runs_whose_targets_were_rounded_are_other_runs(model, task, precis
 
 
 def final_of(run: Path) -> dict[str, float]:
-    return json.loads((run / "summary.json").read_text())["final"]
+    return summary_of(run)["final"]
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_a_training_loss_that_is_no_number_ends_the_run_and_no_value_of_the_epoc
     network = ["model=resnet", "model._target_=test_measures.BrokenNetwork"]
     assert cli(*TINY, *network, "metrics=[acc,top5,f1,precision,recall,auroc,ece]").status == 1
     (run,) = runs_in(tmp_path)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "failed" and summary["reason"].startswith("diverged: train/loss is nan")
     with (run / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, nightly
 from hydra.utils import get_class
 from small_models import FAMILIES, SIZE, small
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def test_it_trains_in_bfloat16(model: BaseModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["online", "group"])
+@pytest.mark.parametrize("norm", ["online", *nightly("group")])
 @others
 def test_another_norm_trains_or_is_refused(norm: str, model: BaseModel) -> None:
     try:
@@ -159,7 +159,7 @@ def test_it_fits_the_data(case: tuple[str, ...], overrides: tuple[str, ...], out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 4, 8, SIZE])
+@pytest.mark.parametrize("size", [1, *nightly(4, 8), SIZE])
 def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...], model: BaseModel) -> None:
     config = small(*case, f"data.input_size={size}")
     try:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, runs_in
+from conftest import Outcome, runs_in, summary_of
 from PIL import Image
 
 from datasets.image_folder import ImageFolderDataModule
@@ -68,10 +68,6 @@ def run(cli, tmp_path: Path, trained: Path) -> Path:
     config = found / "config.yaml"
     config.write_text(config.read_text().replace((trained / "was").read_text(), str(tmp_path)))
     return found
-
-
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
 
 
 def records(run: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,7 @@ def _train(cli: Callable[..., Any], root: Path, *arguments: str) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_devices_read_one_pack_each_its_part(pack, shell, tmp_path: Path) -> None:
     assert pack().status == 0
     run = _train(shell, tmp_path / "pack", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_epochs=1",
@@ -253,12 +254,12 @@ def test_two_devices_read_one_pack_each_its_part(pack, shell, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_training_that_is_killed_goes_on_to_the_same_weights(pack, launch, shell, tmp_path: Path) -> None:
     assert pack().status == 0
-    options = ("trainer.max_epochs=6", "data.module.num_workers=2")
+    options = ("trainer.max_epochs=4", "data.module.num_workers=2")
     whole = _train(shell, tmp_path / "pack", *options, "exp_dir=whole")
     assert whole.status == 0, whole.err
     command: Command = _train(launch, tmp_path / "pack", *options, "exp_dir=killed")
     while command.poll() is None and not list((tmp_path / "killed").rglob("last.ckpt")):
-        pass
+        time.sleep(0.02)
     command.end()
     resumed = _train(shell, tmp_path / "pack", *options, "exp_dir=killed")
     assert resumed.status == 0, resumed.err

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import _run_app, _run_hydra
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
@@ -16,7 +18,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
 from torch.amp import GradScaler
 
-from crucible import private
+from crucible import composition, private
 
 
 @pytest.mark.parametrize("name", private.FOREACH)
@@ -92,3 +94,18 @@ def test_a_trial_is_opened_by_its_number_in_the_storage() -> None:
     study = optuna.create_study()
     number = private.trial_in_storage(study.ask())
     assert optuna.trial.Trial(study, number).number == 0
+
+
+def test_hydra_asks_for_the_mode_before_it_composes_and_takes_none_for_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    composed = []
+    monkeypatch.setattr(composition, "_composed_mode", lambda *arguments: composed.append(arguments))
+    monkeypatch.setattr(Hydra, "get_mode", Hydra.get_mode)
+    composition.compose_once()
+    assert "hydra.get_mode(config_name=config_name, overrides=overrides)" in inspect.getsource(_run_hydra)
+    assert "if mode is None" in inspect.getsource(_run_app)
+    hydra = Hydra.__new__(Hydra)
+    assert hydra.get_mode(config_name="train", overrides=["model.lr=1"]) is None and not composed
+    hydra.get_mode(config_name="train", overrides=["hydra.mode=MULTIRUN"])
+    assert composed == [(hydra, "train", ["hydra.mode=MULTIRUN"])]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Command, Outcome, nightly, runs_in, write_images
+from conftest import ROOT, TINY, Command, Outcome, nightly, runs_in, summary_of, write_images
 from test_sweep import planned_run
 
 from crucible import launch as launches
@@ -35,10 +35,6 @@ STEP = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODEID": "0",
     "SLURM_PROCID": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost",
 }  # fmt: skip
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 # who started this process

@@ -4,7 +4,6 @@ is a row of benchmarks/results/clusters.md, by its first line."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Command, runs_in
+from conftest import TINY, Command, runs_in, summary_of
 
 pytest.importorskip("ray", reason="no Ray here: pip install -e '.[ray]'")
 pytestmark = pytest.mark.cluster
@@ -112,7 +111,7 @@ def nodes() -> Iterator[Nodes]:
 
 
 def summaries(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads((run / "summary.json").read_text()) for run in runs_in(folder / "experiments")]
+    return [summary_of(run) for run in runs_in(folder / "experiments")]
 
 
 def test_a_sweep_starts_a_ray_of_its_own(launch: Callable[..., Command], tmp_path: Path) -> None:

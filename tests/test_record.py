@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, summary_of
 from record import command_ids, digest, machine, recipe_ids, train_case
 from technique_runs import make_teacher
 
@@ -50,7 +50,7 @@ def test_a_recorded_run_folder_resumes_tests_and_reports(cli, name: str, tmp_pat
     shutil.copytree(ROOT / "tests" / "recorded_runs" / name, run)
     outcome = cli(f"run={run}")
     assert outcome.status == 0, outcome.err
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    summary: dict[str, Any] = summary_of(run)
     assert (summary["status"], summary["epochs"]) == ("finished", 6)
     bits, norm = digest(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True))
     assert norm == pytest.approx(ENDS[name][1], rel=1e-2)

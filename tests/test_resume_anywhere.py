@@ -126,7 +126,7 @@ RANKS = {
 
 @pytest.mark.slow
 def test_two_processes_keep_their_own_gradients_sums_and_streams(on_two_processes, tmp_path: Path) -> None:
-    on_two_processes(stop_each, tmp_path, 2, 4)
+    on_two_processes(stop_each, tmp_path, 4)
 
 
 @pytest.mark.nightly

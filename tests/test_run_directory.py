@@ -20,7 +20,7 @@ import damage
 import pytest
 import torch
 import yaml
-from conftest import ROOT, end_group, nightly
+from conftest import ROOT, end_group, nightly, summary_of
 
 from crucible import load_run
 from crucible.files import replacing, temporary_name
@@ -54,10 +54,6 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     run = tmp_path / "experiments" / "synthetic" / finished.name
     shutil.copytree(finished, run)
     return run
-
-
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
 
 
 def set_summary(run: Path, **values: object) -> None:

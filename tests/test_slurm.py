@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Command, runs_in
+from conftest import ROOT, TINY, Command, runs_in, summary_of
 from slurm_cluster import Slurm, slurm, why_not
 
 pytestmark = pytest.mark.cluster
@@ -55,11 +55,6 @@ def jobs(cluster: Slurm) -> list[str]:
 def fact(cluster: Slurm, job: str, name: str) -> str:
     shown = cluster.say("scontrol", "show", "job", job)
     return next((word.partition("=")[2] for word in shown.split() if word.startswith(f"{name}=")), "")
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    file = run / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def runs_by_seed(folder: Path) -> dict[int, Path]:

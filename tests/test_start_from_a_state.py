@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, runs_in
+from conftest import TINY, nightly, runs_in
 from lightning.pytorch.callbacks import Callback
 from technique_runs import built, composed
 
@@ -99,8 +99,10 @@ def test_inside_an_epoch_what_is_left_of_it_must_be_the_same(
     "typed",
     [
         [],
-        ["model.lr=0.001", "model.scheduler=null", "model.warmstart=0"],
-        ["model.lr=0.05", "model.lr_interval=step", "model.weight_decay=0.1"],
+        *nightly(
+            ["model.lr=0.001", "model.scheduler=null", "model.warmstart=0"],
+            ["model.lr=0.05", "model.lr_interval=step", "model.weight_decay=0.1"],
+        ),
         ["model.scheduler=MultiStep", "model.lr_milestones=[4]", "model.momentum=0.5"],
         ["data.module.batch_size=8", "trainer.limit_train_batches=6", "model.lr_interval=step"],
     ],

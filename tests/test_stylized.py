@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import runs_in
+from conftest import runs_in, summary_of
 from PIL import Image
 
 CLASSES = ["n01", "n02", "n03"]
@@ -51,7 +51,7 @@ def test_the_joint_recipe_evaluates_both_sides_and_its_run_is_tested_and_fine_tu
     assert done.status == 0, done.err
     (run,) = runs_in(tmp_path / "experiments")
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     for stage in ("val", "val_raw"):
         for row in rows:
             for name in ("acc", "loss"):  # as many pictures on each side
@@ -100,7 +100,7 @@ def test_two_devices_score_each_side_as_one_does(ranks, cli, tmp_path: Path) -> 
     done, _ = ranks(*SMALL, *trees, "trainer.devices=2", "data.module.batch_size=3", "trainer.max_epochs=1")
     assert done.status == 0, done.err
     (run,) = runs_in(tmp_path / "experiments")
-    final = json.loads((run / "summary.json").read_text())["final"]
+    final = summary_of(run)["final"]
     assert cli(f"run={run}", "task=test", "ckpt_path=last", "trainer.devices=1").status == 0
     alone = test_of(run / "test.json")
     assert {n for n in alone if n.startswith("test_")} >= {"test_in/acc", "test_sin/auroc", "test_sin/loss"}
@@ -115,6 +115,6 @@ def test_a_side_without_a_sample_is_said_and_has_no_values(cli, tmp_path: Path) 
     )
     assert done.status == 0, done.err
     (run,) = runs_in(tmp_path / "experiments")
-    final = json.loads((run / "summary.json").read_text())["final"]
+    final = summary_of(run)["final"]
     assert len({n.partition("/")[0] for n in final if n.startswith("test")}) == 2
     assert "no sample of this group was evaluated" in (run / "main.log").read_text()

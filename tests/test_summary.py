@@ -79,7 +79,7 @@ def test_activation_memory_is_what_a_real_step_keeps() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["as built", *nightly("online")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if n % 3 == 0 else nightly(f)[0] for n, f in enumerate(FAMILIES)])
 def test_every_family_is_counted_without_memory(family: str, norm: str) -> None:
     config = small(family)
     if norm == "online" and not any(

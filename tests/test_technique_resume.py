@@ -16,6 +16,16 @@ from technique_runs import TECHNIQUES, built, composed, refused_on_the_page
 # those that carry state, or draw random numbers in the step
 STATEFUL = ("sam", "online_norm", "ema", "swa", "lookahead", "mixup", "stochastic_depth")
 PAIRS = [p for p in combinations(sorted(STATEFUL), 2) if p not in refused_on_the_page()]
+# further kinds: a count of steps, statistics in parts, frozen layers, an order, a second network, a weighted loss
+OTHER_KINDS = (
+    "sam_every_5",
+    "ghost_norm",
+    "freeze",
+    "balanced_sampling",
+    "distillation",
+    "class_weights",
+    "cutout",
+)
 FIRST_PAIRS = [("mixup", "sam"), ("ema", "lookahead")]  # random numbers and a second pass; two averages
 OTHER_PAIRS = [p for p in PAIRS if p not in FIRST_PAIRS]
 OPTIONS = ("trainer.max_steps=11", "trainer.limit_train_batches=5", "model.optimizer=Adam", "model.lr=0.003")
@@ -35,7 +45,13 @@ class SaveAt(Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "techniques", [*((t,) for t in TECHNIQUES), *FIRST_PAIRS, *nightly(*OTHER_PAIRS)], ids="+".join
+    "techniques",
+    [
+        *((t,) if t in (*STATEFUL, *OTHER_KINDS) else nightly((t,))[0] for t in TECHNIQUES),
+        *FIRST_PAIRS,
+        *nightly(*OTHER_PAIRS),
+    ],
+    ids="+".join,
 )
 def test_resume_equals_no_interruption(techniques: tuple[str, ...], tmp_path: Path, teacher: Path) -> None:
     whole, stopped = tmp_path / "whole.ckpt", tmp_path / "stopped.ckpt"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, runs_in
+from conftest import ROOT, TINY, runs_in, summary_of
 from damage import main_in_process
 from PIL import Image
 from scipy.optimize import minimize_scalar
@@ -263,7 +263,7 @@ def test_a_checkpoint_alone_suffices(place: Path, run: Path, tmp_path: Path) -> 
 
 
 def test_the_transform_is_that_of_the_test_with_its_numbers(place: Path, run: Path) -> None:
-    described = json.loads((run / "summary.json").read_text())["transform"]
+    described = summary_of(run)["transform"]
     loaded = load_run(run)
     assert loaded.transform.describe() == described
     assert described["_target_"] == "augmentation.policies.imagenet.TestTransform" and described["size"] == 16
@@ -289,7 +289,7 @@ def test_a_run_of_before_is_loaded_and_what_it_lacks_is_said_in_one_line(place: 
         loaded = load_run(run / "checkpoints" / "best.ckpt")
     assert len(said) == 1 and loaded.classes == CLASSES, "the summary has the names"
     assert torch.equal(loaded.predict(place / "new").probabilities, expected)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     del summary["classes"]
     (run / "summary.json").write_text(json.dumps(summary))
     with pytest.warns(UserWarning, match="and the names of its classes"):

@@ -282,10 +282,13 @@ def test_channels_last_input_stays_channels_last():
     assert torch.equal(output, made.batch(input, torch.arange(4), 1))
 
 
+IN_CI = dict.fromkeys(("RandAugmentTransform", "AugMixTransform"), pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        pytest.param(module, name, marks=pytest.mark.slow if name in AUTOMATIC else ())
+        pytest.param(module, name, marks=IN_CI.get(name, pytest.mark.nightly) if name in AUTOMATIC else ())
         for module, name in ALL
         if module != "imagenet" or name not in AUTOMATIC  # their batch part is that of CIFAR's
     ],

@@ -8,13 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, summary_of
 
 from callbacks.correctness import ExampleHits
-
-TINY = [
-    "data=synthetic", "data.module.num_samples=96", "data.module.batch_size=16", "trainer.max_epochs=1",
-    "logger.wandb=null", "callbacks.plots=null", "trainer.enable_progress_bar=false",
-]  # fmt: skip
 
 
 def bits(file: Path) -> np.ndarray:
@@ -41,7 +37,7 @@ def test_each_sample_counts_once_in_the_order_of_the_numbers():
 def test_a_run_records_which_test_images_it_got_right(cli, tmp_path):
     assert cli(*TINY).status == 0
     run = only_run(tmp_path)
-    final = json.loads((run / "summary.json").read_text())["final"]
+    final = summary_of(run)["final"]
     assert bits(run / "test_correct.npz").mean() == pytest.approx(final["test/acc"], abs=1e-6)
     with np.load(run / "test_correct.npz") as record:
         count, confidence, hits = record["calibration"]

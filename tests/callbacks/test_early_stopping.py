@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, runs_in
+from conftest import TINY, runs_in, summary_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -152,7 +151,7 @@ def test_a_run_says_that_it_ended_early_and_the_report_that_lengths_differ(cli: 
     assert cli(*TINY, *often).status == 0
     outcome = cli(*TINY, *often, "technique=early_stopping", "callbacks.early_stopping.patience=1")
     assert outcome.status == 0 and "ended after epoch 2 of 4: val/acc was not better in 1" in outcome.out
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs_in(tmp_path / "experiments")]
+    summaries = [summary_of(run) for run in runs_in(tmp_path / "experiments")]
     assert sorted(summary["epochs"] for summary in summaries) == [2, 4]
     assert cli("runs=experiments/synthetic", script="report.py").status == 0
     (page,) = tmp_path.rglob("report.md")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, nightly, runs_in
+from conftest import TINY, nightly, runs_in, summary_of
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from record import tensors
@@ -41,10 +40,6 @@ class Poisoned(SyntheticDataModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.train_dataset.inputs[BAD, 0, 0, 0] = math.nan
-
-
-def summary_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 def state_of(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -495,7 +490,7 @@ BreaksInside, BreaksBackwards = _broken(_forwards), _broken(_backwards)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("mode", [pytest.param("stop", marks=pytest.mark.nightly), "skip", "rollback"])
 def test_two_processes_agree(ranks, tmp_path: Path, mode: str) -> None:
     """The sample is one rank's; the other sees it in the gradient only."""
     (tmp_path / "mine").mkdir()

@@ -215,7 +215,7 @@ def draw_on_two(folder, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("task", ["classification", pytest.param("regression", marks=pytest.mark.nightly)])
 def test_two_ranks_write_what_one_writes(on_two_processes, tmp_path, task):
     one, two = tmp_path / "one", tmp_path / "two"
     make_trainer(one).fit(Frozen(task), EvenSplit(task))

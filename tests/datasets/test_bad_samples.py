@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import runs_in, write_images
+from conftest import runs_in, summary_of, write_images
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -81,7 +81,7 @@ def test_a_run_ends_in_that_line_and_records_it(cli, images: Path, tmp_path: Pat
     assert outcome.status == 2 and len(errors) == 1 and "Traceback" not in outcome.err
     assert str(images / "train" / "a" / "3.jpg") in errors[0] and "train split" in errors[0]
     (run,) = runs_in(tmp_path / "experiments")
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     assert summary["status"] == "failed" and f"error: {summary['reason']}" == errors[0]
     if workers:  # where it was in the worker is kept
         assert "Original Traceback" in (run / "main.log").read_text()
@@ -105,7 +105,7 @@ def test_what_two_ranks_skip_is_counted_once(ranks, images: Path, tmp_path: Path
                  "trainer.accelerator=cpu", "data.module.on_error=skip", "trainer.max_epochs=2")  # fmt: skip
     assert [rank.status for rank in both] == [0, 0], both[0].err + both[1].err
     (run,) = runs_in(tmp_path / "experiments")
-    found = json.loads((run / "summary.json").read_text())["unreadable"]
+    found = summary_of(run)["unreadable"]
     assert sum(split["count"] for split in found.values()) == 2
     assert {name for split in found.values() for name in split["samples"]} == {"a/3.jpg", "b/4.jpg"}
     checksums = {json.loads(rank.read_text())["checksum"] for rank in run.glob("rank*.json")}

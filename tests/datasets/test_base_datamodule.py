@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from augmentation.policies import cifar
 from augmentation.policies.base import Policy
@@ -229,6 +231,23 @@ def test_a_validation_set_of_its_own_is_used_as_it_is():
 def test_training_batches_are_the_same_for_any_number_of_workers(raw, policy):
     alone = drawn(Mine(raw=raw, train_transforms=policy()), epoch=2)
     assert same(alone, drawn(Mine(raw=raw, train_transforms=policy(), num_workers=2), epoch=2))
+
+
+def test_the_workers_of_a_loader_that_an_error_has_left_in_a_circle_are_told_to_end(monkeypatch):
+    """Else torch waits for five seconds for each of them."""
+    can_be_told = []
+    end = _MultiProcessingDataLoaderIter._shutdown_workers
+
+    def watched(iterator):
+        can_be_told.extend(queue._close.still_active() for queue in iterator._index_queues)
+        end(iterator)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", watched)
+    batches = iter(Mine(num_workers=1).train_dataloader())
+    batches.left_by = batches
+    del batches
+    gc.collect()
+    assert can_be_told == [True]
 
 
 def test_training_batches_are_the_same_for_any_number_of_ranks():

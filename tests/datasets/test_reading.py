@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import runs_in, write_images
+from conftest import runs_in, summary_of, write_images
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -234,7 +233,7 @@ def test_data_on_the_device_give_the_run_that_data_in_memory_give(cli, tmp_path:
                       f"exp_dir={place}")  # fmt: skip
         assert outcome.status == 0, outcome.err
         (run,) = runs_in(place)
-        results[cache] = run.name, json.loads((run / "summary.json").read_text())["final"]
+        results[cache] = run.name, summary_of(run)["final"]
     assert results["memory"] == results["device"] == results["none"]
 
 
@@ -299,7 +298,7 @@ def test_a_run_that_skips_counts_says_and_records_it(cli, tmp_path: Path, cache:
     assert outcome.status == 0, outcome.err
     assert "unreadable 2" in outcome.out.splitlines()[-3]
     (run,) = runs_in(tmp_path / "experiments")
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     found = summary["unreadable"]
     assert sum(split["count"] for split in found.values()) == 2
     said = outcome.out + outcome.err + (run / "main.log").read_text()
@@ -335,7 +334,7 @@ def test_a_run_that_was_stopped_has_skipped_what_the_whole_one_has(cli, tmp_path
     (tmp_path / "stop").unlink()
     assert cli(*command, "exp_dir=stopped").status == 0
     (stopped,) = runs_in(tmp_path / "stopped")
-    found = [json.loads((run / "summary.json").read_text())["unreadable"] for run in (whole, stopped)]
+    found = [summary_of(run)["unreadable"] for run in (whole, stopped)]
     assert (
         found[0] == found[1] and found[0]["train"]["count"] + found[0].get("val", {"count": 0})["count"] == 3
     )

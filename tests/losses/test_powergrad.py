@@ -137,7 +137,7 @@ def test_compiles_without_a_graph_break(kind):
     torch.testing.assert_close(gradient(compiled, logits, target), gradient(criterion, logits, target))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # CI sees inductor in tests/norms/test_online_norm.py
 def test_inductor_computes_the_same():
     logits, target = sample("hard", torch.float32)
     criterion = PowerGradCrossEntropy(0.3)

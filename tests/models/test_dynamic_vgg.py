@@ -24,7 +24,7 @@ PAIRS = [(VGG16, "vgg16_bn"), (VGG19, "vgg19_bn")]
 
 
 @pytest.mark.parametrize(
-    ("variant", "reference"), [PAIRS[0], pytest.param(*PAIRS[1], marks=pytest.mark.slow)]
+    ("variant", "reference"), [PAIRS[0], pytest.param(*PAIRS[1], marks=pytest.mark.nightly)]
 )
 def test_keys_outputs_and_gradients_are_torchvisions(variant: Any, reference: str) -> None:
     with torch.device("meta"):

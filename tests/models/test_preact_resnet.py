@@ -51,7 +51,8 @@ def from_timm(state: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Te
 
 
 @pytest.mark.parametrize(
-    ("variant", "reference"), [(PreActResNet18, "resnetv2_18"), (PreActResNet50, "resnetv2_50")]
+    ("variant", "reference"),
+    [pytest.param(PreActResNet18, "resnetv2_18", marks=pytest.mark.nightly), (PreActResNet50, "resnetv2_50")],
 )
 def test_outputs_and_gradients_are_timms_with_timms_weights(variant: Any, reference: str) -> None:
     theirs = randomised(timm.create_model(reference, num_classes=10))

@@ -24,10 +24,10 @@ from models.se_resnet import SEResNet18, SEResNet34, SEResNet50, SEResNet101, SE
     ("model", "millions", "giga"),
     [
         (SEResNet18, 11.779, 1.814),
-        (SEResNet34, 21.960, 3.664),
+        pytest.param(SEResNet34, 21.960, 3.664, marks=pytest.mark.nightly),
         (SEResNet50, 28.088, 4.092),  # the paper's table 1: 3.87 with the stride in the 1x1
-        (SEResNet101, 49.327, 7.806),
-        (SEResNet152, 66.822, 11.520),
+        pytest.param(SEResNet101, 49.327, 7.806, marks=pytest.mark.nightly),
+        pytest.param(SEResNet152, 66.822, 11.520, marks=pytest.mark.nightly),
     ],
 )
 def test_the_layout_and_the_figures_are_timms(model: Any, millions: float, giga: float) -> None:

@@ -120,7 +120,7 @@ def test_options_of_other_families_are_unknown(option: str) -> None:
         TimmModel(type="test_resnet", **{option: True})
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_compiles_without_a_graph_break(training: bool) -> None:
     torch._dynamo.reset()
     network = TimmModel(type="test_resnet", stochastic_depth=0.2, resnet_dropout=0.1).model.train(training)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, nightly, runs_in
+from conftest import TINY, nightly, runs_in, summary_of
 from lightning.pytorch.callbacks import Callback
 from stages import assembled
 from technique_runs import built, composed
@@ -374,7 +374,7 @@ def test_val_is_of_the_average_and_val_raw_of_the_trained_weights(cli, tmp_path:
 def test_test_and_predictions_are_of_the_average(cli, tmp_path: Path) -> None:
     assert cli(*TINY, "technique=ema", "trainer.max_epochs=2").status == 0
     (run,) = runs_in(tmp_path)
-    after_training = json.loads((run / "summary.json").read_text())["final"]["test/loss"]
+    after_training = summary_of(run)["final"]["test/loss"]
     again = cli(f"run={run}", "task=test", "ckpt_path=last")
     assert again.status == 0, again.err
     assert json.loads((run / "test.json").read_text())["metrics"]["test/loss"] == pytest.approx(

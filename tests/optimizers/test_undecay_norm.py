@@ -48,7 +48,10 @@ def version(target: str, **options: Any) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in IN_THE_QUICK_SUITE else pytest.param(n, marks=pytest.mark.slow) for n in EXEMPTING + OTHERS],
+    [
+        n if n in IN_THE_QUICK_SUITE else pytest.param(n, marks=pytest.mark.nightly)
+        for n in EXEMPTING + OTHERS
+    ],
 )
 def test_networks_of_timm_are_decayed_as_timm_decays_them(name: str) -> None:
     network = build(name)

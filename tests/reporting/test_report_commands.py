@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Outcome, nightly, runs_in
+from conftest import TINY, Outcome, nightly, runs_in, summary_of
 
 import report
 from lab import sweeps
@@ -78,7 +78,7 @@ def test_the_commands_of_the_page_make_the_runs_of_the_page(
     """All of them: the sweep's own, and each arm's alone, with the same run ids and the same arms."""
     done = cli("-m", *TINY, *SWEPT[swept], "seed=0,1")
     assert done.status == 0, done.err
-    runs = {run.name: json.loads((run / "summary.json").read_text())["arm"] for run in runs_in(tmp_path)}
+    runs = {run.name: summary_of(run)["arm"] for run in runs_in(tmp_path)}
     arms = set(runs.values())
     baseline = next((arm for arm in ("baseline", "lr=0.1") if arm in arms), min(arms))
     assert report.main([f"runs={tmp_path}/experiments", f"baseline={baseline}"]) == 0
@@ -130,10 +130,10 @@ def test_the_hints_on_the_way_to_the_best_weights_lead_there(
 def test_the_hint_beside_an_unfinished_run_finishes_it(cli: Cli, tmp_path: Path) -> None:
     assert cli(*TINY, "exp_dir=some results", "trainer.max_epochs=1").status == 0
     (run,) = runs_in(tmp_path)
-    summary = json.loads((run / "summary.json").read_text())
+    summary = summary_of(run)
     (run / "summary.json").write_text(json.dumps({**summary, "status": "interrupted", "reason": "SIGTERM"}))
     assert report.main([f"runs={tmp_path}/some results"]) == 0
     text = (tmp_path / "some results" / "report" / "report.md").read_text()
     hint = re.search(r"go on with: (.*?) \|", text)
     assert hint is not None and execute(cli, hint[1]).status == 0
-    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    assert summary_of(run)["status"] == "finished"
