@@ -20,7 +20,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from crucible.cells import cell
+from crucible.console import epoch_named
 from crucible.files import replacing
+from crucible.training import watched
 from crucible.writing import fails_together
 
 MAX_CLASSES = 2000
@@ -129,7 +131,7 @@ class ResultPlots(Callback):
     def __init__(self, every_n_epochs: Annotated[int, "[1, inf)"] | None = None) -> None:
         self.every_n_epochs = every_n_epochs
         self._metric: Metric | None = None
-        self._epoch = 0
+        self._epoch = ""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -150,8 +152,9 @@ class ResultPlots(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._epoch = trainer.current_epoch + 1
-        due = self.every_n_epochs is not None and self._epoch % self.every_n_epochs == 0
+        done = trainer.current_epoch + 1
+        self._epoch = epoch_named(trainer.current_epoch, watched(pl_module).epochs)
+        due = self.every_n_epochs is not None and done % self.every_n_epochs == 0
         if due or trainer.state.fn != "fit":
             self._write(trainer, pl_module, "val")
 
@@ -205,7 +208,7 @@ class ResultPlots(Callback):
             return
         folder = Path(trainer.default_root_dir) / "plots"
         folder.mkdir(parents=True, exist_ok=True)
-        title = f"{split}, epoch {self._epoch}" if split == "val" and self._epoch else split
+        title = f"{split}, {self._epoch}" if split == "val" and self._epoch else split
         if pl_module.task == "regression":
             points, r2, mae, count = result
             name, figure = "predictions", draw_predictions(points, r2, mae, count, title)

@@ -34,6 +34,7 @@ from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
 from crucible.command_line import as_typed, command, describe, option, parse, unquoted
 from crucible.configuration import Config
+from crucible.console import columns, fitted
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import launch, left_over, meeting_point, settle, token
@@ -174,7 +175,7 @@ def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> No
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
 
 
 def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:

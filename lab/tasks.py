@@ -24,8 +24,6 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
-from rich.table import Table
 
 from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
@@ -39,6 +37,7 @@ from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
 from crucible.configuration import Config, flatten
+from crucible.console import columns, epoch_named, fitted, print_table
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
 from crucible.loggers import build_loggers
@@ -126,7 +125,7 @@ def _train(
     if trainer.is_global_zero and checkpoints.remarks:
         run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
     if reason := next((c.reason for c in extra if isinstance(c, EarlyStopping)), ""):
-        log.warning("ended after epoch %d of %g: %s", trainer.current_epoch, model.epochs, reason)
+        log.warning("ended after %s: %s", epoch_named(trainer.current_epoch - 1, model.epochs), reason)
         if trainer.is_global_zero:
             run.update_summary(ended_early=reason)
     if checkpoints.refused:
@@ -547,18 +546,16 @@ def _write_table(found: Mapping[str, Tested | None], file: Path, what: str, type
         dict.fromkeys(n for tested in found.values() if tested for n in tested.values if of_split(n, "test"))
     )
     shown = [name for name in names if name.startswith("test/") and name.count("/") == 1]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (what, "images", *(n.removeprefix("test/") for n in shown)):
-        table.add_column(name, justify="left" if name == what else "right", overflow="fold")
+    table: list[list[str]] = []
     rows: list[list[Any]] = [[what, "images", *names, "record"]]
     for root, tested in found.items():
         values = tested.values if tested else {}
         images = tested.images if tested else ""
-        table.add_row(root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown))
+        table.append([root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown)])
         rows.append(
             [root, images, *(values.get(n, "") for n in names), str(tested.out or "") if tested else ""]
         )
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    print_table([what, "images", *(n.removeprefix("test/") for n in shown)], table, words=(what,))
     if why_not := why_not_writable(file.parent.absolute()):
         if typed:
             raise _not_writable(file, why_not)
@@ -575,7 +572,7 @@ def _named(runs: Runs) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
 
 
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
@@ -669,14 +666,9 @@ def banner(
             rows["faster"] = faster
     if resume:
         rows["resumes"] = str(resume)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
-        table.add_row(name, value)
         log.info("%s: %s", name, value)
-    console = Console(markup=False)  # a path may have brackets
-    console.print(table)
+    print_table(["", " "], list(rows.items()), words=("", " "), titled=False)
     if model.weights_report:
         log.info(model.weights_report)
-        console.print(model.weights_report)
+        _say(model.weights_report)
