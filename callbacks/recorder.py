@@ -18,6 +18,7 @@ from torch import Tensor
 from callbacks.checkpoints import Checkpoints
 from crucible import private
 from crucible.console import epoch_line, epoch_named, speed, split_line
+from crucible.loggers import Tracker
 from crucible.metrics import of_split
 from crucible.run import RunDirectory
 from crucible.training import watched
@@ -101,6 +102,9 @@ class Recorder(Callback):
         if trainer.global_step and trainer.is_global_zero:
             named = epoch_named(trainer.current_epoch, watched(pl_module).epochs)
             log.info("goes on with %s, after step %d", named, trainer.global_step)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, Tracker):
+                logger.goes_on_from(trainer.global_step)
         # Lightning calls no on_train_epoch_start for an epoch resumed in its middle
         self._begin_epoch(self._earlier)
 

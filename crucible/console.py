@@ -95,7 +95,11 @@ def print_table(
             )  # fmt: skip
         for row in rows:
             table.add_row(*(row[i] for i in part))
-        screen.print(table)
+        with screen.capture() as drawn:
+            screen.print(table)
+        # rich fills lines up
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in drawn.get().splitlines()))
+    sys.stdout.flush()
 
 
 # Epochs, and the values of one
@@ -139,8 +143,9 @@ def epoch_line(
 
 def split_line(split: str, values: Mapping[str, float], speed: str) -> str:
     """One line on all values of a split, of a test say."""
-    own = {k: v for k, v in values.items() if k.startswith(f"{split}/")}
-    return "  ".join([split, *(f"{k.removeprefix(f'{split}/')} {v:.4f}" for k, v in own.items()), speed])
+    own = {k.removeprefix(f"{split}/"): v for k, v in values.items() if k.startswith(f"{split}/")}
+    first = sorted(own, key=lambda name: {"loss": 0, "acc": 1}.get(name, 2 + ("/" in name)))
+    return "  ".join([split, *(f"{name} {own[name]:.4f}" for name in first), speed])
 
 
 def metrics_shown(values: Mapping[str, float], split: str = "") -> list[str]:

@@ -317,21 +317,23 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
         if received().tracebacks:
             traceback.print_exc()
     finally:
-        for handler in handlers:  # what comes after this run in this process is not of this run
-            for name in _LOGGED:
-                logging.getLogger(name).removeHandler(handler)
-            with contextlib.suppress(OSError):  # lines that a full disk has not taken
-                handler.close()
-        close_loggers(status)
-        if first:
-            try:
+        try:
+            if first:
                 run.update_summary(status=outcome, reason=reason, ended=time.time())
                 if outcome in ("finished", "pruned"):
                     tidy(run.checkpoints, config["checkpoint"]["keep"] if outcome == "finished" else "last")
-            except OSError as error:  # without it the next start takes the run as unfinished, as it is
-                if not status:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                status = status or 1
+        except OSError as error:  # without it the next start takes the run as unfinished, as it is
+            if not status:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            status = status or 1
+        finally:
+            close_loggers(status)
+            for handler in handlers:  # what comes after this run in this process is not of this run
+                for name in _LOGGED:
+                    logging.getLogger(name).removeHandler(handler)
+                with contextlib.suppress(OSError):  # lines that a full disk has not taken
+                    handler.close()
+        if first:
             run.release()
         if outcome == "failed" or status == 128 + signal.SIGKILL:
             ranks.failed()

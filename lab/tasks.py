@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
@@ -40,7 +40,7 @@ from crucible.configuration import Config, flatten
 from crucible.console import columns, epoch_named, fitted, print_table
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
-from crucible.loggers import build_loggers
+from crucible.loggers import build_loggers, log_result
 from crucible.machine import device_kind, is_child_rank, processor_name, world_size
 from crucible.masking import masked_in
 from crucible.metrics import build_metrics, of_split, scalars
@@ -137,13 +137,12 @@ def _train(
     if config["test_after_training"]:
         trainer.test(model, datamodule=data, verbose=False)
         final.update({k: float(v) for k, v in trainer.callback_metrics.items()})
-        for logger in loggers:
-            logger.log_metrics({k: v for k, v in final.items() if of_split(k, "test")}, trainer.global_step)
     if trainer.is_global_zero:
         run.update_summary(final=final, best=checkpoints.best)
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.summary.update({f"best/{k}": v for k, v in checkpoints.best.items()})
+        tested = (
+            {k: v for k, v in final.items() if of_split(k, "test")} if config["test_after_training"] else {}
+        )
+        log_result(loggers, tested, checkpoints.best, trainer.global_step)
     return final
 
 
@@ -621,10 +620,15 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
     }
 
 
+def without_folders(arm: str) -> str:
+    """An arm's name in which a path is the last part of it: a folder of this machine says nothing elsewhere."""
+    return re.sub(r"(?<==)(?:[^\s=]*/)+(?=[^\s/]+/*(?:\s|$))", "", arm)
+
+
 def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
-    arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
+    arm, sweep = without_folders(summary.get("arm", "baseline")), summary.get("sweep") or {}
     flat = flatten({k: v for k, v in config.items() if k not in ("logger", "techniques")})
     return {
         "name": run.path.name,

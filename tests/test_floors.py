@@ -53,6 +53,7 @@ LATE = {
     ("lab/ray_engine.py", "ray"): "optional",
     ("lab/remote.py", "submitit"): "only on the node of a job that submitit started",
     ("crucible/loggers.py", "wandb"): "a second, and only where a report goes to W&B",
+    ("crucible/loggers.py", "mlflow"): "optional",
     ("lab/use.py", "pandas"): "a quarter of a second that only notebooks need",
     ("crucible/command_line.py", "hydra"): "report.py explains its errors without Hydra",
     ("lab/teachers.py", "timm"): "a second, only where a teacher is timm's",
