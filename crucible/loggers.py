@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request, build_opener
 
 import numpy as np
 from hydra.errors import InstantiationException
@@ -59,7 +59,8 @@ def answers(url: str) -> bool:
     decision.
     """
     try:
-        with urlopen(Request(url, headers={"User-Agent": "crucible"}), timeout=ANSWER_S):
+        request = Request(url, headers={"User-Agent": "crucible"})
+        with build_opener().open(request, timeout=ANSWER_S):  # urlopen goes on with the first call's proxies
             return True
     except HTTPError as error:
         return error.code not in _NO_ANSWER
@@ -335,7 +336,7 @@ class MLflow(MLFlowLogger, Tracker):
         uri: tracking server or store; null: MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` beside the data sets'
             folders in exp_dir.
         experiment: MLflow experiment; it is made where it is missing.
-        folder: the run directory; its summary.json, config.yaml and plots/ are the artifacts.
+        folder: the run directory; its summary.json and plots/ are the artifacts.
         facts: of the run, as for `Wandb`.
 
     Raises:
@@ -470,9 +471,8 @@ class MLflow(MLFlowLogger, Tracker):
             return
         ended = "FINISHED" if status == 0 else "KILLED" if status >= 128 else "FAILED"
         try:
-            for name in ("summary.json", "config.yaml"):
-                if (self.folder / name).is_file():
-                    self.experiment.log_artifact(self.run_id, str(self.folder / name))
+            if (self.folder / "summary.json").is_file():  # with a config.yaml beside it a local one would be a run
+                self.experiment.log_artifact(self.run_id, str(self.folder / "summary.json"))
             if (self.folder / "plots").is_dir():
                 self.experiment.log_artifacts(self.run_id, str(self.folder / "plots"), "plots")
             self.experiment.set_terminated(self.run_id, ended)
