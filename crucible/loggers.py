@@ -333,8 +333,7 @@ class MLflow(MLFlowLogger, Tracker):
     A server that does not answer costs no training: what is logged is kept, and sent once it answers again.
 
     Args:
-        uri: tracking server or store; null: MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` beside the data sets'
-            folders in exp_dir.
+        uri: tracking server or store; null: MLFLOW_TRACKING_URI, else the SQLite file `exp_dir/.mlflow/mlflow.db`.
         experiment: MLflow experiment; it is made where it is missing.
         folder: the run directory; its summary.json and plots/ are the artifacts.
         facts: of the run, as for `Wandb`.
@@ -369,7 +368,8 @@ class MLflow(MLFlowLogger, Tracker):
             raise Unreachable(f"{self._shown}: {_in_a_line(error)}") from error
 
     def _store(self) -> Path:
-        return self.folder.parents[1] if len(self.folder.parents) > 1 else self.folder
+        """Where a local store is; hidden, as the artifacts of a run are no run to the report."""
+        return self.folder.parents[min(1, len(self.folder.parents) - 1)] / ".mlflow"
 
     @contextlib.contextmanager
     def _alone(self, uri: str) -> Iterator[None]:
@@ -378,7 +378,7 @@ class MLflow(MLFlowLogger, Tracker):
             yield
             return
         self._store().mkdir(parents=True, exist_ok=True)
-        with (self._store() / ".mlflow.lock").open("w") as lock:
+        with (self._store() / "lock").open("w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -392,7 +392,7 @@ class MLflow(MLFlowLogger, Tracker):
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         client = MlflowClient(uri)
-        local = (self._store() / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
+        local = (self._store() / "artifacts").as_uri() if uri.startswith("sqlite:") else None
         known = client.get_experiment_by_name(experiment)
         if known is None:
             # another job may have been faster
@@ -471,7 +471,7 @@ class MLflow(MLFlowLogger, Tracker):
             return
         ended = "FINISHED" if status == 0 else "KILLED" if status >= 128 else "FAILED"
         try:
-            if (self.folder / "summary.json").is_file():  # with a config.yaml beside it a local one would be a run
+            if (self.folder / "summary.json").is_file():
                 self.experiment.log_artifact(self.run_id, str(self.folder / "summary.json"))
             if (self.folder / "plots").is_dir():
                 self.experiment.log_artifacts(self.run_id, str(self.folder / "plots"), "plots")
