@@ -33,7 +33,7 @@ from crucible.training import watched
 
 REDRAW_S = 0.1
 SLOW_S = 1.0  # between redraws, where steps take so long that `refresh_rate` of them are a wait
-SHORTEST_BAR = 4
+SHORTEST_BAR, BEFORE_THE_BAR = 8, 4  # columns; what ranks from there on makes room for the bar
 
 
 class Progress(ProgressBar):
@@ -267,7 +267,13 @@ def _line(
 ) -> RenderableType:
     """The live line: title, bar, and those parts for which there is room; the bar takes what they leave."""
     kept = list(zip(ranks, parts, strict=True))
-    while len(kept) > 1 and len("  ".join([title, *(text for _, text in kept)])) > width - 1:
+
+    def over(room: int) -> bool:
+        return len("  ".join([title, *(text for _, text in kept)])) > room
+
+    while max(kept)[0] >= BEFORE_THE_BAR and over(width - SHORTEST_BAR - 2):
+        kept.remove(max(kept))
+    while len(kept) > 1 and over(width - 1):
         kept.remove(max(kept))
     note = "  ".join(text for _, text in kept)
     room = width - len(title) - len(note) - 4
