@@ -141,7 +141,7 @@ class ResultPlots(Callback):
     ) -> None:
         if trainer.global_step == 0 and batch_idx == 0:
             self._write_first_batch(trainer, batch.input)
-        self.on_train_batch_start = None  # type: ignore[method-assign]  # Lightning passes over it from here on
+        self.on_train_batch_start = None  # type: ignore[method-assign, assignment]  # Lightning passes over it from here on
 
     @fails_together
     def _write_first_batch(self, trainer: Trainer, images: Tensor) -> None:
@@ -173,7 +173,8 @@ class ResultPlots(Callback):
         if trainer.sanity_checking:
             return
         done = trainer.current_epoch + 1
-        self._epoch = epoch_named(trainer.current_epoch, watched(pl_module).epochs)
+        fits = trainer.state.fn == "fit"
+        self._epoch = epoch_named(trainer.current_epoch, watched(pl_module).epochs) if fits else ""
         due = self.every_n_epochs is not None and done % self.every_n_epochs == 0
         if due or trainer.state.fn != "fit":
             self._write(trainer, pl_module, "val")

@@ -167,9 +167,9 @@ class Recorder(Callback):
                 "time/epoch_s": round(seconds, 3),
                 "time/images_per_s": round(images / max(seconds, 1e-9), 1),
             }
-            splits, epochs = (["train", "val"] if self._validated else ["train"]), watched(pl_module).epochs
+            shown, epochs = (["train", "val"] if self._validated else ["train"]), watched(pl_module).epochs
             said = speed(images, seconds)
-            log.info(epoch_line(trainer.current_epoch, epochs, values, splits, self._lr, said))
+            log.info(epoch_line(trainer.current_epoch, epochs, values, shown, self._lr, said))
             self._hand_on(trainer, {k: v for k, v in row.items() if k != "step"})
             self.rows.append(row)
             self.run.write_metrics(self.rows)

@@ -239,6 +239,7 @@ class Wandb(WandbLogger, Tracker):
             except wandb.Error as error:
                 said = " ".join(masked(str(error)).split())[:200]
                 log.warning("W&B: %s; this run is written offline", said)
+                wandb.teardown()  # which holds the id of the run that was refused
                 run = wandb.init(**{**arguments, "mode": "offline"})
             run.define_metric("epoch", hidden=True)
             run.define_metric("trainer/global_step", hidden=True)
