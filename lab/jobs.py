@@ -495,6 +495,13 @@ class _Masking(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Fitting(logging.Formatter):
+    """In lines that the terminal has room for."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(super().format(record), columns())
+
+
 class _RunLog(logging.FileHandler):
     """A log that loses lines where the disk is full, which what trains will say, instead of printing tracebacks."""
 
@@ -521,7 +528,7 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
     said = logging.StreamHandler(sys.stdout)
-    said.setFormatter(logging.Formatter("note: %(message)s"))
+    said.setFormatter(_Fitting("note: %(message)s"))
     said.addFilter(lambda record: first and record.levelno == logging.WARNING)  # errors are said by `_report`
     log.addHandler(said)
     return [handler, said]
