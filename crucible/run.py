@@ -25,6 +25,7 @@ import yaml
 from crucible.cells import cell, text_of
 from crucible.command_line import command, option
 from crucible.configuration import flatten
+from crucible.console import epoch_named
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
 from crucible.metrics import of_split
@@ -301,8 +302,8 @@ class RunDirectory:
             self._put_aside(name)
             write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False), sync=True)
         if why:
-            kept = ", ".join(row["epoch"] for row in rows) or "none"
-            said.append(f"metrics.csv {why}; kept are those of epochs {kept}, the others are lost")
+            kept = ", ".join(epoch_named(int(row["epoch"])) for row in rows) or "none"
+            said.append(f"metrics.csv {why}; kept are those of {kept}, the others are lost")
             self._put_aside("metrics.csv", always=True)
             if rows:
                 self.write_metrics(rows)

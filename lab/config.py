@@ -569,6 +569,7 @@ def resolve_network(config: Config) -> None:
 
 
 _LOGGERS = {
+    "mlflow": {"_target_": "crucible.loggers.MLflow"},
     "tensorboard": {"_target_": "crucible.loggers.TensorBoard"},
     "wandb": {"_target_": "crucible.loggers.Wandb"},
 }

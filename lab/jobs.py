@@ -34,6 +34,7 @@ from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
 from crucible.command_line import as_typed, command, describe, option, parse, unquoted
 from crucible.configuration import Config
+from crucible.console import columns, fitted
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import launch, left_over, meeting_point, settle, token
@@ -174,7 +175,7 @@ def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> No
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
 
 
 def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:
@@ -316,21 +317,23 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
         if received().tracebacks:
             traceback.print_exc()
     finally:
-        for handler in handlers:  # what comes after this run in this process is not of this run
-            for name in _LOGGED:
-                logging.getLogger(name).removeHandler(handler)
-            with contextlib.suppress(OSError):  # lines that a full disk has not taken
-                handler.close()
-        close_loggers(status)
-        if first:
-            try:
+        try:
+            if first:
                 run.update_summary(status=outcome, reason=reason, ended=time.time())
                 if outcome in ("finished", "pruned"):
                     tidy(run.checkpoints, config["checkpoint"]["keep"] if outcome == "finished" else "last")
-            except OSError as error:  # without it the next start takes the run as unfinished, as it is
-                if not status:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                status = status or 1
+        except OSError as error:  # without it the next start takes the run as unfinished, as it is
+            if not status:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            status = status or 1
+        finally:
+            close_loggers(status)
+            for handler in handlers:  # what comes after this run in this process is not of this run
+                for name in _LOGGED:
+                    logging.getLogger(name).removeHandler(handler)
+                with contextlib.suppress(OSError):  # lines that a full disk has not taken
+                    handler.close()
+        if first:
             run.release()
         if outcome == "failed" or status == 128 + signal.SIGKILL:
             ranks.failed()
@@ -492,6 +495,13 @@ class _Masking(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Fitting(logging.Formatter):
+    """In lines that the terminal has room for."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(super().format(record), columns())
+
+
 class _RunLog(logging.FileHandler):
     """A log that loses lines where the disk is full, which what trains will say, instead of printing tracebacks."""
 
@@ -518,7 +528,7 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
     said = logging.StreamHandler(sys.stdout)
-    said.setFormatter(logging.Formatter("note: %(message)s"))
+    said.setFormatter(_Fitting("note: %(message)s"))
     said.addFilter(lambda record: first and record.levelno == logging.WARNING)  # errors are said by `_report`
     log.addHandler(said)
     return [handler, said]

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from crucible.command_line import command, option
 from crucible.configuration import select
+from crucible.console import print_table
 from crucible.files import write_atomically
 from crucible.handover import pass_on
 from crucible.masking import masked_in
@@ -89,10 +88,7 @@ def print_plan(
         todo: what is to run now; None: all that can.
     """
     states = [s for s in _COLUMNS if any(one.state == s for one in planned)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("arm", overflow="fold")
-    for name in ("seeds", *(_COLUMNS[s] for s in states), "time"):
-        table.add_column(name, justify="right")
+    rows: list[list[str]] = []
     by_arm: dict[str, list[Planned]] = defaultdict(list)
     for one in planned:
         by_arm[one.arm].append(one)
@@ -100,14 +96,15 @@ def print_plan(
         counts = Counter(one.state for one in group)
         times = [measured.seconds(one) for one in group if one.state in TO_RUN]
         known = [t for t in times if t is not None]
-        table.add_row(
-            arm,
-            ranges(sorted({one.unit[0] for one in group if one.job})),
-            *(str(counts[s] or "") for s in states),
-            "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
+        rows.append(
+            [
+                arm,
+                ranges(sorted({one.unit[0] for one in group if one.job})),
+                *(str(counts[s] or "") for s in states),
+                "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
+            ]
         )
-    console = Console(highlight=False, markup=False, width=max(100, Console().width))
-    console.print(table)
+    print_table(["arm", "seeds", *(_COLUMNS[s] for s in states), "time"], rows, words=("arm",))
     todo = [one for one in planned if one.state in TO_RUN] if todo is None else todo
     seconds = [measured.seconds(one) for one in todo]
     known = [s for s in seconds if s is not None]

@@ -22,6 +22,7 @@ from crucible.cells import text_of
 from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
+from crucible.console import epoch_named
 from crucible.masking import masked, masked_in
 from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
@@ -317,7 +318,7 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     skipped = summary.get("skipped_nonfinite") or 0
     back = [e for e in summary.get("nonfinite") or () if str(e.get("action")).startswith("rollback")]
     parts = [f"{skipped} steps were not finite and left out"] if skipped else []
-    parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
+    parts += [f"{epoch_named(e['epoch'])}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
     return "; ".join(parts)
 
 

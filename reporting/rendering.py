@@ -5,12 +5,10 @@ from __future__ import annotations
 import html
 import math
 import re
-import sys
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from crucible.console import columns, console, fitted, print_table
 from reporting.page import Block, Code, Fold, Grid, Heading, Items, Lead, Page, Picture, Text
 from reporting.plots import BASELINE_COLOUR, BASELINE_IN_THE_DARK, COLOURS, COLOURS_IN_THE_DARK
 
@@ -273,23 +271,19 @@ for (const table of document.querySelectorAll("table")) {
 
 def to_console(page: Page) -> None:
     """Print what the page says in brief: verdicts, tables, notes, warnings."""
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    screen, width = console(), columns()
     for block in page.brief:
         match block:
             case Heading(text):
-                console.print(f"\n{text}", style="bold")
+                screen.print(f"\n{fitted(text, width)}", style="bold")
             case Text(text):
-                console.print(text, soft_wrap=True)
+                screen.print(fitted(text, width), soft_wrap=True)
             case Lead(answer):
                 for line in (answer.compared, *(f"{title}: {told}." for title, told in answer.found)):
-                    console.print(line, soft_wrap=True)
+                    screen.print(fitted(line, width), soft_wrap=True)
             case Items(lines):
                 for line in lines:
-                    console.print(f"  - {line}", soft_wrap=True)
+                    screen.print(fitted(f"  - {line}", width), soft_wrap=True)
             case Grid(head, rows, words):
-                grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-                for name in head:
-                    grid.add_column(name, justify="left" if name in words else "right", overflow="fold")
-                for row in rows:
-                    grid.add_row(*(shown for shown, _ in row))
-                console.print(grid)
+                shown = [[text for text, _ in row] for row in rows]
+                print_table(head, shown, words, style=box.SIMPLE_HEAD)

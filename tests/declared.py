@@ -413,7 +413,7 @@ def _callbacks() -> Iterator[Option]:
             base = (f"++callbacks.tried._target_={path_of(kind)}",)
             for name, (annotation, default) in signature_options(kind).items():
                 yield Option(path_of(kind), f"callbacks.tried.{name}", annotation, base, default)
-    for kind in (loggers.Wandb, loggers.TensorBoard):
+    for kind in (loggers.Wandb, loggers.TensorBoard, loggers.MLflow):
         base = (f"++logger.tried._target_={path_of(kind)}",)
         for name, (annotation, default) in signature_options(kind).items():
             if name not in ("folder", "facts"):  # handed in
