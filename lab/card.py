@@ -400,11 +400,8 @@ def _training(facts: _Facts) -> list[str]:
     )
     begun, ended = summary.get("started"), summary.get("ended")
     epoch = (facts.content.get("validated") or {}).get("epoch")
-    warm = (
-        f", warm-up over {model['warmstart']:g} {_plural('epoch', model['warmstart'])}"
-        if model.get("warmstart")
-        else ""
-    )
+    over = model.get("warmstart")
+    warm = f", warm-up over {over:g} epoch{'s' * (over != 1)}" if over else ""
     versions = ", ".join(f"{n} {v}" for n, v in (summary.get("versions") or {}).items())
     policy = facts.config["data"]["module"].get("train_transforms") or {}
     return _listed([
@@ -424,10 +421,6 @@ def _training(facts: _Facts) -> list[str]:
         ("time", f"{(ended - begun) / 60:.1f} minutes from start to end" if begun and ended else _UNKNOWN),
         ("versions", versions or _UNKNOWN),
     ])  # fmt: skip
-
-
-def _plural(word: str, number: float) -> str:
-    return word if number == 1 else f"{word}s"
 
 
 def _results(facts: _Facts) -> list[str]:
@@ -451,8 +444,8 @@ def _calibration(facts: _Facts) -> list[str]:
     for entry in facts.calibrations:
         views = f", tta={'+'.join(entry['tta'])}" if entry["tta"] else ""
         lines.append(
-            f"- temperature {entry['temperature']:.4f}{views}, fitted to {entry['samples']} validation samples: expected "
-            f"calibration error {entry['ece_before']:.4f} before, {entry['ece_after']:.4f} after; negative "
+            f"- temperature {entry['temperature']:.4f}{views}, fitted to {entry['samples']} validation samples: "
+            f"expected calibration error {entry['ece_before']:.4f} before, {entry['ece_after']:.4f} after; negative "
             f"log-likelihood {entry['nll_before']:.4f} before, {entry['nll_after']:.4f} after (on those samples)"
         )
     found = [v for v in facts.values if base_name(v.name) in ("ece", "ece_before")]
@@ -501,7 +494,8 @@ def _limits(facts: _Facts) -> Iterator[str]:
         seeds = facts.seeds()
         if len(seeds) > 1:
             low, high = min(seeds.values()), max(seeds.values())
-            yield f"{len(seeds)} seeds of this configuration are recorded: {facts.headline} from {low:.4f} to {high:.4f}."
+            spread = f"{facts.headline} from {low:.4f} to {high:.4f}"
+            yield f"{len(seeds)} seeds of this configuration are recorded: {spread}."
         else:
             yield f"A single seed ({config['seed']}): how much another one differs is not known."
         if (status := summary.get("status")) != "finished":

@@ -187,7 +187,7 @@ class Difference(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A file that was written and checked: its size in bytes, how far it is from its network, what it says of itself."""
+    """A file that was written and checked: its bytes, how far it is from its network, and what it says of itself."""
 
     size: int
     difference: Difference
@@ -377,7 +377,7 @@ def export(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None
         f", labels agree on {difference.agree} of {difference.samples}" if model.task != "regression" else ""
     )
     checked = (
-        f"checked by {KINDS[kind].runtime} on {difference.samples} {whence}, all at once and one alone: largest "
+        f"by {KINDS[kind].runtime} on {difference.samples} {whence}, all at once and one alone: largest "
         f"difference {difference.largest:.2g} (allowed {difference.allowed:.2g}){labels}"
     )
     beside = file.with_name(f"{file.name}.md")
@@ -387,7 +387,7 @@ def export(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None
         f"export of {run.path.name}/{checkpoint.name}: {kind}, {made.size / 1e6:.2f} MB, {seconds:.1f} s",
         *([f"  temperature {temperature:.4f}, {how}"] if how else []),
         *([f"  random samples: {why_random}"] if why_random else []),
-        f"  {checked}", f"  ->  {file}", f"  ->  {beside}",
+        f"  checked {checked}", f"  ->  {file}", f"  ->  {beside}",
     ):  # fmt: skip
         print(line, flush=True)
     return 0
@@ -472,7 +472,9 @@ def _samples(
         try:
             stored = samples[0, places.tolist()].input.contiguous()
             folder = data.predict_dir
-            whence = f"images of {Path(folder).name}" if folder else f"samples of {data.name}'s test split"
+            whence = (
+                f"images of {Path(folder).name}" if folder else f"samples of the test split of {data.name}"
+            )
             return (stored if len(stored) > 1 else torch.cat([stored, stored])), whence, ""
         except (SampleError, ConfigError, OSError) as error:
             why_not = str(error)
