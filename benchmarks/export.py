@@ -114,27 +114,34 @@ def cell(case: Case, kind: str, folder: Path) -> str:
     return f"{made.size / 1e6:.2f}, {share:.0e}, {time.perf_counter() - began:.1f}"
 
 
+def _rows(page: Path | None) -> dict[str, str]:
+    """The rows of a page, by the name that they begin with."""
+    lines = page.read_text().splitlines() if page is not None and page.is_file() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", help="rows whose name holds this text")
+    parser.add_argument("--only", help="rows whose name holds this text; the others of the page stay")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = []
+    known = _rows(arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             if arguments.only and arguments.only not in case.name:
                 continue
-            row = [case.name, *(cell(case, kind, Path(folder)) for kind in KINDS)]
-            rows.append(f"| {' | '.join(row)} |")
-            print(rows[-1], file=sys.stderr, flush=True)
+            cells = [cell(case, kind, Path(folder)) for kind in KINDS]
+            known[case.name] = f"| {' | '.join([case.name, *cells])} |"
+            print(known[case.name], file=sys.stderr, flush=True)
+    rows = [known[case.name] for case in cases() if case.name in known]
     heads = ["network", *KINDS]
     text = [
         "# Networks as files", "",
         "The small variant of each family (`tests/small_models.py`), weights drawn, norms with the statistics of a",
         "batch; 16 samples, in one batch and one of them alone. A cell is the file's megabytes, the largest difference",
-        "between what its runtime gives and what the network gives, as a share of the largest output, and the seconds of",
+        "between what its runtime gives and what the network gives, as a share of the largest output, and seconds of",
         "writing, opening and comparing. More than 1e-4 (half: 2e-2) would be an error.", "", provenance(),
         f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |", *rows,
     ]  # fmt: skip

@@ -37,7 +37,7 @@ from lab.use import described_transform
 from models.base_model import BASICS
 from models.techniques import technique_kinds
 
-SEE = "docs/use.md#the-model-card"
+SEE = "docs/export.md"
 LEVEL = 0.95
 LAST = "last step"
 UNEQUAL = 1.5  # the largest class by the smallest, from which on a card says so
@@ -387,8 +387,9 @@ def _counted(facts: _Facts) -> str:
 
 def _training(facts: _Facts) -> list[str]:
     if facts.given is not None:
+        whose = _text(Path(facts.given).name)
         return [
-            f"Not trained here: the weights are those of `{_text(Path(facts.given).name)}`. How they were trained is not recorded."
+            f"Not trained here: the weights are those of `{whose}`. How they were trained is not recorded."
         ]
     model, trainer, summary = facts.config["model"], facts.config["trainer"], facts.summary
     devices = summary.get("devices") or world_size(trainer)

@@ -589,7 +589,7 @@ def _of_one(
         if len(runs) > 1:
             raise ConfigError(
                 f"task={task}: is for one run, run= names {len(runs)}; each=true does it of each",
-                see="docs/use.md",
+                see="docs/export.md",
             )
         return act(*runs[0], out)
 

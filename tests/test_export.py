@@ -5,10 +5,15 @@ And its card says what the record says.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import math
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,13 @@ import timm
 import torch
 import torchvision
 import yaml
-from conftest import runs_in
+from conftest import ROOT, runs_in
 from damage import main_in_process
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_other_data import CLASSES, write_classes
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from crucible import load_run
@@ -88,14 +94,16 @@ def normalised(images: np.ndarray, says: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(place: Path, run: Path) -> None:
+def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     said = done(
         place, f"run={run}", "task=export", "format=onnx", "export.normalize=true", "export.layout=NHWC",
         "export.softmax=true", "tta=flip", "calibrate=true",
     )  # fmt: skip
     file = run / "export" / "best-normalize-flip-nhwc-calibrate-softmax.onnx"
-    assert "labels agree on 16 of 16" in said and str(file) in said
+    assert re.search(r"labels agree on (\d+) of \1\n", said) and str(file) in said
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (given,), (output,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:], output.name) == (
@@ -108,6 +116,13 @@ def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(pl
         np.testing.assert_allclose(found, wanted.probabilities[:count], atol=2e-6)
     says = {n: json.loads(value) for n, value in session.get_modelmeta().custom_metadata_map.items()}
     assert says["classes"] == wanted.classes
+    (place / "FOLDER").mkdir()
+    Image.fromarray(images[0]).save(place / "FOLDER" / "a.png")
+    code = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[0]
+    with contextlib.chdir(place):
+        exec(code.replace("RUN/export/best-normalize-nhwc-calibrate-softmax.onnx", str(file)), {})
+    label, probability = capsys.readouterr().out.split()
+    assert (label, float(probability)) == (wanted[0].label, pytest.approx(wanted[0].probability, abs=2e-6))
     assert says["included"] == ["normalize", "flip", "temperature", "softmax"]
     assert (
         says["run"] == run.name
@@ -296,6 +311,41 @@ def test_several_runs_and_options_of_another_task_are_said_in_a_line(place: Path
     )
 
 
+# docs/export.md
+
+PAGE = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_commands_of_the_page_do_what_it_says(
+    place: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("onnx", "torch_export"):  # written by their exporters above
+        script, kinds = export.KINDS["torchscript"], export.KINDS
+        monkeypatch.setitem(kinds, kind, kinds[kind]._replace(write=script.write, open=script.open, needs=()))
+    for name in ("RUN", "RUNS/a", "RUNS/b"):
+        shutil.copytree(run, tmp_path / name)
+    theirs = timm.create_model("test_efficientnet", num_classes=4)
+    save_for_hf(theirs, tmp_path / "HUB", model_config={"num_classes": 4})
+    (tmp_path / "PATH").symlink_to(place / "new")
+    commands = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("    python main.py ")]
+    assert len(commands) == 8
+    for command in commands:
+        done(tmp_path, *command)
+    written = {file.relative_to(tmp_path).as_posix() for file in tmp_path.glob("RUN*/**/export/*")}
+    files = {
+        "RUN/export/best.onnx", "RUN/export/best-normalize-nhwc-calibrate-softmax.onnx", "RUN/export/last-flip.pt2",
+        "RUN/export/best.safetensors", "RUNS/a/export/best.ts", "RUNS/b/export/best.ts",
+    }  # fmt: skip
+    assert {file for file in written if "flip-" not in file and "/best-half" not in file} >= files
+    assert {f"{file}.md" for file in files} <= written
+    assert (tmp_path / "FILE.ts.md").is_file() and (tmp_path / "RUN" / "card.md").is_file()
+    documented = set(re.findall(r"`(\w+)`", PAGE.split("| name | what it is |")[1].split("```")[0]))
+    _, says = of_torchscript(tmp_path / "FILE.ts")
+    assert says.keys() <= documented
+
+
 # the card
 
 
@@ -357,3 +407,19 @@ def test_the_card_says_what_the_record_says_and_no_more(place: Path, run: Path) 
     assert "| `best.ckpt` | zoo (0123) | test/acc | 0.5000 | 0.3664 to 0.6336 | 50 |" in best  # R's prop.test
     assert "| fog | 1, 2 | 0.3000 |" in best and "- acc_corrupted 0.3000" in best
     assert "Never tested under corruptions." not in best and "/x/zoo" not in best
+
+
+# the table
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", export.KINDS)
+def test_every_family_and_every_norm_is_exported(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
+    table = importlib.import_module("export")
+    cells = {case.name: table.cell(case, kind, tmp_path) for case in table.cases()}
+    assert not {name: text for name, text in cells.items() if text.startswith("refused")}
