@@ -135,7 +135,12 @@ def main() -> None:
             cells = [cell(case, kind, Path(folder)) for kind in KINDS]
             known[case.name] = f"| {' | '.join([case.name, *cells])} |"
             print(known[case.name], file=sys.stderr, flush=True)
-    rows = [known[case.name] for case in cases() if case.name in known]
+            if arguments.out is not None:  # what is there when somebody ends it
+                arguments.out.write_text(_page(known) + "\n")
+    report(_page(known), arguments.out)
+
+
+def _page(known: dict[str, str]) -> str:
     heads = ["network", *KINDS]
     text = [
         "# Networks as files", "",
@@ -143,9 +148,10 @@ def main() -> None:
         "batch; 16 samples, in one batch and one of them alone. A cell is the file's megabytes, the largest difference",
         "between what its runtime gives and what the network gives, as a share of the largest output, and seconds of",
         "writing, opening and comparing. More than 1e-4 (half: 2e-2) would be an error.", "", provenance(),
-        f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |", *rows,
+        f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |",
+        *(known[case.name] for case in cases() if case.name in known),
     ]  # fmt: skip
-    report("\n".join(text), arguments.out)
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ NEAR, NEAR_HALF = (
 )  # of the largest output: ten times what 50 layers of float32, or float16, come to
 _MOST_ONNX = 2**31 - 2**20  # bytes of a file of protobuf
 _BATCH = "batch"
+_OPSET = 20  # deformable convolutions are in it from 19 on
 
 Run = Callable[[Tensor], Tensor]
 
@@ -94,7 +95,7 @@ def _program(exported: Exported, example: Tensor) -> torch.export.ExportedProgra
 def _write_onnx(exported: Exported, example: Tensor, says: Mapping[str, Any], file: Path) -> None:
     made: Any = torch.onnx.export(
         _program(exported, example), dynamo=True, verbose=False, input_names=[INPUT], output_names=[exported.output],
-        external_data=False,
+        external_data=False, opset_version=_OPSET,
     )  # fmt: skip
     made.model.metadata_props.update({name: json.dumps(value) for name, value in says.items()})
     made.save(str(file), external_data=False)
@@ -350,7 +351,8 @@ def export(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None
     if reason := why_not_writable(file.parent.absolute()):
         raise ConfigError(f"out={file}: cannot be written ({reason}); out=FILE writes elsewhere", SEE)
     began = time.perf_counter()
-    model = with_weights(config, checkpoint)
+    content = read_checkpoint(checkpoint)
+    model = with_weights(config, checkpoint, content)
     _check_size(kind, model)
     found, why_not = data_if_there(run, config, checkpoint)
     temperature, how = 1.0, ""
@@ -364,7 +366,6 @@ def export(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None
         None if found is None else found.data, why_not, transform, size["input_size"]
     )
     classes, _ = trained_classes(run, completed(run.config()), checkpoint)
-    content = read_checkpoint(checkpoint)
     says = _says(run, config, checkpoint, content, classes, temperature)
     file.parent.mkdir(parents=True, exist_ok=True)
     made = export_model(
