@@ -162,9 +162,10 @@ class _Facts:
 
     def _sizes(self) -> Iterator[tuple[str, int]]:
         splits: tuple[Any, ...] = ("test",) if self.given else ("train", "val", "test")
-        for split in splits if self.data is not None else ():
+        for split in splits:
             with contextlib.suppress(ConfigError, SampleError, OSError, TypeError, AttributeError):
-                yield split, len(self.data.samples(split))
+                if self.data is not None:
+                    yield split, len(self.data.samples(split))
 
     def _counts(self) -> np.ndarray | None:
         """Training samples of each class."""
@@ -528,7 +529,7 @@ def _limits(facts: _Facts) -> Iterator[str]:
 def _made(facts: _Facts) -> list[str]:
     overrides = facts.run.overrides()
     git = facts.summary.get("git") or {}
-    changes = {True: ", with changes that are not committed", False: ""}.get(git.get("dirty"), "")
+    changes = ", with changes that are not committed" if git.get("dirty") else ""
     lines = ["    " + command(*overrides), ""]
     return [
         *lines,

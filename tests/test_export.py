@@ -113,7 +113,8 @@ def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(
     wanted = load_run(run).predict(images, tta="flip", calibrate=True)
     for count in (1, 3, len(images)):
         found = session.run(None, {"input": images[:count]})[0]
-        np.testing.assert_allclose(found, wanted.probabilities[:count], atol=2e-6)
+        # the temperature is low here, which makes differences of logits thirty times as large
+        np.testing.assert_allclose(found, wanted.probabilities[:count], atol=1e-4)
     says = {n: json.loads(value) for n, value in session.get_modelmeta().custom_metadata_map.items()}
     assert says["classes"] == wanted.classes
     (place / "FOLDER").mkdir()
@@ -122,7 +123,7 @@ def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(
     with contextlib.chdir(place):
         exec(code.replace("RUN/export/best-normalize-nhwc-calibrate-softmax.onnx", str(file)), {})
     label, probability = capsys.readouterr().out.split()
-    assert (label, float(probability)) == (wanted[0].label, pytest.approx(wanted[0].probability, abs=2e-6))
+    assert (label, float(probability)) == (wanted[0].label, pytest.approx(wanted[0].probability, abs=1e-4))
     assert says["included"] == ["normalize", "flip", "temperature", "softmax"]
     assert (
         says["run"] == run.name
