@@ -124,13 +124,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", help="rows whose name holds this text; the others of the page stay")
+    parser.add_argument("--missing", action="store_true", help="rows that the page lacks")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     known = _rows(arguments.out)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
-            if arguments.only and arguments.only not in case.name:
+            if (arguments.only or "") not in case.name or (arguments.missing and case.name in known):
                 continue
             cells = [cell(case, kind, Path(folder)) for kind in KINDS]
             known[case.name] = f"| {' | '.join([case.name, *cells])} |"

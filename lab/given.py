@@ -175,11 +175,11 @@ def _classes_of_data(config: Config, asked: Mapping[str, Any]) -> tuple[list[str
         data = build_data({**config, "data": {**config["data"], "module": module}})
         data.score_for(None, elsewhere=True)
         data.prepare_data()
+        return data.class_names, data.fingerprint()
     except ConfigError:
         if config["task"] not in ("export", "card"):  # which do without
             raise
         return [], ""
-    return data.class_names, data.fingerprint()
 
 
 def _named(names: list[str] | None, found: list[str], config: Config) -> list[str]:
