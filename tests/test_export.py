@@ -259,10 +259,10 @@ def test_weights_without_a_run_and_a_run_without_its_data_are_exported(place: Pa
         "task=export", "format=torchscript", "model=timm", "model.type=test_efficientnet", f"model.init_from={weights}",
         "data=image_folder", f"out={place / 'theirs.ts'}", "data.num_classes=4", "data.input_size=32",
     ]  # fmt: skip
-    said = done(place, *asked, f"data.module.data_root_dir={place / 'new'}")
-    assert "8 samples" in said
+    said = done(place, *asked, f"data.module.data_root_dir={place / 'nowhere'}")
+    assert "16 random samples" in said and "nowhere" in said
     _, says = of_torchscript(place / "theirs.ts")
-    assert says["classes"] == sorted(CLASSES)
+    assert says["classes"] == [] and says["output"]["shape"] == ["batch", 4]
     assert "Not trained here" in (place / "theirs.ts.md").read_text()
     (place / "animals").rename(place / "moved")
     try:
@@ -342,6 +342,8 @@ def test_the_commands_of_the_page_do_what_it_says(
     assert {file for file in written if "flip-" not in file and "/best-half" not in file} >= files
     assert {f"{file}.md" for file in files} <= written
     assert (tmp_path / "FILE.ts.md").is_file() and (tmp_path / "RUN" / "card.md").is_file()
+    (theirs_here,) = (tmp_path / "experiments").glob("image_folder/*/export/best.ts")
+    assert of_torchscript(theirs_here)[1]["classes"] == sorted(CLASSES)
     documented = set(re.findall(r"`(\w+)`", PAGE.split("| name | what it is |")[1].split("```")[0]))
     _, says = of_torchscript(tmp_path / "FILE.ts")
     assert says.keys() <= documented
