@@ -109,8 +109,11 @@ def test_a_file_of_onnx_takes_pictures_and_gives_the_probabilities_of_the_run(
     assert (given.name, given.type, given.shape[1:], output.name) == (
         "input", "tensor(uint8)", [16, 16, 3], "probabilities",
     )  # fmt: skip
-    images = pixels(place / "new")
-    wanted = load_run(run).predict(images, tta="flip", calibrate=True)
+    loaded = load_run(run)
+    pictures = pixels(place / "new")
+    wanted = loaded.predict(pictures, tta="flip", calibrate=True)
+    cropped = [loaded.transform.stored(sample.raw) for sample in loaded.transform.samples(pictures)]
+    images = torch.stack(cropped).movedim(1, -1).contiguous().numpy()
     for count in (1, 3, len(images)):
         found = session.run(None, {"input": images[:count]})[0]
         # the temperature is low here, which makes differences of logits thirty times as large
