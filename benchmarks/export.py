@@ -1,6 +1,6 @@
 """Every network family and every norm as a file of each format: its size, how far it is from the network, seconds.
 
-PYTHONPATH=tests python benchmarks/export.py --threads 2 --out benchmarks/results/export.md
+PYTHONPATH=tests python benchmarks/export.py --threads 2 --missing --out benchmarks/results/export.md
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def _page(known: dict[str, str]) -> str:
         "The small variant of each family (`tests/small_models.py`), weights drawn, norms with the statistics of a",
         "batch; 16 samples, in one batch and one of them alone. A cell is the file's megabytes, the largest difference",
         "between what its runtime gives and what the network gives, as a share of the largest output, and seconds of",
-        "writing, opening and comparing. More than 1e-4 (half: 2e-2) would be an error.", "", provenance(),
+        "writing, opening and comparing (by the clock, of a machine that others may use). More than 1e-4 (half: 2e-2)",
+        "would be an error.", "", provenance(),
         f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |",
         *(known[case.name] for case in cases() if case.name in known),
     ]  # fmt: skip
