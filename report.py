@@ -25,6 +25,8 @@ Options
   checkpoint=last           last: the last epoch's weights are scored; best: those that were best on validation,
                             of all arms alike (checkpoint.keep=best keeps them; python main.py run=RUN task=test
                             scores them)
+  networks=settings|arms    several networks of one data set: settings of their own where techniques were tried on each
+                            (left out, that decides), or arms to be compared
   variance=own              own: each arm's; shared: moderated over 3 techniques or more, for few seeds
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
@@ -34,6 +36,7 @@ Examples
   python report.py runs=experiments/digits
   python report.py runs=experiments/cifar10 metric=val/acc margin_points=0.2
   python report.py runs=experiments/cifar10 metric=test/loss margin=0.02
+  python report.py runs=experiments                         every data set in it, and what holds over all of them
   python report.py 'runs=experiments/*/1a2b*,/other/experiments' baseline=sgd out=comparison
 
 How it compares
@@ -71,16 +74,19 @@ def _report(arguments: Sequence[str]) -> None:
     from reporting.request import read_arguments
 
     request = read_arguments(arguments)
-    from reporting import comparison, elsewhere, files, page, plots, records, rendering, robustness
+    from reporting import comparison, elsewhere, files, general, page, plots, records, rendering, robustness
 
     runs, left_out = records.read_runs(request)
     tables = comparison.compare(runs, request)
+    over_all = general.in_general(tables)
     for table in tables:
         table.robustness = robustness.robustness_of(table, request)
         table.elsewhere = elsewhere.elsewhere_of(table, request)
     drawn = {table.data: plots.draw_all(table) for table in tables}
-    composed = page.compose(tables, drawn, left_out, request)
-    files.write(composed, tables, drawn, request.out)
+    if over_all is not None and (forest := plots.draw_forest(over_all)):
+        drawn[page.ALL] = [forest]
+    composed = page.compose(tables, drawn, left_out, request, over_all)
+    files.write(composed, tables, drawn, request.out, over_all)
     rendering.to_console(composed)
     print(f"\nwritten: {request.out / 'report.md'}, report.html, results.csv, plots/")
     if request.wandb:

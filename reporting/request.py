@@ -14,8 +14,19 @@ from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
-OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "wandb")
-CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
+OPTIONS = (
+    "runs",
+    "baseline",
+    "metric",
+    "out",
+    "margin_points",
+    "margin",
+    "checkpoint",
+    "variance",
+    "networks",
+    "wandb",
+)
+CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared"), "networks": ("settings", "arms")}
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
 
@@ -100,6 +111,7 @@ class Request:
     out: Path
     arguments: tuple[str, ...]
     wandb: str | None = None
+    networks: str | None = None  # settings or arms; None: by what was tried on them
 
 
 def read_arguments(arguments: Sequence[str]) -> Request:
@@ -144,6 +156,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         shared_variance=given.get("variance") == "shared",
         out=out,
         arguments=tuple(arguments),
+        networks=given.get("networks"),
         wandb=None if given.get("wandb") == "null" else given.get("wandb"),
     )
 
