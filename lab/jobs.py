@@ -70,7 +70,7 @@ from lab.ranks import (
     open_meeting,
     start_others,
 )
-from lab.recorded import EVALUATION_OPTIONS, completed
+from lab.recorded import EVALUATION_OPTIONS, EXPORT_OPTIONS, completed
 from lab.states import find_state
 from lab.summary import print_summary
 from models.views import views_asked
@@ -567,12 +567,12 @@ def run_recorded(arguments: Sequence[str]) -> int:
     of_roots = [{**given, _ROOT: root} for root in roots] or [given]
     configs = [{**_with_overrides(run, of_roots[0], task), **asked} for run in runs]
     trainer = configs[0]["trainer"]
-    alone = task == "predict" or len(runs) > 1
+    alone = task not in ("train", "test") or len(runs) > 1
     _take_part(trainer, 1 if alone else None)
     if task == "train":
         if len(runs) > 1:
             raise ConfigError(
-                f"run={given['run']} names {len(runs)} runs; only task={' and '.join(tasks.OF_TRAINED)} take several"
+                f"run={given['run']} names {len(runs)} runs; only task={' and '.join(tasks.OF_SEVERAL)} take several"
             )
         if "ckpt_path" in given:
             raise ConfigError(
@@ -581,7 +581,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
         if "given" in (summary := runs[0].known()):
             raise ConfigError(
                 f"run={runs[0].path}: holds weights from elsewhere ({summary['given']}), there is no training to go "
-                f"on with; task={' and task='.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
+                f"on with; task={', '.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
                 "from it",
                 see="docs/weights.md",
             )
@@ -644,7 +644,7 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
     if given["each"] != "true":
         raise ConfigError(f"each={given['each']}: must be true or false", see="docs/data.md")
     if task not in tasks.OF_TRAINED:
-        raise ConfigError(f"each=true: is for task={' and task='.join(tasks.OF_TRAINED)}", see="docs/data.md")
+        raise ConfigError(f"each=true: is for task={', '.join(tasks.OF_TRAINED)}", see="docs/data.md")
     if "out" in given and len(runs) > 1:
         raise ConfigError(
             f"out={given['out']}: one file for each of {len(runs)} runs; leave it out", see="docs/data.md"
@@ -811,13 +811,29 @@ def _roots(given: Mapping[str, Any], task: str) -> list[str]:
     return list(dict.fromkeys(roots))
 
 
+# what may be typed beside run=RUN that is no option of a run, by the tasks that take it
+_ASKED = {
+    **dict.fromkeys(EVALUATION_OPTIONS, checking.READS), **dict.fromkeys(EXPORT_OPTIONS, ("export",)),
+}  # fmt: skip
+
+
 def _asked(given: dict[str, Any], task: str) -> dict[str, Any]:
-    """The options of tests and predictions, taken from `given`."""
-    asked = {name: given.pop(name) for name in EVALUATION_OPTIONS if name in given}
+    """The options of tests, predictions and exports, taken from `given`."""
+    asked: dict[str, Any] = {}
+    for name, of_tasks in _ASKED.items():
+        for typed in [n for n in given if n == name or n.startswith(f"{name}.")]:
+            value = given.pop(typed)
+            if task not in of_tasks:
+                raise ConfigError(
+                    f"{typed}={as_typed(value)}: is for task={', '.join(of_tasks)}", see="docs/use.md"
+                )
+            if typed == name:
+                asked[name] = value
+            else:
+                asked.setdefault(name, {})[typed.removeprefix(f"{name}.")] = value
     for name, value in asked.items():
-        check_value(name, value, checking.ROOT_TYPES[name])
-        if task not in tasks.OF_TRAINED:
-            raise ConfigError(
-                f"{name}={as_typed(value)}: is for task=test and task=predict", see="docs/use.md"
-            )
+        if name == "export":
+            checking.check_export(value)
+        else:
+            check_value(name, value, checking.ROOT_TYPES[name])
     return {**asked, "tta": list(views_asked(asked["tta"]))} if "tta" in asked else asked

@@ -16,7 +16,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
-from datasets.images import SCHEME
+from datasets.images import SCHEME, SampleError
 from lab.build import build_data
 from lab.experiment import identity
 from lab.recorded import EVALUATION_OPTIONS, completed
@@ -105,6 +105,16 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     text = json.dumps(options, sort_keys=True, default=str)
     name = f"{content}-{hashlib.sha256(text.encode()).hexdigest()[:8]}" if options else content
     return DataToScore(data, run.path / "tests" / name, content, False, remarks)
+
+
+def data_if_there(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[DataToScore | None, str]:
+    """`data_to_score`; None, and why, where the data cannot be read here."""
+    try:
+        found = data_to_score(run, config, checkpoint)
+        found.data.samples("predict")
+    except (ConfigError, SampleError, OSError) as error:
+        return None, str(error)
+    return found, ""
 
 
 def trained_classes(run: RunDirectory, recorded: Config, checkpoint: Path) -> tuple[list[str] | None, str]:

@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train; of recorded ones test, predict."""
+"""What a run can be asked to do: train; of recorded ones test, predict, export, describe."""
 
 from __future__ import annotations
 
@@ -51,6 +51,8 @@ from datasets.images import sample_name
 from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
+from lab.card import write_card
+from lab.export import export
 from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
@@ -574,8 +576,27 @@ def _say(text: str) -> None:
     print(fitted(text, columns()), flush=True)
 
 
+def _of_one(
+    task: str, act: Callable[[RunDirectory, Config, Path, Path | None], int]
+) -> Callable[[Runs, Path | None], int]:
+    """A task on the weights of one run."""
+
+    def of_runs(runs: Runs, out: Path | None) -> int:
+        if len(runs) > 1:
+            raise ConfigError(
+                f"task={task}: is for one run, run= names {len(runs)}; each=true does it of each",
+                see="docs/export.md",
+            )
+        return act(*runs[0], out)
+
+    return of_runs
+
+
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
-OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {"test": test_all, "predict": predict}
+OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {
+    "test": test_all, "predict": predict, "export": _of_one("export", export), "card": _of_one("card", write_card),
+}  # fmt: skip
+OF_SEVERAL = ("test", "predict")  # those that take several runs as one; of each of several all do
 
 
 # what the summary, the loggers and the banner say

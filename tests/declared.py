@@ -31,6 +31,7 @@ from lab.config import AUTOMATIC_FROM_DATA, SWEEP_OPTIONS, model_options
 from lab.planning import SweepOptions
 from lab.search import SearchOptions
 from models.base_model import BASICS, BaseModel
+from models.exported import ExportOptions
 from models.techniques import technique_kinds
 from norms.convert import NORMS, norm_options
 
@@ -317,6 +318,7 @@ def _root() -> Iterator[Option]:
             "logger",
             "techniques",
             "pack",
+            "export",
         ):
             yield Option("run", name, types_of.get(name, Any))
     data = getattr(config, "DATA_TYPES", {})
@@ -332,6 +334,7 @@ def _sweeps() -> Iterator[Option]:
 
 def _packs() -> Iterator[Option]:
     yield from _fields(PackOptions, "pack", "pack.", ("task=pack", "out=pack"))
+    yield from _fields(ExportOptions, "export", "export.", ("task=export",))
 
 
 def _basics() -> Iterator[Option]:

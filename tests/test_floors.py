@@ -31,7 +31,8 @@ FLOORS = (
         "lab.given",
     ),
     ("lab.scoring", "lab.packing", "lab.calibration"),
-    ("lab.robustness",),
+    ("lab.robustness", "lab.card"),
+    ("lab.export",),
     ("lab.tasks",),
     ("lab.warm", "lab.ranks", "lab.processes", "lab.remote", "lab.jobs"),
     (
@@ -66,6 +67,7 @@ LATE = {
     ("datasets/packed.py", "lmdb"): "optional",
     ("datasets/shards.py", "pyarrow"): "optional",
     ("datasets/shards.py", "fsspec"): "optional",
+    ("lab/export.py", "onnxruntime"): "optional",
 }
 LATE_OURS = {
     "crucible/__init__.py": "load_run is offered on the ground for notebooks",
