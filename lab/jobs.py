@@ -36,9 +36,9 @@ from crucible.command_line import as_typed, command, describe, option, parse, un
 from crucible.configuration import Config
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
-from crucible.launch import launch, left_over, meeting_point, settle, token
+from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
-from crucible.machine import is_child_rank, is_out_of_memory, world_size
+from crucible.machine import device_kind, is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
@@ -250,7 +250,9 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
     if first:
         (resume, said), name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
-            run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
+            run.claim(
+                token=token(), resume=str(resume or ""), ranks=name, **_whereabouts(config), **_meeting()
+            )
         except Held as error:
             if not received().does_the_work:
                 raise
@@ -422,6 +424,13 @@ def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
         if run.state() != "running":
             run.update_summary(status="failed", reason=str(error))
         raise
+
+
+def _whereabouts(config: Config) -> dict[str, Any]:
+    """Where the run is, beside host and process: the cluster's job, and the GPUs that it was given."""
+    on_cuda = device_kind(config["trainer"]["accelerator"]) == "cuda"
+    facts = {"job": job_here(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "") if on_cuda else ""}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _meeting() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from crucible.command_line import unquoted
 from crucible.files import missing, why_not_writable
@@ -14,8 +15,11 @@ from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
-OPTIONS = ("runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "wandb")
-CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared")}
+OPTIONS = (
+    "runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "wandb", "watch", "port",
+)  # fmt: skip
+CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared"), "watch": ("true", "false")}
+OF_WATCH = ("watch", "port")  # how the page is shown, not what it says
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
 
@@ -86,6 +90,13 @@ class Metric:
         )
 
 
+class Watching(NamedTuple):
+    """`watch=true`. `port` 0: a free one; `writes`: the report's files too, at each change (`out=`)."""
+
+    port: int
+    writes: bool
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for. `margin` is in the unit of the logged metric; None: not asked."""
@@ -100,6 +111,7 @@ class Request:
     out: Path
     arguments: tuple[str, ...]
     wandb: str | None = None
+    watching: Watching | None = None
 
 
 def read_arguments(arguments: Sequence[str]) -> Request:
@@ -132,7 +144,8 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     out = Path(given["out"]).expanduser() if "out" in given else _common(folders) / "report"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: there is a file of this name; the report is a folder", see=SEE)
-    if reason := why_not_writable(out.absolute()):
+    watching = _watching(given)
+    if (watching is None or watching.writes) and (reason := why_not_writable(out.absolute())):
         raise ConfigError(f"out={out}: cannot be written ({reason}); out=PATH writes it elsewhere", see=SEE)
     return Request(
         folders=folders,
@@ -143,9 +156,27 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         best=given.get("checkpoint") == "best",
         shared_variance=given.get("variance") == "shared",
         out=out,
-        arguments=tuple(arguments),
+        arguments=tuple(a for a in arguments if a.lstrip("-").partition("=")[0] not in OF_WATCH),
         wandb=None if given.get("wandb") == "null" else given.get("wandb"),
+        watching=watching,
     )
+
+
+def _watching(given: Mapping[str, str]) -> Watching | None:
+    """How the page is shown while runs are under way; None: it is written once."""
+    if given.get("watch", "false") == "false":
+        if "port" in given:
+            raise ConfigError(f"port={given['port']}: is for watch=true, which serves the page", see=SEE)
+        return None
+    if given.get("wandb", "null") != "null":
+        raise ConfigError(
+            f"wandb={given['wandb']}: not with watch=true; python report.py without it logs the report",
+            see=SEE,
+        )
+    text = given.get("port", "0")
+    if not text.isdecimal() or not (text == "0" or 1 <= int(text) <= 65535):
+        raise ConfigError(f"port must be a whole number from 1 to 65535, got {text!r}", see=SEE)
+    return Watching(int(text), "out" in given)
 
 
 def _margin(given: Mapping[str, str], metric: Metric) -> float | None:
