@@ -37,6 +37,7 @@ from reporting.request import SEE, Request, read_arguments
 POLL_S = 2.0  # between two looks at the files
 ALIVE_S = 10.0  # between two questions whether a run that is under way lives
 AGAIN_S = 30.0  # between two estimates of when what is under way will end
+SCAN_REST = 25.0  # times as long as looking at the files takes, where nothing has changed
 REST = 3.0  # times as long as the last page took to make: the processors are the runs'
 _OF_A_RUN = ("summary.json", "metrics.csv", "steps.csv", "config.yaml")
 
@@ -60,8 +61,9 @@ def watch(arguments: Sequence[str], request: Request, say: Callable[[str], None]
             f"from elsewhere: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}, then the same address there"
         )
         while True:
-            watcher.look()
-            time.sleep(POLL_S)
+            began = time.monotonic()
+            made = watcher.look()
+            time.sleep(POLL_S if made else max(POLL_S, SCAN_REST * (time.monotonic() - began)))
     say("no longer served")
 
 

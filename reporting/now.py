@@ -68,10 +68,11 @@ def _in_a_line(progress: Progress) -> str:
         if known:
             what = "The next look is reached" if to_look else "All will have ended"
             at = clock(progress.end, progress.time)
-            text += f" {what} about {at}, {progress.workers} at once, as runs of their kind took."
+            several = f", {progress.workers} at once" if waiting and progress.workers > 1 else ""
+            text += f" {what} about {at}{several}, as runs of their kind take."
         else:
             what = "the next look is reached" if to_look else "all will have ended"
-            text += f" When {what} is not known until one of each kind has finished."
+            text += f" When {what} is not known until one of each kind has been measured."
     elif progress.sweeps:
         text += " A sweep is at work between two runs."
     return text

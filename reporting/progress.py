@@ -89,7 +89,7 @@ class Look:
         sweep: its plan.
         seeds: of the next look; 0: no arm asks for more.
         number: of that look, from 1.
-        wanted: the arms that it asks runs of, besides the baseline.
+        wanted: the arms that it will read.
         ended, asked: runs of that look.
         steps: of all arms.
     """
@@ -181,24 +181,47 @@ def _makespan(running: Sequence[float], waiting: Sequence[float], workers: int) 
     return max(free)
 
 
+class _Pace(NamedTuple):
+    folder: Path
+    identity: str
+    kind: str
+    passes: float
+    step_s: float
+
+
 class _Paces:
-    """Seconds a step of what has finished: of a run's own arm, else of its kind by the technique's passes."""
+    """Seconds a step: of finished runs of a run's own arm, else of its kind by the technique's passes, else of those
+    that are under way."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = [run for run in runs if run.elapsed and run.steps and not run.diverged]
+        self._known: tuple[list[_Pace], list[_Pace]] = ([], [])  # of finished runs, of others
+        for run in runs:
+            if run.elapsed and run.steps and not run.diverged:
+                self._known[0].append(
+                    _pace(run.path.resolve(), run.kind, run.passes, run.elapsed / run.steps)
+                )
+
+    def add(self, path: Path, kind: str, passes: float, step_s: float) -> None:
+        """Of a run that is under way."""
+        self._known[1].append(_pace(path, kind, passes, step_s))
 
     def of(self, path: Path, kind: str, passes: float) -> float:
-        """Of a run at `path`, begun or not; NaN where nothing of its kind has finished."""
-        beside = [r for r in self._runs if r.path.resolve().parent == path.parent]
+        """Of a run at `path`, begun or not; NaN where nothing of its kind is known."""
         identity = path.name.rpartition("-")[0]
-        own = [r for r in beside if r.identity == identity]
-        kin = own or [r for r in beside if r.kind == kind]
-        known = [(r.elapsed or 0.0) / r.steps * (1 if own else passes / r.passes) for r in kin]
-        return statistics.fmean(known) if known else math.nan
+        for known in self._known:
+            beside = [p for p in known if p.folder == path.parent]
+            own = [p.step_s for p in beside if p.identity == identity]
+            if steps := own or [p.step_s * passes / p.passes for p in beside if p.kind == kind]:
+                return statistics.fmean(steps)
+        return math.nan
 
     def seconds(self, facts: Facts) -> float:
         """That a run will take which has not begun."""
         return self.of(facts.path, facts.kind, facts.passes) * facts.steps
+
+
+def _pace(path: Path, kind: str, passes: float, step_s: float) -> _Pace:
+    return _Pace(path.parent, path.name.rpartition("-")[0], kind, passes, step_s)
 
 
 def _at_work(path: Path, facts: Facts | None, paces: _Paces, now: float) -> AtWork:
@@ -345,21 +368,22 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     arms: Mapping[str, Arm] = sort_into_arms(own)
     margin = None if sweep.margin_points is None else sweep.margin_points / metric.scale
     steps = steps_of_sweep(sweep, arms, baseline, metric.sign, margin)
-    wanted = {arm: step.wanted for arm, step in steps.items() if step.wanted}
-    seeds = max(wanted.values(), default=0)
+    seeds = max((step.wanted for step in steps.values()), default=0)
+    together = decides.order == "together"  # then arms that have their seeds wait for the others
+    wanted = [arm for arm, step in steps.items() if step.wanted or (seeds and together and not step.ended)]
     units = [(seed, decides.fold) for seed in decides.seeds[:seeds]]
     ended = {
         arm: {r.unit for r in (*arms[arm].all_runs, *arms[arm].dropped)} if arm in arms else set()
         for arm in names
     }
-    of_look = {baseline: units, **{arm: units[:most] for arm, most in wanted.items()}}
+    of_look = (baseline, *wanted)
     number = next((k for k, n in enumerate(sweep.planned, 1) if n >= seeds), len(sweep.planned))
     return Look(
         sweep=sweep,
         seeds=seeds,
         number=number,
-        wanted=list(wanted),
-        ended=sum(unit in ended[arm] for arm, asked in of_look.items() for unit in asked),
-        asked=sum(map(len, of_look.values())),
+        wanted=wanted,
+        ended=sum(unit in ended[arm] for arm in of_look for unit in units),
+        asked=len(of_look) * len(units),
         steps=steps,
     )
