@@ -81,7 +81,9 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
-Task = Literal["train", "test", "predict", "summary", "pack"]  # those of trained weights are in `lab.tasks`
+Task = Literal[
+    "train", "test", "predict", "mechanism", "summary", "pack"
+]  # those of trained weights are in `lab.tasks`
 
 LONG_RUN_STEPS = 5000
 

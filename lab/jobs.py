@@ -566,7 +566,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
     of_roots = [{**given, _ROOT: root} for root in roots] or [given]
     configs = [{**_with_overrides(run, of_roots[0], task), **asked} for run in runs]
     trainer = configs[0]["trainer"]
-    alone = task == "predict" or len(runs) > 1
+    alone = task in ("predict", "mechanism") or len(runs) > 1
     _take_part(trainer, 1 if alone else None)
     if task == "train":
         if len(runs) > 1:
@@ -791,7 +791,9 @@ def _with_checkpoints(
 ) -> tasks.Runs:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
-    chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
+    chosen = [
+        run.pick_checkpoint(given.get("ckpt_path", tasks.WEIGHTS.get(given.get("task", "")))) for run in runs
+    ]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     return list(zip(runs, configs, chosen, strict=True))

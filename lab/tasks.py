@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train; of recorded ones test, predict."""
+"""What a run can be asked to do: train; of recorded ones test, predict, measure the mechanism."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ from datasets.images import sample_name
 from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
+from lab.mechanism import measure_run
 from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
@@ -578,8 +579,24 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+def measure_mechanism(runs: Runs, out: Path | None) -> int:
+    """What the technique did to a network, of one run: `lab.mechanism`."""
+    (run, config, checkpoint), *others = runs
+    if others:
+        raise ConfigError(
+            f"task=mechanism: {len(runs)} runs have no mechanism in common; each=true measures each",
+            see="docs/report.md",
+        )
+    return measure_run(run, config, checkpoint, out)
+
+
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
-OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {"test": test_all, "predict": predict}
+OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {
+    "test": test_all,
+    "predict": predict,
+    "mechanism": measure_mechanism,
+}
+WEIGHTS = {"mechanism": "last"}  # where none are named; else the best
 
 
 # what the summary, the loggers and the banner say

@@ -265,6 +265,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
+        if not self.server.serves:  # a connection that a viewer has kept
+            self.close_connection = True
+            return
         if host_of(self.headers.get("Host", "")) not in HOSTS:
             # a name that somebody made to mean this machine would let their pages read ours
             self._answer(403, b"this page is for this machine: http://127.0.0.1\n")
@@ -307,6 +310,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    serves = True
 
     def __init__(self, family: socket.AddressFamily, place: tuple[str, int], watcher: Watcher) -> None:
         self.address_family = family
@@ -350,6 +354,7 @@ def serving(watcher: Watcher, port: int) -> Iterator[int]:
         yield servers[0].server_port
     finally:
         for server in servers:
+            server.serves = False
             server.shutdown()
             server.server_close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from reporting import comparison, elsewhere, page, plots, robustness
+from reporting import comparison, elsewhere, mechanism, page, plots, robustness
 from reporting.records import LeftOut, Run
 from reporting.request import Request
 
@@ -32,4 +32,5 @@ def made_of(runs: Sequence[Run], request: Request) -> Made:
     for table in tables:
         table.robustness = robustness.robustness_of(table, request)
         table.elsewhere = elsewhere.elsewhere_of(table, request)
+        table.mechanism = mechanism.mechanism_of(table, request)
     return Made(tables, {table.data: plots.draw_all(table) for table in tables})
