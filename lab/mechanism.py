@@ -329,6 +329,8 @@ def sharpness(
     Raises:
         NoSecondDerivative: where an operation has none.
     """
+    if once := _differentiable_once(_loss(model, parts[0])):
+        raise NoSecondDerivative(f"{', '.join(once)} has no second derivative")
     found = _iterate(model, weights, parts, 0.0, tolerance, most)
     if found.value >= 0:
         return found
@@ -351,7 +353,7 @@ def _iterate(
         product = [p - shift * v for p, v in zip(product, vector, strict=True)]
         value, length = _dot(vector, product), _norm(product)
         residual = _norm([p - value * v for p, v in zip(product, vector, strict=True)])
-        if length == 0 or (iteration >= FEWEST and abs(value - before) <= tolerance * abs(value)):
+        if length == 0 or (iteration >= FEWEST and abs(value - before) <= tolerance * abs(value + shift)):
             return Eigenvalue(value, residual, iteration, True)
         before, vector = value, [p / length for p in product]
     return Eigenvalue(value, residual, most, False)
@@ -384,33 +386,34 @@ def hessian_product(
             # of a loss that is linear in the weights the gradient hangs on nothing
             products = torch.autograd.grad(along, weights, materialize_grads=True, allow_unused=True)  # type: ignore[arg-type]
         except (RuntimeError, NotImplementedError) as error:
-            raise NoSecondDerivative(_lacking(str(error), loss)) from error
+            raise NoSecondDerivative(_lacking(str(error))) from error
         for sum_, product in zip(total, products, strict=True):
             sum_ += product
     return [sum_ / count for sum_ in total]
 
 
-def _lacking(message: str, loss: Tensor) -> str:
-    """Which operation has no second derivative, by what torch says, or by what is in the network."""
+def _lacking(message: str) -> str:
+    """Which operation has no second derivative, by what torch says."""
     if "out of memory" in message.lower():
         return f"{message.splitlines()[0]}; a smaller data.module.batch_size gives the same values"
     named = re.search(r"derivative for '?(?:aten::)?(\w+)'?|double backwards? on (\w+)", message)
     if named:
         return f"{(named[1] or named[2]).removesuffix('_backward')} has no second derivative"
-    if "once_differentiable" in message and (own := _own_functions(loss)):
-        return f"{', '.join(own)} has no second derivative"
     return " ".join(message.split())[:200]
 
 
-def _own_functions(loss: Tensor) -> list[str]:
-    """The functions written in Python that a loss was computed by."""
+def _differentiable_once(loss: Tensor) -> list[str]:
+    """The functions written in Python behind a loss that say of themselves that they are.
+
+    Differentiated twice they raise nothing where the way to the weights ends in them, and terms are lost.
+    """
     found, seen, left = set[str](), set[Any](), [loss.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.add(type(node).__name__.removesuffix("Backward"))
+        if isinstance(node, BackwardCFunction) and hasattr(type(node)._forward_cls.backward, "__wrapped__"):
+            found.add(type(node)._forward_cls.__name__)
         left += [following for following, _ in node.next_functions]
     return sorted(found)
