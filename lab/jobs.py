@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -38,7 +39,7 @@ from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
-from crucible.machine import device_kind, is_child_rank, is_out_of_memory, world_size
+from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
@@ -428,7 +429,7 @@ def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
 
 def _whereabouts(config: Config) -> dict[str, Any]:
     """Where the run is, beside host and process: the cluster's job, and the GPUs that it was given."""
-    on_cuda = device_kind(config["trainer"]["accelerator"]) == "cuda"
+    on_cuda = config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
     facts = {"job": job_here(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "") if on_cuda else ""}
     return {name: value for name, value in facts.items() if value}
 

@@ -75,11 +75,12 @@ class RemoteJob:
 
     def _run(self, stopping: Callable[[], bool]) -> int:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
-        told = HandOver(**json.loads(self.environment.get(VARIABLE, "{}")))
+        environment = {**inherited, **self.environment}
+        told = HandOver(**json.loads(environment.get(VARIABLE) or "{}"))
         named = replace(told, job=job_here()).environment()  # the variables that say it are kept from the run
         process = subprocess.Popen(
             self.command,
-            env={**inherited, **self.environment, **named},
+            env={**environment, **named},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
