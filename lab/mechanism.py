@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crucible.configuration import Config
+from crucible.configuration import Config, flatten
 from crucible.files import why_not_writable, write_atomically
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.machine import device_kind
@@ -33,9 +33,9 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab.build import file_fingerprint, with_weights
-from lab.recorded import EVALUATION_OPTIONS
+from lab.recorded import EVALUATION_OPTIONS, completed
 from lab.robustness import asks_for_corruptions
-from lab.scoring import data_to_score
+from lab.scoring import data_to_score, of_a_test
 from models.base_model import BaseModel
 
 SEE = "docs/report.md"
@@ -84,7 +84,9 @@ def measure_run(run: RunDirectory, config: Config, checkpoint: Path, out: Path |
         "weights": file_fingerprint("ckpt_path", str(checkpoint)), "data": summary.get("data_fingerprint"),
         "wanted": SAMPLES, "tolerance": TOLERANCE, "most_iterations": MOST,
     }  # fmt: skip
-    record, known = _earlier(path, facts), True
+    before, now = (flatten(c["data"]["module"]) for c in (completed(run.config()), config))
+    otherwise = any(before.get(n) != now.get(n) and of_a_test(n) for n in before.keys() | now.keys())
+    record, known = None if otherwise else _earlier(path, facts), True
     if record is None:
         record, known = _measured(run, config, checkpoint, facts), False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +275,7 @@ def _of_logits(model: BaseModel, parts: Sequence[Part]) -> dict[str, float]:
         .double()
         .cpu()
     )
-    values = {}
+    values: dict[str, float] = {}
     for name, of in (
         ("logit_norm", logits.norm(dim=1)),
         ("max_probability", logits.softmax(dim=1).amax(dim=1)),

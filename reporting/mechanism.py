@@ -93,7 +93,8 @@ def mechanism_of(table: Table, request: Request) -> Mechanism | None:
         remarks.append(f"{count} run{'' if count == 1 else 's'}: {remark}.")
     values = {path: {**record.values, **_ece(path, counted)} for path, record in records.items()}
     base = table.arms[table.baseline]
-    spreads, differences = {}, {}
+    spreads: dict[str, dict[str, Spread]] = {}
+    differences: dict[str, dict[str, s.PairedT]] = {}
     for arm in table.arms.values():
         own = {unit: values[run.path] for unit, run in arm.runs.items() if run.path in values}
         spreads[arm.name] = {
