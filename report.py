@@ -26,6 +26,8 @@ Options
   checkpoint=last           last: the last epoch's weights are scored; best: those that were best on validation,
                             of all arms alike (checkpoint.keep=best keeps them; python main.py run=RUN task=test
                             scores them)
+  networks=settings|arms    several networks of one data set: settings of their own where techniques were tried on each
+                            (left out, that decides), or arms to be compared
   variance=own              own: each arm's; shared: moderated over 3 techniques or more, for few seeds
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
@@ -39,6 +41,7 @@ Examples
   python report.py runs=experiments/cifar10 metric=val/acc margin_points=0.2
   python report.py runs=experiments/cifar10 metric=test/loss margin=0.02
   python report.py runs=experiments/cifar10 watch=true
+  python report.py runs=experiments                         every data set in it, and what holds over all of them
   python report.py 'runs=experiments/*/1a2b*,/other/experiments' baseline=sgd out=comparison
 
 How it compares
@@ -87,7 +90,7 @@ def _report(arguments: Sequence[str]) -> None:
     runs, left_out = records.read_runs(request)
     made = making.made_of(runs, request)
     composed = made.page(left_out, request)
-    files.write(composed, made.tables, made.plots, request.out)
+    files.write(composed, made.tables, made.plots, request.out, made.over_all)
     rendering.to_console(composed)
     print(f"\nwritten: {request.out / 'report.md'}, report.html, results.csv, plots/")
     if request.wandb:

@@ -415,7 +415,8 @@ class Deciding:
 
     def _request(self) -> Request:
         metric = Metric(self.facts["decides"]["metric"])
-        return Request((), str(self.facts["baseline"]), True, metric, None, False, False, Path(), ())
+        baseline = str(self.facts["baseline"])
+        return Request((), baseline, True, metric, None, False, False, Path(), (), networks="arms")
 
     def _sweep(self) -> Sweep:
         return read_sweep(self.facts, str(self.file))

@@ -8,15 +8,16 @@ import hashlib
 import json
 import logging
 import math
+import re
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from crucible import configuration, metrics, trust
 from crucible.configuration import Config, find_target, flatten, is_semantic
@@ -26,12 +27,12 @@ from crucible.handover import received
 from crucible.loggers import check_loggers
 from crucible.machine import device_count, is_child_rank
 from crucible.masking import check_no_secret, masked
-from crucible.options import ConfigError, signature_options
+from crucible.options import ConfigError, check_value, signature_options
 from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
-from lab.config import PACK_OPTIONS, SWEEP_OPTIONS, model_options, network_options, run_length
+from lab.config import PACK_OPTIONS, ROOT_TYPES, SWEEP_OPTIONS, model_options, network_options, run_length
 from lab.recorded import EVALUATION_OPTIONS, completed
 from lab.states import check_state
 from lab.summary import check_input, check_reproducible, check_samples
@@ -437,12 +438,109 @@ def _is_default(config: Config, name: str, value: Any) -> bool:
 
 
 @dataclass
+class _Place:
+    """Where the runs of an arm are: what is equal for all its seeds of what a run is named by.
+
+    Args:
+        folder: of the runs.
+        contents: what paths lead to, for the identity.
+        data: of the arm.
+    """
+
+    folder: Path
+    contents: Mapping[str, str | None]
+    data: BaseDataModule
+    _hash: str = ""
+    _before: tuple[str, str] = ("", "")  # the data's fingerprint of old, and the hash with it
+
+    def run_of(self, config: Config) -> tuple[str, str]:
+        """The name of a seed's run, and its full identity; by the fingerprint of old where it was made by that.
+
+        Raises:
+            ConfigError: where a folder of this name is another run's.
+        """
+        folder, seed, fingerprint = self.folder, config["seed"], self.contents["data"]
+        self._hash = full = self._hash or identity_hash(config, self.contents)
+        name = f"{full[:8]}-s{seed}"
+        if not (folder / name).exists():
+            if not self._before[0]:
+                older = self.data.fingerprint(1)
+                self._before = older, identity_hash(config, {**self.contents, "data": older})
+            older, hash_before = self._before
+            before = f"{hash_before[:8]}-s{seed}"
+            known = RunDirectory(folder / before).known().get("data_fingerprint", fingerprint)
+            if older != fingerprint and (folder / before).exists() and known == fingerprint:
+                name, full = before, hash_before
+        check_same(RunDirectory(folder / name), config, full)
+        return name, full
+
+
+@dataclass
+class _Arm:
+    """A job that was examined, and what those of its arm's other seeds are made from.
+
+    Args:
+        job: of one seed.
+        place: of its runs.
+        seed_at: where the configuration has the seed; None: it does more with the seed than to have it somewhere.
+    """
+
+    job: Job
+    place: _Place
+    seed_at: list[tuple[str, ...]] | None = None
+
+
+@dataclass
 class Examiner:
     """Examines composed configurations; what the jobs of a sweep have in common, once for all of them."""
 
     _data: dict[str, tuple[BaseDataModule, str]] = field(default_factory=dict)
     _constructed: set[str] = field(default_factory=set)
     _fetched: set[str] = field(default_factory=set)
+    _arms: dict[tuple[Any, ...], _Arm] = field(default_factory=dict)
+
+    def examine_job(
+        self,
+        compose: Callable[[Sequence[str]], DictConfig],
+        overrides: Sequence[str],
+        swept: Collection[str],
+    ) -> Job:
+        """As `examine(compose(overrides), overrides, swept)`: an arm's seeds are composed and checked once.
+
+        Only where the configuration does nothing with its seed but to have it in some places; where it makes a path
+        of it, or has a teacher or a state to start from, each seed is a case of its own.
+
+        Raises:
+            ConfigError: for whatever cannot run.
+        """
+        typed = [o for o in overrides if re.fullmatch(r"seed=\d+", o)]
+        key = tuple(o for o in overrides if o not in typed), tuple(swept)
+        arm = self._arms.get(key) if len(typed) == 1 else None
+        if arm is not None and arm.seed_at is not None:
+            return self._of_seed(arm, int(typed[0].removeprefix("seed=")), arm.seed_at, overrides)
+        composed = compose(overrides)
+        examined = self._examine(composed, overrides, swept)
+        if arm is None and len(typed) == 1:
+            alone = examined.job.config["ckpt_path"] or network_options(examined.job.config["model"])
+            examined.seed_at = None if alone else _places_of_seed(composed, overrides, examined.job.config)
+            self._arms[key] = examined
+        return examined.job
+
+    def _of_seed(self, arm: _Arm, seed: int, places: list[tuple[str, ...]], overrides: Sequence[str]) -> Job:
+        check_value("seed", seed, ROOT_TYPES["seed"])
+        config = copy.deepcopy(arm.job.config)
+        for *rooms, option in places:
+            node = config
+            for room in rooms:
+                node = node[room]
+            node[option] = seed
+        name, full = arm.place.run_of(config)
+        run = RunDirectory(arm.place.folder / name)
+        if not any((run.path / "checkpoints").glob("*.ckpt")):
+            self._fetch(config)
+        facts = {**arm.job.facts, "run_id": name, "identity": name.rpartition("-")[0], "seed": seed}
+        facts["identity_hash"] = full
+        return replace(arm.job, run=run, config=config, overrides=overrides, facts=facts)
 
     def examine(
         self, composed: DictConfig, overrides: Sequence[str], swept: Collection[str] | None = None
@@ -457,6 +555,9 @@ class Examiner:
         Raises:
             ConfigError: for whatever cannot run.
         """
+        return self._examine(composed, overrides, swept).job
+
+    def _examine(self, composed: DictConfig, overrides: Sequence[str], swept: Collection[str] | None) -> _Arm:
         config = configuration.to_plain(composed, overrides)
         for option in SWEEP_OPTIONS:
             config.pop(option)
@@ -495,15 +596,8 @@ class Examiner:
             raise ConfigError(
                 f"exp_dir={config['exp_dir']}: cannot be written ({reason}); exp_dir=PATH is elsewhere"
             )
-        full = identity_hash(config, contents)
-        name = f"{full[:8]}-s{config['seed']}"
-        if not (folder / name).exists() and (older := data.fingerprint(1)) != fingerprint:
-            hash_before = identity_hash(config, {**contents, "data": older})
-            before = f"{hash_before[:8]}-s{config['seed']}"
-            known = RunDirectory(folder / before).known().get("data_fingerprint", fingerprint)
-            if (folder / before).exists() and known == fingerprint:
-                name, full = before, hash_before
-        check_same(RunDirectory(folder / name), config, full)
+        place = _Place(folder, contents, data)
+        name, full = place.run_of(config)
         if not any((folder / name / "checkpoints").glob("*.ckpt")):  # its state has the weights
             self._fetch(config)
         if config["user_dir"]:
@@ -518,7 +612,8 @@ class Examiner:
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep
         length = run_length(config, data)
-        return Job(RunDirectory(folder / name), config, overrides, facts, length.steps, length.epochs)
+        job = Job(RunDirectory(folder / name), config, overrides, facts, length.steps, length.epochs)
+        return _Arm(job, place)
 
     def _read_data(self, config: Config) -> tuple[BaseDataModule, str]:
         """The data module and the fingerprint of its data; read once for all jobs with the same data."""
@@ -568,6 +663,45 @@ class Examiner:
         if config["model"].get("pretrained") and not config["ckpt_path"] and key not in self._fetched:
             build_model(config, compile=False)
             self._fetched.add(key)
+
+
+def _places_of_seed(
+    composed: DictConfig, overrides: Sequence[str], examined: Config
+) -> list[tuple[str, ...]] | None:
+    """Where the configuration of another seed has that seed; None: it may differ by more.
+
+    It is resolved for two seeds, and differs where it has them. A value that is chosen by the seed might be one for
+    both: where an interpolation has one within it, or calls a resolver, nothing is claimed.
+    """
+    raw = {str(k): v for k, v in OmegaConf.to_container(composed, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
+    text = re.sub(r"\$\{oc\.env:[^${}]*\}", "", json.dumps(raw, default=str))
+    if re.search(r"\$\{[^}]*(\$\{|:)", text):
+        return None
+    seed = composed["seed"]
+    other = seed + 1 if seed < 2**31 else seed - 1
+    here = configuration.to_plain(composed, overrides)
+    with read_write(composed), open_dict(composed):
+        composed["seed"] = other
+        there = configuration.to_plain(composed, overrides)
+        composed["seed"] = seed
+    places: list[tuple[str, ...]] = []
+
+    def differ(one: Any, two: Any, at: tuple[str, ...]) -> bool:
+        """Whether they differ by more than the seed."""
+        if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+            return any(differ(one[key], two[key], (*at, key)) for key in one)
+        if one == two:
+            return False
+        places.append(at)
+        return not (one == seed and two == other)
+
+    if (
+        f"seed={seed}" not in overrides
+        or differ(here, there, ())
+        or any(configuration.select(examined, ".".join(p)) != seed for p in places)
+    ):
+        return None
+    return places
 
 
 def _but_for_the_seed(*nodes: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from crucible.command_line import describe
 from crucible.options import ConfigError
@@ -206,13 +210,38 @@ def examine(
     """What one job is, and what state its run is in."""
     differing = [o for o in overrides if o.lstrip("+").split("=", 1)[0] in swept]
     try:
-        job = examiner.examine(compose(overrides), overrides, swept)
+        job = examiner.examine_job(compose, overrides, swept)
     except Exception as error:
         message, _ = describe(error)
         return Planned(overrides, differing, None, "refused", message or f"{type(error).__name__}: {error}")
     planned = Planned(overrides, differing, job, "new")
     planned.refresh(options)
     return planned
+
+
+SHOWN_AFTER_S, SAID_EVERY_S = 1.5, 15.0
+
+
+def shown(jobs: Sequence[list[str]]) -> Iterator[list[str]]:
+    """The jobs, with a bar that says how many of them have been looked at; where there is no terminal, lines."""
+    start = said = time.monotonic()
+    console = Console(stderr=True)
+    columns = TextColumn("planning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=len(jobs))
+    try:
+        for number, job in enumerate(jobs):
+            yield job
+            now = time.monotonic()
+            if console.is_terminal:
+                bar.update(task, completed=number + 1)
+                if now - start > SHOWN_AFTER_S:
+                    bar.start()
+            elif now - said > SAID_EVERY_S:
+                said = now
+                print(f"planning: {number + 1} of {len(jobs)} jobs", file=sys.stderr, flush=True)
+    finally:
+        bar.stop()
 
 
 def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
@@ -225,7 +254,7 @@ def plan(compose: Compose, grid: Grid, options: SweepOptions) -> list[Planned]:
     runs: dict[Path, Planned] = {}
     examiner = Examiner()
     for one in _compiled_alike(
-        [examine(examiner, compose, overrides, grid.swept, options) for overrides in grid.jobs],
+        [examine(examiner, compose, overrides, grid.swept, options) for overrides in shown(grid.jobs)],
         lambda overrides: examine(examiner, compose, overrides, grid.swept, options),
     ):
         overrides = one.overrides

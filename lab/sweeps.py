@@ -53,6 +53,7 @@ from lab.planning import (
 )
 from lab.ray_engine import RayExecutor
 from lab.search import search
+from reporting.arms import ranges
 from reporting.statistics import RULE, SAME_COST, paired_t
 
 WAIT_S = 5.0
@@ -102,7 +103,7 @@ def print_plan(
         known = [t for t in times if t is not None]
         table.add_row(
             arm,
-            _ranges(sorted({one.unit[0] for one in group if one.job})),
+            ranges(sorted({one.unit[0] for one in group if one.job})),
             *(str(counts[s] or "") for s in states),
             "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
         )
@@ -138,14 +139,6 @@ def print_plan(
 def count(planned: Sequence[Planned]) -> int:
     """How many runs they are."""
     return sum(one.state not in NO_RUN for one in planned)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    parts: list[str] = []
-    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ",".join(parts)
 
 
 # The sweep

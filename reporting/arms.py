@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections import Counter, defaultdict
@@ -78,6 +79,85 @@ def _mean(values: Iterable[float | None]) -> float:
 def unit_name(unit: Unit) -> str:
     """`seed 3`, or `seed 3 fold 1`."""
     return f"seed {unit[0]}" + (f" fold {unit[1]}" if unit[1] else "")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-4,7` of 0, 1, 2, 3, 4, 7."""
+    parts: list[str] = []
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(parts)
+
+
+def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
+    """The runs of a data set by setting: one, or one for each network where techniques were tried on several.
+
+    Networks that share at least two sets of techniques (none, and one) are settings, and the same arm has one name in
+    each; else they are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
+    `networks=settings|arms` says it.
+
+    Raises:
+        ConfigError: for `networks=settings` of what was decided together.
+    """
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[str(run.settings.get("model._target_"))].append(run)
+    shared = set.intersection(*({run.techniques for run in group} for group in groups.values()))
+    together = _decided_together(groups.values())
+    if together and request.networks == "settings":
+        raise ConfigError(f"networks=settings: {together} decided over all its networks together", see=SEE)
+    as_arms = request.networks == "arms" or (request.networks is None and (len(shared) < 2 or together))
+    if len(groups) < 2 or as_arms:
+        return {data: list(runs)}
+    everywhere = set.intersection(*(_options_of(run.arm) for run in runs))
+    short = {network: network.rpartition(".")[2] for network in groups}
+    found = {}
+    for network, group in sorted(groups.items()):
+        own = set.intersection(*(_options_of(run.arm) for run in group)) - everywhere
+        name = short[network] if len(set(short.values())) == len(short) else network
+        found[f"{data}, {name}"] = [_within(run, own) for run in group]
+    return found
+
+
+def _decided_together(groups: Iterable[Sequence[Run]]) -> str:
+    """The sweep of `until=decided` whose techniques are of several of the groups; empty: there is none."""
+    arms: dict[Any, list[set[str]]] = defaultdict(list)
+    folders = {}
+    for group in groups:
+        own: dict[Any, set[str]] = defaultdict(set)
+        for run in group:
+            if run.sweep is not None and run.sweep.decides and run.arm in run.sweep.techniques:
+                key = run.sweep.planned, run.sweep.techniques, run.sweep.decides
+                own[key].add(run.arm)
+                folders[key] = run.sweep.folder
+        for key, names in own.items():
+            arms[key].append(names)
+    # sweeps of one network each, planned alike, have the same arms
+    parted = (key for key, sets in arms.items() if len(sets) > 1 and not set.intersection(*sets))
+    return next((folders[key] for key in parted), "")
+
+
+def _options_of(arm: str) -> set[str]:
+    return {part for part in arm.split(" ") if "=" in part}
+
+
+def _without(arm: str, parts: set[str]) -> str:
+    return " ".join(p for p in arm.split(" ") if p not in parts) or "baseline"
+
+
+def _within(run: Run, own: set[str]) -> Run:
+    """A run as one of its setting: its arm's name, and what its sweep planned, without what names the setting."""
+    if run.sweep is None or not own:
+        return replace(run, arm=_without(run.arm, own))
+    sweep, named = run.sweep, {a for a in run.sweep.techniques if own <= _options_of(a)}
+    narrowed = replace(
+        sweep,
+        techniques=frozenset(_without(a, own) for a in named) - {"baseline"},
+        rivals={_without(a, own): _without(b, own) for a, b in sweep.rivals.items() if own <= _options_of(a)},
+        baseline=None if sweep.baseline is None else _without(sweep.baseline, own),
+    )
+    return replace(run, arm=_without(run.arm, own), sweep=narrowed)
 
 
 def name_arms(runs: Sequence[Run]) -> list[Run]:

@@ -20,6 +20,7 @@ from reporting.arms import (
     Arm,
     Plan,
     Settings,
+    by_setting,
     check_versions,
     choose_baseline,
     first_sweep,
@@ -161,7 +162,7 @@ class Table:
 
 
 def compare(runs: Sequence[Run], request: Request) -> list[Table]:
-    """A table for each data set among the runs.
+    """A table for each setting among the runs: a data set, or a data set and a network (`reporting.arms.by_setting`).
 
     Raises:
         ConfigError: where there are several arms and none is the baseline.
@@ -169,7 +170,10 @@ def compare(runs: Sequence[Run], request: Request) -> list[Table]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[run.data].append(run)
-    return [_table(data, group, request) for data, group in sorted(groups.items())]
+    settings: dict[str, list[Run]] = {}
+    for data, group in sorted(groups.items()):
+        settings |= by_setting(data, group, request)
+    return [_table(name, group, request) for name, group in settings.items()]
 
 
 def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
@@ -503,7 +507,7 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
         return finding, f"{finding} than {shown}" if " by " in finding else finding
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
     text = f"undecided: between {low} and {high}{metric.unit}{_alone(c, table)}"
-    return finding, text + _more_seeds(c, table)
+    return finding, text + more_seeds(c, table)
 
 
 def family_of(c: Comparison, table: Table) -> int:
@@ -561,16 +565,18 @@ def _selected_on_scored(table: Table, best: bool) -> bool:
     return table.metric.split == "test" and "test" in splits
 
 
-def _more_seeds(c: Comparison, table: Table) -> str:
+def more_seeds(c: Comparison, table: Table) -> str:
+    """What an undecided arm would take; empty where that cannot be told."""
     margin, shared, techniques = table.plan.margin, table.shared, table.family
     if margin is None or shared is None or shared.variance == 0:
         return ""
     more = s.more_seeds(c.n, margin, shared, s.ALPHA / techniques)
     if more.about is None:
-        return f"; not resolvable at {table.metric.formatted(margin)}{table.metric.unit} (over {s.MOST_SEEDS} seeds)"
+        shown = f"{table.metric.formatted(margin)}{table.metric.unit}"
+        return f"; not resolvable at {shown}: it would take more than {s.MOST_SEEDS} seeds"
     if techniques == 1 and c.n < 5:  # one sd of so few pairs says next to nothing
         return f"; about {more.about} more seeds (between 5 and 40)"
-    high = f"over {s.MOST_SEEDS - c.n}" if more.high is None else str(more.high)
+    high = f"more than {s.MOST_SEEDS - c.n}" if more.high is None else str(more.high)
     return f"; about {more.about} more seeds ({more.low} to {high})"
 
 

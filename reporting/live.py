@@ -224,7 +224,7 @@ class Watcher:
             self._made = runs, made
             if request.watching is not None and request.watching.writes:
                 left_out = [one for _, one in self._fresh.values() if isinstance(one, LeftOut)]
-                files.write(made.page(left_out, request), made.tables, made.plots, request.out)
+                files.write(made.page(left_out, request), made.tables, made.plots, request.out, made.over_all)
         return self._made[1]
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 from crucible.command_line import command, option
 from reporting import remarks
+from reporting.answer import Answer, answer, answer_in_general, basics, under_corruptions, varying
 from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table, formatted_p
 from reporting.elsewhere import Elsewhere
+from reporting.general import InGeneral
 from reporting.mechanism import MEASURES, Mechanism, Spread, to_measure
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
@@ -22,6 +24,7 @@ from reporting.request import Request
 from reporting.robustness import Robustness, corruptions, to_test
 from reporting.statistics import PairedT
 
+ALL = "all settings"  # what the pictures over all of them are filed under
 LEFT_OUT_LISTED = 100
 WARNINGS_LISTED = 60
 
@@ -40,6 +43,13 @@ class Text:
 
     text: str
     notice: bool = False
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The paragraph on top: what was compared, and what was found."""
+
+    answer: Answer
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Fold:
     blocks: Sequence[Block]
 
 
-Block = Heading | Text | Items | Code | Grid | Picture | Fold
+Block = Heading | Text | Lead | Items | Code | Grid | Picture | Fold
 
 
 @dataclass
@@ -101,22 +111,26 @@ def compose(
     plots: Mapping[str, Sequence[Plot]],
     left_out: Sequence[LeftOut],
     request: Request,
+    over_all: InGeneral | None = None,
 ) -> Page:
-    """The page of these tables; `plots` by data set."""
+    """The page of these tables; `plots` by setting, those over all of them by `ALL`."""
     page = Page("Comparison")
-    command = shlex.join(["python", "report.py", *request.arguments])
-    page.add(Text(f"Written {time.strftime('%Y-%m-%d %H:%M')} by `{command}`."))
+    if over_all is not None:
+        _add_general(page, over_all, plots.get(ALL, ()))
     for table in tables:
         pictures = {
             p.name: Picture(p, f"plots/{plot_file(table.data, p)}") for p in plots.get(table.data, ())
         }
         _add_table(page, table, pictures, request)
+    command = shlex.join(["python", "report.py", *request.arguments])
+    written = Text(f"Written {time.strftime('%Y-%m-%d %H:%M')} by `{command}`.")
     if left_out:
         rows = [[_word(str(r.path)), _word(r.status), _word(r.reason)] for r in left_out[:LEFT_OUT_LISTED]]
         grid = Grid(["run", "status", "reason"], rows, frozenset({"run", "status", "reason"}))
         page.add(Heading("Runs left out", 2), grid, brief=True)
         if len(left_out) > LEFT_OUT_LISTED:
             page.add(Text(f"And {len(left_out) - LEFT_OUT_LISTED} more."), brief=True)
+    page.add(written)
     return page
 
 
@@ -129,14 +143,13 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
     def picture(*names: str) -> list[Block]:
         return [pictures[n] for n in names if n in pictures]
 
-    page.add(Heading(table.data, 2), Text(f"{_headline(table, request)}."), brief=True)
+    page.add(Heading(table.data, 2), Lead(answer(table, request)), brief=True)
     page.add(*(Text(remark, notice=True) for remark in table.plan.remarks), brief=True)
     if table.comparisons:
-        page.add(Heading("Verdicts", 3), _verdict_grid(table))
+        page.add(*picture("differences"), Heading("Verdicts", 3), _verdict_grid(table))
         page.brief.append(
             Items([f"{c.arm}: {c.verdict}" + (f"; {c.cost}" if c.cost else "") for c in table.comparisons])
         )
-        page.add(*picture("differences"))
     if warnings := remarks.warnings(table):
         lines = warnings[:WARNINGS_LISTED]
         if len(warnings) > WARNINGS_LISTED:
@@ -166,6 +179,65 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         page.add(Heading("Curves", 3), *picture("curves_val", "curves_loss", "logits", "calibration"))
     page.add(Heading("Settings", 3), *_settings_blocks(table))
     page.add(Heading("To reproduce", 3), *_commands(table))
+
+
+_GENERAL = (
+    "Mean of the settings' differences, each counting alike; Student's interval over settings, never narrower than "
+    "their own errors allow; *another setting*: what one more of the kind, measured alike, would show 95 times in 100. "
+    "*tau*: sd of the true effects between settings; *I2*: share of the variance that is not the seeds'; *differ p*: "
+    "Welch's test that all settings have one effect. It holds for settings such as these, if they were not chosen by "
+    "what they show."
+)
+
+
+def _add_general(page: Page, found: InGeneral, plots: Sequence[Plot]) -> None:
+    """What holds over all settings."""
+    page.add(Heading("In general", 2), Lead(answer_in_general(found)), brief=True)
+    page.add(*(Picture(p, f"plots/{plot_file(ALL, p)}") for p in plots))
+    if not found.techniques:
+        return
+    metric, rows = found.metric, []
+
+    def shown(value: float, signed: bool = False) -> Cell:
+        return metric.formatted(value, signed), value * metric.scale
+
+    for one in found.techniques:
+        row = [_word(one.arm), _number(len(one.used), "d")]
+        if (all_of := one.combined) is None:
+            rows.append([*row, *[("-", math.nan)] * 2, _word(one.verdict), *[("-", math.nan)] * 6])
+            continue
+        t = all_of.t
+        row += [
+            shown(float(t.mean), True),
+            (metric.formatted_interval(float(t.low), float(t.high)), float(t.low)),
+        ]
+        row += [_word(one.verdict), _p(one.p_holm), _p(one.p_none)]
+        row += [(metric.formatted_interval(float(all_of.low), float(all_of.high)), float(all_of.low))]
+        row += [shown(float(all_of.tau)), _number(100 * float(all_of.i2), ".0f"), _p(float(all_of.p))]
+        rows.append(row)
+    head = [
+        "arm",
+        "settings",
+        "diff",
+        "95% interval",
+        "verdict",
+        "Holm p",
+        "margin p",
+        "another setting",
+        "tau",
+    ]
+    unit = f", in{metric.unit}" if metric.unit else ""
+    page.add(
+        Heading(f"Over {len(found.settings)} settings{unit}", 3),
+        Grid([*head, "I2, %", "differ p"], rows, frozenset({"arm", "verdict"})),
+        brief=True,
+    )
+    page.add(Text(_GENERAL))
+    without = [
+        f"{one.arm} in {data}: {verdict}" for one in found.techniques for data, verdict in one.without.items()
+    ]
+    if without:
+        page.add(Text("Without a number there:"), Items(without), brief=True)
 
 
 _DETECTABLE = (
@@ -203,35 +275,37 @@ def _p(value: float) -> Cell:
     return formatted_p(value), value
 
 
-def _headline(table: Table, request: Request) -> str:
-    metric, plan = table.metric, table.plan
-    better = "higher" if metric.higher_is_better else "lower"
-    margin = "none" if plan.margin is None else f"{metric.formatted(plan.margin)}{metric.unit}"
-    percent = " in %" if metric.is_fraction else ""
-    scored = "of the weights that were best on validation" if request.best else "of the last epoch"
-    kind = "looks at" if len(plan.seeds) > 1 else "planned seeds:"
-    planned = f"; {kind} {', '.join(map(str, plan.seeds))}" if plan.seeds else ""
-    variance = "; variance shared by the arms (moderated)" if request.shared_variance else ""
-    what = f"{metric.name}{percent} {scored} ({better} is better)"
-    return f"{what}; margin {margin}; baseline: {table.baseline}{planned}{variance}"
-
-
 def _verdict_grid(table: Table) -> Grid:
+    """The arms: difference, verdict, cost; and under corruptions, where their runs were tested so."""
+    under = under_corruptions(table)
     rows = []
     for c in table.comparisons:
         difference = _metric(table, float(c.t.mean), signed=True)
         rows.append([_word(c.arm), difference, _word(c.verdict), _word(c.cost or "-")])
-    return Grid(["arm", "diff", "verdict", "cost"], rows, frozenset({"arm", "verdict", "cost"}))
+        if under is not None:
+            other = next(o for o in under.comparisons if o.arm == c.arm)
+            shown = _metric(under, float(other.t.mean), signed=True)
+            rows[-1] += [shown, _word(other.verdict)]
+    words, corrupted = ["arm", "verdict", "cost"], []
+    if under is not None:
+        corrupted = ["diff, corrupted", "verdict, corrupted"]
+        words.append(corrupted[1])
+    return Grid(["arm", "diff", "verdict", "cost", *corrupted], rows, frozenset(words))
 
 
 def _arm_grid(table: Table) -> Grid:
-    rows = []
+    rows, differing, tests = [], varying(table), table.robustness
     for arm in table.arms.values():
         described = [_metric(table, v) for v in arm.spread().values()]
+        own = basics(table, arm.name)
         rows.append(
             [_word(arm.name), _number(len(arm.runs), "d"), *described, _number(len(arm.diverged), "d")]
+            + ([_percent(tests.mean(arm, "acc_corrupted"))] if tests else [])
+            + [_word(own.get(name, "-")) for name in differing]
         )
-    return Grid(["arm", "n", "mean", "sd", "median", "min", "max", "diverged"], rows, frozenset({"arm"}))
+    head = ["arm", "n", "mean", "sd", "median", "min", "max", "diverged"]
+    head += [*(["acc corrupted"] if tests else []), *differing]
+    return Grid(head, rows, frozenset({"arm", *differing}))
 
 
 def _comparison_grid(table: Table) -> Grid:

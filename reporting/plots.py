@@ -1,7 +1,7 @@
 """The report's figures: drawn once with matplotlib, as PNG for files and as inline SVG that follows the page.
 
-Text, axes and whatever has the ink colour become `currentColor` in the SVG, so one drawing serves a light and
-a dark page. Arms keep their colour through all figures.
+Text and axes become `currentColor` in the SVG and the colours of arms variables of the page's style, so one drawing
+serves a light and a dark page, in the page's own type. Arms keep colour, marker and line through all figures.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ from numpy.typing import NDArray
 
 from reporting.arms import Arm
 from reporting.comparison import Table
+from reporting.general import FEWEST, InGeneral
 from reporting.remarks import percent
 
 INK = "#1f2328"
-BASELINE_COLOUR = "#7a828e"
-# Legible on white and on near-black, and apart for most colour-blind readers
-COLOURS = ("#2f81d6", "#d9761a", "#2c9c6a", "#c2508f", "#8a6fd1", "#b08b00", "#d1493f", "#1799ad")
+BASELINE_COLOUR = "#6e7681"
+# After Okabe and Ito (jfly.uni-koeln.de/color), darkened to 3:1 on white; beside each its lighter one for a dark page.
+# Colour is never alone: rows have names, and what shares a panel differs in marker and line.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5558c", "#a87400", "#3c9ad6", "#5b4b9a", "#7a4a2b")
+COLOURS_IN_THE_DARK = ("#4da3dc", "#f08a45", "#2fbf95", "#de94c0", "#e6b23c", "#8ccbf5", "#a697e0", "#c79a78")
+BASELINE_IN_THE_DARK = "#9198a1"
+MARKERS = ("o", "^", "D", "v", "P", "X", "<", ">")
+LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 MOST_PANELS = 9
 MOST_LINES = len(COLOURS)
 PAPER = "#fdfefd"  # becomes the page's background
-WIDTH = 5.6  # inches: with this type it stays readable at the width of a phone
+WIDTH = 4.8  # inches: with this type it stays readable at the width of a phone
 STYLE: Any = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "legend.fontsize": 8.5,
-    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "text.color": INK, "axes.linewidth": 0.8, "lines.linewidth": 1.5, "grid.color": BASELINE_COLOUR,
     "grid.alpha": 0.3, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True,
@@ -102,7 +108,9 @@ def _rendered(name: str, title: str, caption: str, figure: Figure) -> Plot:
     text = svg.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace(INK, "currentColor").replace(PAPER, "var(--page)").replace("DejaVu Sans", "inherit")
+    text = text.replace(INK, "currentColor").replace(PAPER, "var(--page)").replace("'DejaVu Sans'", "inherit")
+    for number, colour in enumerate((BASELINE_COLOUR, *COLOURS)):
+        text = text.replace(colour, f"var(--arm{number})")
     text = re.sub(r'\bid="(?!m[0-9a-f]{10}|p[0-9a-f]{10}|C\d)[^"]*"', "", text)  # repeated in every figure
     label = re.sub(r'[<>&"]', " ", title)
     return Plot(
@@ -117,6 +125,26 @@ def colours(table: Table) -> dict[str, str]:
     return {table.baseline: BASELINE_COLOUR} | {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(order)}
 
 
+class Look(NamedTuple):
+    """How an arm is drawn where several share a panel."""
+
+    colour: str
+    marker: str
+    line: Any
+
+
+def looks(table: Table) -> dict[str, Look]:
+    """Of each arm; no two of the first eight are alike in colour or marker."""
+    found, number = {}, 0
+    for name, colour in colours(table).items():
+        if name == table.baseline:
+            found[name] = Look(colour, "s", (0, (3, 2)))
+            continue
+        found[name] = Look(colour, MARKERS[number % len(MARKERS)], LINES[number % len(LINES)])
+        number += 1
+    return found
+
+
 def _ranked(table: Table) -> list[str]:
     """Techniques, the best difference first."""
     sign = table.metric.sign
@@ -124,7 +152,7 @@ def _ranked(table: Table) -> list[str]:
     return [c.arm for c in sorted(known, key=lambda c: -sign * float(c.t.mean))]
 
 
-def _short(name: str, length: int = 26) -> str:
+def _short(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
@@ -201,7 +229,7 @@ def _boxes(table: Table) -> Drawn | None:
 
 
 def _accuracy_and_time(table: Table) -> Drawn | None:
-    palette, scale = colours(table), table.metric.scale
+    drawn_as, scale = looks(table), table.metric.scale
     points: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []
     for arm in table.arms.values():
         runs = [run for run in arm.runs.values() if run.seconds]
@@ -219,10 +247,10 @@ def _accuracy_and_time(table: Table) -> Drawn | None:
     figure = Figure(figsize=(WIDTH, 3.4 + 0.2 * rows), layout="constrained")
     axes = figure.subplots()
     for name, seconds, values in points:
-        colour, filled = palette[name], name in helped or name == table.baseline
+        (colour, marker, _), filled = drawn_as[name], name in helped or name == table.baseline
         axes.errorbar(
             seconds.mean() / per, values.mean(), xerr=_sd(seconds) / per, yerr=_sd(values), elinewidth=1,
-            fmt="s" if name == table.baseline else "o", color=colour, markersize=6,
+            fmt=marker, color=colour, markersize=6.5,
             markerfacecolor=colour if filled else PAPER, label=_short(name, 24),
         )  # fmt: skip
     axes.set(xlabel=f"training time, {unit}", ylabel=_unit(table))
@@ -235,6 +263,51 @@ def _accuracy_and_time(table: Table) -> Drawn | None:
         caption,
         figure,
     )
+
+
+def draw_forest(found: InGeneral) -> Plot | None:
+    """A panel for each technique: its difference in each setting, their mean, and what another setting would show."""
+    shown = [one for one in found.techniques if one.combined is not None]
+    if not shown:
+        return None
+    scale = found.metric.scale
+    rows = [len(one.used) + 1 for one in shown]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.6 + sum(0.42 + 0.23 * n for n in rows)), layout="constrained")
+        grid = figure.subplots(
+            len(shown), 1, sharex=True, squeeze=False, height_ratios=[n + 0.8 for n in rows]
+        )[:, 0]
+        for number, (axes, one) in enumerate(zip(grid, shown, strict=True)):
+            assert one.combined is not None
+            colour, t = COLOURS[number % len(COLOURS)], one.combined.t
+            if found.margin is not None:
+                reach = found.margin * scale
+                axes.axvspan(-reach, reach, color=BASELINE_COLOUR, alpha=0.18, linewidth=0)
+            axes.axvline(0, color=INK, linewidth=1)
+            names = [*one.used, "mean"]
+            for row, c in zip(range(len(names) - 1, 0, -1), one.used.values(), strict=True):
+                axes.plot([c.t.low * scale, c.t.high * scale], [row, row], color=colour, linewidth=1.4)
+                axes.plot(c.t.mean * scale, row, "s", color=colour, markersize=4.5)
+            other = [float(b) * scale for b in (one.combined.low, one.combined.high)]
+            low, mean, high = (float(b) * scale for b in (t.low, t.mean, t.high))
+            if len(one.used) >= FEWEST:  # of two, either would be wider than the picture
+                axes.plot(other, [0, 0], color=INK, linewidth=0.9, linestyle=(0, (1, 1.2)))
+                axes.fill([low, mean, high, mean], [0, 0.3, 0, -0.3], color=INK, linewidth=0)
+            else:
+                axes.plot(mean, 0, "D", color=INK, markerfacecolor=PAPER, markersize=5)
+            axes.set_yticks(range(len(names)), [_short(n) for n in reversed(names)])
+            axes.set_ylim(-0.6, len(names) - 0.4)
+            axes.set_title(_short(one.arm, 60), fontsize=9.5, loc="left")
+            _clear(axes, "y")
+        unit = f",{found.metric.unit}" if found.metric.unit else ""
+        better = "higher" if found.metric.higher_is_better else "lower"
+        figure.supxlabel(f"difference in {found.metric.name}{unit} ({better} is better)", fontsize=9.5)
+        caption = (
+            "Squares: each setting's mean paired difference with its interval. Diamond: the mean over settings and its "
+            "95% interval; dotted: what another setting, measured alike, would show. Of two settings only their mean "
+            "is drawn."
+        )
+        return _rendered("forest", "Each technique over the settings", caption, figure)
 
 
 def _sd(values: NDArray[np.float64]) -> float:
@@ -254,10 +327,20 @@ def _mean_and_sd(block: NDArray[np.float64]) -> tuple[Any, Any, Any]:
     return np.flatnonzero(there) + 1, mean, sd
 
 
-def _band(axes: Axes, block: NDArray[np.float64], colour: str, scale: float, label: str) -> None:
+def _band(axes: Axes, block: NDArray[np.float64], look: Look, scale: float, label: str) -> None:
     epochs, mean, sd = _mean_and_sd(block)
-    marker = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, mean * scale, color=colour, label=label, marker=marker, markersize=4)
+    colour, marker, line = look
+    every = max(1, len(epochs) // 6)
+    axes.plot(
+        epochs,
+        mean * scale,
+        color=colour,
+        label=label,
+        linestyle=line,
+        marker=marker,
+        markersize=3.5,
+        markevery=every,
+    )
     if len(block) > 1:
         axes.fill_between(
             epochs, (mean - sd) * scale, (mean + sd) * scale, color=colour, alpha=0.2, linewidth=0
@@ -271,15 +354,15 @@ def _panels(table: Table, curves: Curves, column: str, scale: float) -> Figure |
         arms = [table.baseline] if base is not None else []
     if not arms:
         return None
-    palette = colours(table)
+    drawn_as = looks(table)
     columns = {1: 1, 2: 2, 4: 2}.get(len(arms), 3)
     rows = -(-len(arms) // columns)
     figure = Figure(figsize=(WIDTH, 0.5 + (1.75 if columns > 1 else 2.6) * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name in zip(grid, arms, strict=False):
         if base is not None and name != table.baseline:
-            _band(axes, base, BASELINE_COLOUR, scale, table.baseline)
-        _band(axes, curves[name][column], palette[name], scale, name)
+            _band(axes, base, drawn_as[table.baseline], scale, table.baseline)
+        _band(axes, curves[name][column], drawn_as[name]._replace(line="-"), scale, name)
         axes.set_title(_short(name, 24 if columns > 1 else 60), fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in grid[len(arms) :]:
@@ -321,7 +404,7 @@ def _learning_curves(table: Table, curves: Curves) -> list[Drawn]:
         figure = _panels(table, curves, column, scale)
         if figure is not None:
             figure.supylabel(f"{column}, {unit}" if unit else column, fontsize=9.5)
-            caption = f"Mean over seeds, band: ±1 sd of a run; grey: {table.baseline}.{more}"
+            caption = f"Mean over seeds, band: ±1 sd of a run; grey, dashed: {table.baseline}.{more}"
             drawn.append((name, title, caption, figure))
     return drawn
 
@@ -336,14 +419,14 @@ def _logits(table: Table, curves: Curves) -> Drawn | None:
     names = [n for n in ("norm", "mean", "max", "var") if any(f"logits/{n}" in curves[arm] for arm in shown)]
     if not names:
         return None
-    palette = colours(table)
+    drawn_as = looks(table)
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True).ravel()
     for axes, name in zip(grid, names, strict=False):
         for arm in shown:
             block = curves[arm].get(f"logits/{name}")
             if block is not None:
-                _band(axes, block, palette[arm], 1.0, _short(arm, 24))
+                _band(axes, block, drawn_as[arm], 1.0, _short(arm, 24))
         axes.set_title(f"logits/{name}", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in grid[len(names) :]:
@@ -361,7 +444,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 
 def _calibration(table: Table) -> Drawn | None:
-    palette = colours(table)
+    drawn_as = looks(table)
     with_error = [
         (name, errors)
         for name in [table.baseline, *_ranked(table)]
@@ -376,9 +459,9 @@ def _calibration(table: Table) -> Drawn | None:
         return None
     panels: list[Callable[[Axes], Any]] = []
     if binned:
-        panels.append(lambda axes: _reliability(axes, binned, palette))
+        panels.append(lambda axes: _reliability(axes, binned, drawn_as))
     if with_error:
-        panels.append(lambda axes: _error_dots(axes, with_error, palette))
+        panels.append(lambda axes: _error_dots(axes, with_error, drawn_as))
     heights = [3.0] * bool(binned) + [0.7 + 0.26 * len(with_error)] * bool(with_error)
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -397,24 +480,33 @@ def _calibration_errors(arm: Arm) -> NDArray[np.float64]:
     return np.array([r.final["test/ece"] for r in arm.runs.values() if "test/ece" in r.final])
 
 
-def _reliability(axes: Axes, binned: Mapping[str, NDArray[np.float64]], palette: Mapping[str, str]) -> None:
+def _reliability(axes: Axes, binned: Mapping[str, NDArray[np.float64]], drawn_as: Mapping[str, Look]) -> None:
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     for name, (count, confidence, hits) in binned.items():
         kept = count >= max(10.0, 0.002 * count.sum())  # rare confidences are noise
+        colour, marker, line = drawn_as[name]
         axes.plot(
-            confidence[kept] / count[kept], hits[kept] / count[kept], "o-", markersize=3, color=palette[name]
-        )
+            confidence[kept] / count[kept], hits[kept] / count[kept], color=colour, linestyle=line, marker=marker,
+            markersize=4, label=_short(name, 24),
+        )  # fmt: skip
     axes.set(xlabel="confidence", ylabel="share of right answers", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(loc="upper left", fontsize=8)
 
 
 def _error_dots(
-    axes: Axes, with_error: Sequence[tuple[str, NDArray[np.float64]]], palette: Mapping[str, str]
+    axes: Axes, with_error: Sequence[tuple[str, NDArray[np.float64]]], drawn_as: Mapping[str, Look]
 ) -> None:
     for row, (name, errors) in enumerate(reversed(with_error)):
         axes.plot(
-            errors, [row] * len(errors), "o", color=palette[name], markersize=4, alpha=0.7, markeredgewidth=0
+            errors,
+            [row] * len(errors),
+            "o",
+            color=drawn_as[name].colour,
+            markersize=4,
+            alpha=0.7,
+            markeredgewidth=0,
         )
-        axes.plot(errors.mean(), row, "|", color=palette[name], markersize=13, markeredgewidth=2.2)
+        axes.plot(errors.mean(), row, "|", color=drawn_as[name].colour, markersize=13, markeredgewidth=2.2)
     axes.set_yticks(range(len(with_error)), [_short(name, 24) for name, _ in reversed(with_error)])
     axes.set_xlim(left=0)
     _clear(axes, "y")

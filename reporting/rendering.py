@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from reporting.page import Block, Code, Fold, Grid, Heading, Items, Page, Picture, Text
+from reporting.page import Block, Code, Fold, Grid, Heading, Items, Lead, Page, Picture, Text
+from reporting.plots import BASELINE_COLOUR, BASELINE_IN_THE_DARK, COLOURS, COLOURS_IN_THE_DARK
 
 # Markdown
 
@@ -27,6 +28,9 @@ def _markdown(block: Block) -> list[str]:
             return [f"{'#' * level} {_plain(text)}"]
         case Text(text, notice):
             return [f"> **Note:** {_marked(text)}" if notice else _line(text)]
+        case Lead(answer):
+            found = [f"**{_plain(title)}**: {_plain(told)}." for title, told in answer.found]
+            return [" ".join([_line(answer.compared), *found])]
         case Items(lines):
             return [f"- {_line(line)}" for line in lines]
         case Code(lines):
@@ -102,11 +106,16 @@ def to_html(page: Page) -> str:
 
 def document(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole file of what its body shows; `style` and `script` come after the page's own."""
+    light, dark = (
+        ";".join(f"--arm{i}:{colour}" for i, colour in enumerate(colours))
+        for colours in ((BASELINE_COLOUR, *COLOURS), (BASELINE_IN_THE_DARK, *COLOURS_IN_THE_DARK))
+    )
+    own = f"{_STYLE}:root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<style>{_STYLE}{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<style>{own}{style}</style>\n</head>\n<body>\n{body}\n"
         f"<script>{_SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
@@ -130,6 +139,8 @@ def _verdict_class(text: str) -> str:
         "undecided",
         "unstable",
         "cannot say",
+        "open",
+        "stopped",
         "synergy",
         "conflict",
     )
@@ -144,6 +155,12 @@ def block_to_html(block: Block) -> str:
             return f"<h{level}>{_escape(text)}</h{level}>"
         case Text(text, notice):
             return f'<p class="notice">{_inline(text)}</p>' if notice else f"<p>{_inline(text)}</p>"
+        case Lead(answer):
+            found = "".join(
+                f"<p><b{_verdict_class(title.lower())}>{_escape(title)}</b>: {_escape(told)}.</p>"
+                for title, told in answer.found
+            )
+            return f'<div class="lead"><p>{_escape(answer.compared)}</p>{found}</div>'
         case Items(lines):
             return "<ul>" + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>"
         case Code(lines):
@@ -170,7 +187,7 @@ def _html_grid(grid: Grid) -> str:
         for i, (name, (shown, key)) in enumerate(zip(grid.head, row, strict=True)):
             text = (
                 f"<span{_verdict_class(shown)}>{_escape(shown)}</span>"
-                if name in ("verdict", "so")
+                if name in ("verdict", "verdict, corrupted", "so")
                 else _escape(shown)
             )
             if i == 0:  # long names may break where they have a joint
@@ -194,7 +211,7 @@ _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",
 Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
-main{max-width:62rem;margin:0 auto;padding:1rem 1rem 4rem}
+main{max-width:68rem;margin:0 auto;padding:1rem 1rem 4rem}
 h1{font-size:1.7rem;margin:.5rem 0}
 h2{font-size:1.35rem;margin:2.2rem 0 .5rem;border-bottom:1px solid var(--line);padding-bottom:.25rem}
 h3{font-size:1.08rem;margin:1.8rem 0 .5rem}
@@ -205,6 +222,9 @@ code{padding:.1em .3em;overflow-wrap:anywhere}
 pre{padding:.7rem .9rem;overflow-x:auto}
 pre code{padding:0;background:none;overflow-wrap:normal}
 .notice{border-left:4px solid var(--open);background:var(--shade);padding:.5rem .8rem;border-radius:0 4px 4px 0}
+.lead{border-left:4px solid var(--link);padding:.1rem 0 .1rem 1rem;margin:.8rem 0;max-width:52rem}
+.lead p{margin:.45rem 0;max-width:none}
+.lead b.verdict.no,.lead b.verdict.cannot{color:inherit}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .65rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;white-space:nowrap}
@@ -222,9 +242,9 @@ th[aria-sort=descending] button::after{content:"\\2193";opacity:1}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--page);white-space:normal;min-width:9rem}
 .verdict.helps,.verdict.synergy{color:var(--good);font-weight:600}
 .verdict.hurts,.verdict.conflict,.verdict.unstable{color:var(--bad);font-weight:600}
-.verdict.undecided,.verdict.cannot{color:var(--open)}
+.verdict.undecided,.verdict.cannot,.verdict.open,.verdict.stopped{color:var(--open)}
 figure{margin:1.2rem 0}
-figure svg{display:block;width:100%;max-width:42rem;height:auto;font-family:inherit}
+figure svg{display:block;width:100%;max-width:37rem;height:auto;font-family:inherit}
 figcaption{color:var(--soft);font-size:.9rem;max-width:48rem;margin-top:.3rem}
 details{margin:.6rem 0}
 summary{cursor:pointer;color:var(--link)}
@@ -267,6 +287,9 @@ def to_console(page: Page) -> None:
                 console.print(f"\n{text}", style="bold")
             case Text(text):
                 console.print(text, soft_wrap=True)
+            case Lead(answer):
+                for line in (answer.compared, *(f"{title}: {told}." for title, told in answer.found)):
+                    console.print(line, soft_wrap=True)
             case Items(lines):
                 for line in lines:
                     console.print(f"  - {line}", soft_wrap=True)

@@ -16,9 +16,13 @@ from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
 OPTIONS = (
-    "runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "wandb", "watch", "port",
+    "runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "networks", "wandb",
+    "watch", "port",
 )  # fmt: skip
-CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared"), "watch": ("true", "false")}
+CHOICES = {
+    "checkpoint": ("last", "best"), "variance": ("own", "shared"), "networks": ("settings", "arms"),
+    "watch": ("true", "false"),
+}  # fmt: skip
 OF_WATCH = ("watch", "port")  # how the page is shown, not what it says
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
@@ -111,6 +115,7 @@ class Request:
     out: Path
     arguments: tuple[str, ...]
     wandb: str | None = None
+    networks: str | None = None  # settings or arms; None: by what was tried on them
     watching: Watching | None = None
 
 
@@ -157,6 +162,7 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         shared_variance=given.get("variance") == "shared",
         out=out,
         arguments=tuple(a for a in arguments if a.lstrip("-").partition("=")[0] not in OF_WATCH),
+        networks=given.get("networks"),
         wandb=None if given.get("wandb") == "null" else given.get("wandb"),
         watching=watching,
     )

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +92,73 @@ def written(root: Path) -> tuple[dict[str, dict[str, str]], str]:
 def run_report(root: Path, *arguments: str) -> tuple[dict[str, dict[str, str]], str]:
     assert report.main([f"runs={root}", *arguments]) == 0
     return written(root)
+
+
+def top(text: str) -> str:
+    """The paragraph on top of the page's first table."""
+    return text.split("## digits\n\n")[1].splitlines()[0]
+
+
+# The paragraph on top
+
+
+def test_the_page_begins_with_what_was_compared_and_what_was_found(tmp_path):
+    settings = {"model._target_": "models.dynamic_resnet.ResNet18", "model.optimizer": "SGD"}
+    make_arm(tmp_path, "baseline", BASE, settings=settings, peak_memory_mb=100.0, parameters=11_173_962)
+    arms = {
+        "mixup": BETTER,
+        "sam": shifted(-0.021, -0.019, -0.020, -0.018, -0.022),
+        "same": shifted(0.0002, -0.0001, 0.0001, 0.0, -0.0002),
+        "open": shifted(0.012, -0.010, 0.004, -0.007, 0.009),
+    }
+    for arm, values in arms.items():
+        make_arm(
+            tmp_path,
+            arm,
+            values,
+            settings=settings,
+            seconds=20 if arm == "mixup" else 10,
+            peak_memory_mb=110.0,
+        )
+    make_arm(tmp_path, "wrecked", [*BETTER[:4], math.nan], settings=settings)
+    make_arm(tmp_path, "few", BETTER[:2], settings={**settings, "model.lr": 0.1})
+    rows, text = run_report(tmp_path)
+    said = top(text)
+    for fact in (
+        "against baseline", "test/acc in % of the last epoch (higher is better)", "data digits",
+        "network ResNet18 (11.17 M parameters)", "12 epochs", "batch size 64", "optimizer SGD",
+        "learning rate 0.05 (few: 0.1)", "Seeds 0-4 of baseline", "2 to 5 pairs an arm", "margin 0.30 points",
+        f"baseline has {100 * np.mean(BASE):.2f}%",
+    ):  # fmt: skip
+        assert fact in said, fact
+    found = dict(part.split("**: ", 1) for part in said.split(" **")[1:])
+    low, high = (100 * float(rows["mixup"][bound]) for bound in ("low", "high"))
+    gain = 100 * float(rows["mixup"]["difference"])
+    assert found["Helps"].startswith(
+        f"mixup by {gain:+.2f} points (95% interval {low:+.2f} to {high:+.2f}), by more than 0.30 points, time x2.00"
+    )
+    assert found["Helps"].endswith("time x2.00, memory x1.10.")
+    assert found["Hurts"].startswith("sam by -2.00 points")
+    assert found["No difference larger than 0.30 points"].startswith("same (")
+    assert found["Open"].startswith("open, between -") and "not resolvable" in found["Open"]
+    assert found["Open"].endswith("it would take more than 50 seeds.")
+    assert "wrecked, unstable: 1 of 5 runs diverged" in found["No verdict"]
+    assert "few, cannot say (2 pairs); a verdict takes 3 pairs at least" in found["No verdict"]
+
+
+def test_one_run_of_one_arm_is_described_without_a_word_of_what_it_is_not(tmp_path):
+    make_arm(tmp_path, "baseline", BASE[:1])
+    said = top(run_report(tmp_path)[1])
+    assert said.startswith(
+        "baseline, by test/acc in % of the last epoch (higher is better); data digits, 12 epochs"
+    )
+    assert said.endswith("Seeds 0 of baseline; baseline has 93.10%.")
+
+
+def test_where_nothing_helps_the_paragraph_says_so(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", shifted(0.012, -0.010, 0.004, -0.007, 0.009))
+    assert "**Helps**: no technique is found to." in top(run_report(tmp_path)[1])
 
 
 # The numbers
@@ -288,7 +356,7 @@ def test_of_a_loss_lower_is_better_and_there_is_no_margin(tmp_path):
     rows, text = run_report(tmp_path, "metric=test/loss")
     assert rows["mixup"]["verdict"] == "helps"
     assert rows["cutmix"]["verdict"].startswith("undecided: between -0.00")
-    assert "(lower is better); margin none" in text and "points" not in text
+    assert "(lower is better)" in text and "no margin" in text and "points" not in text
 
 
 @pytest.mark.parametrize(
@@ -325,7 +393,7 @@ def test_the_f1_of_a_class_is_shown_in_percent_like_that_of_all(tmp_path):
     make_arm(tmp_path, "baseline", BASE, metric="test/f1_per_class/cat")
     make_arm(tmp_path, "mixup", BETTER, metric="test/f1_per_class/cat")
     _, text = run_report(tmp_path, "metric=test/f1_per_class/cat")
-    assert "test/f1_per_class/cat in % of the last epoch (higher is better); margin 0.30 points" in text
+    assert "test/f1_per_class/cat in % of the last epoch (higher is better); data digits, 12 epochs" in text
 
 
 # What to look at
@@ -495,6 +563,81 @@ def test_each_data_set_has_its_own_table(tmp_path):
     assert text.count("helps by more than") == 2
 
 
+def make_settings(root: Path, shifts: dict[str, float], metric: str = "test/acc", **options) -> None:
+    """In each data set mixup has about this effect."""
+    for number, (data, shift) in enumerate(shifts.items()):
+        make_arm(root, "baseline", BASE, data=data, metric=metric, **options)
+        better = shifted(*(shift + 0.0002 * (-number, 1, -1, 2, number)[i] for i in range(5)))
+        make_arm(root, "mixup", better, data=data, metric=metric, **options)
+
+
+def general(root: Path) -> tuple[dict[str, str], str]:
+    with (root / "report" / "results.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["data"] == "all settings"]
+    return (rows[0] if rows else {}), (root / "report" / "report.md").read_text()
+
+
+def test_over_three_settings_it_is_said_whether_a_technique_helps_in_general(tmp_path):
+    make_settings(tmp_path, {"cifar10": 0.009, "digits": 0.0105, "svhn": 0.012})
+    assert report.main([f"runs={tmp_path}"]) == 0
+    row, text = general(tmp_path)
+    with (tmp_path / "report" / "results.csv").open(newline="") as stream:
+        each = [float(r["difference"]) for r in csv.DictReader(stream) if r["pairs"] == "5"]
+    reference = stats.ttest_1samp(each, 0)
+    assert len(each) == 3 and row["settings"] == "3"
+    assert float(row["difference"]) == pytest.approx(np.mean(each))
+    assert float(row["p"]) == float(row["p_holm"]) == pytest.approx(reference.pvalue)
+    assert row["verdict"] == "helps in general by more than 0.30 points"
+    assert (
+        "**Helps in general**: mixup, +1.0" in text and "another setting, measured alike, would show" in text
+    )
+    assert text.index("## In general") < text.index("## cifar10")
+
+
+def test_two_settings_are_too_few(tmp_path):
+    make_settings(tmp_path, {"cifar10": 0.010, "digits": 0.011})
+    assert report.main([f"runs={tmp_path}"]) == 0
+    row, text = general(tmp_path)
+    assert row["verdict"] == "cannot say (2 settings; it takes 3 at least)" and row["p_holm"] == ""
+    assert re.search(
+        r"\*\*Too few settings .* which takes 3\*\*: mixup \+1\.\d+ \(cifar10\), \+1\.\d+ \(digits\)", text
+    )
+
+
+def test_an_arm_that_is_unstable_in_one_setting_is_not_said_to_help_in_general(tmp_path):
+    make_settings(tmp_path, {"cifar10": 0.009, "digits": 0.0105, "svhn": 0.012, "mnist": 0.01})
+    make_run(tmp_path, "mixup", 9, None, data="svhn", status="failed", reason="diverged: train/loss is nan")
+    assert report.main([f"runs={tmp_path}"]) == 0
+    row, text = general(tmp_path)
+    assert row["verdict"] == "unstable in svhn" and row["settings"] == "3"
+    assert "mixup in svhn: unstable: 1 of 6 runs diverged" in text
+
+
+def test_losses_of_several_settings_have_no_mean(tmp_path):
+    make_settings(tmp_path, {"cifar10": 0.009, "digits": 0.0105, "svhn": 0.012}, metric="test/loss")
+    assert report.main([f"runs={tmp_path}", "metric=test/loss"]) == 0
+    row, text = general(tmp_path)
+    assert not row and "test/loss has another scale in each setting" in text
+
+
+def test_networks_on_which_techniques_were_tried_are_settings(tmp_path):
+    networks = {"ResNet18": "models.dynamic_resnet.ResNet18", "WRN2810": "models.wide_resnet.WRN2810"}
+    for name, target in networks.items():
+        swept = f"model={name}"
+        for arm, values in (("", BASE), ("mixup ", BETTER)):
+            make_arm(
+                tmp_path, f"{arm}{swept}", values, settings={"model._target_": target},
+                techniques={"mixup": {}} if arm else {},
+            )  # fmt: skip
+    assert report.main([f"runs={tmp_path}"]) == 0
+    _, text = general(tmp_path)
+    assert "## digits, ResNet18" in text and "## digits, WRN2810" in text and "## In general" in text
+    assert text.count("| mixup | +0.92 | helps by more than 0.30 points |") == 2
+    assert report.main([f"runs={tmp_path}", "networks=arms", "baseline=model=ResNet18"]) == 0
+    _, text = general(tmp_path)
+    assert "## digits\n" in text and "| mixup model=WRN2810 |" in text and "## In general" not in text
+
+
 def test_runs_takes_several_folders_and_globs_and_out_says_where(tmp_path):
     make_arm(tmp_path / "one", "baseline", BASE)
     make_arm(tmp_path / "two", "mixup", BETTER)
@@ -590,7 +733,7 @@ def test_the_margin_that_the_sweep_fixed_is_used_without_asking(tmp_path):
     record_sweep(tmp_path, ["baseline", "mixup"])
     rows, text = run_report(tmp_path)
     assert rows["mixup"]["verdict"] == "helps by more than 0.50 points"
-    assert "margin 0.50 points" in text and "planned seeds: 5" in text and "Note:" not in text
+    assert "margin 0.50 points" in text and "planned seeds 5" in text and "Note:" not in text
 
 
 def test_another_margin_than_the_sweeps_is_said_on_the_face_of_the_report(tmp_path):

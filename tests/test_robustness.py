@@ -278,6 +278,11 @@ def test_the_report_shows_robustness_in_pairs_and_says_who_was_not_tested(
     assert "Robustness beside accuracy: last weights, 100 test images" in text
     assert "| mixup | 3 | 90.00 | 69.10 |" in text
     assert "+1.85 to +2.35" in text, "Student's t over the pairs 2.0, 2.1, 2.2"
+    lacking = "cannot say (test/acc_corrupted is not in all runs)"
+    assert f"**Under corruptions (test/acc_corrupted)**: mixup, {lacking}." in text
+    verdicts = text.split("### Verdicts")[1].split("###")[0]
+    assert "| diff, corrupted | verdict, corrupted |" in verdicts
+    assert f"| +2.10 | {lacking} |" in verdicts, "beside the accuracy's own"
     without = next(line for line in text.splitlines() if "Without a whole test" in line)
     assert "mixup, seed 3" in without and "baseline" not in without
     assert "each=true" in text and "data.module.corruption=all" in text

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, Command, Outcome, runs_in
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from record import composed_for
 from scipy import stats
 
 from crucible.options import ConfigError
@@ -29,7 +30,7 @@ from crucible.run import RunDirectory
 from lab import executors, planning, sweeps
 from lab.cluster import hide_secrets
 from lab.executors import LocalExecutor, Work
-from lab.experiment import Job
+from lab.experiment import Examiner, Job
 from lab.planning import Planned, SweepOptions, combine, expand
 from lab.processes import HELD
 from lab.remote import SAVE_S, ClusterJob, RemoteJob
@@ -47,6 +48,31 @@ def summary_of(run: Path) -> dict[str, Any]:
 
 
 # what is planned
+
+
+@pytest.mark.slow
+def test_the_seeds_of_an_arm_are_the_runs_that_they_are_one_by_one(tmp_path: Path) -> None:
+    """Composed and checked once where the seed is a number in some places; each where a name is made of it."""
+    arms = [["technique=baseline"], ["technique=[mixup,sam]", "model.lr=0.01"], ["arm=own-${seed}"]]
+    common = [*TINY, f"exp_dir={tmp_path}"]
+    jobs = [[f"seed={seed}", *common, *arm] for seed in (0, 3, 11) for arm in arms]
+    composed: list[list[str]] = []
+
+    def compose(overrides: Any) -> Any:
+        composed.append(list(overrides))
+        return composed_for(list(overrides))
+
+    examiner, swept = Examiner(), ("seed", "technique", "model.lr")
+    for overrides in jobs:
+        job = examiner.examine_job(compose, overrides, swept)
+        alone = Examiner().examine(composed_for(overrides), overrides, swept)
+        assert job.run.path == alone.run.path
+        assert replace(job, run=alone.run) == alone
+    assert [job[-1] for job in composed] == [
+        "technique=baseline", "model.lr=0.01", "arm=own-${seed}", "arm=own-${seed}", "arm=own-${seed}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="seed must be"):
+        examiner.examine_job(compose, ["seed=99999999999", *common, *arms[0]], swept)
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed() -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import settings_simulation
 from benchmarks.report_simulation import PLANS, SPREADS, TECHNIQUES, TRUTHS, simulate
 from reporting import statistics as s
+from reporting.general import combine
 
 
 @pytest.fixture
@@ -285,3 +287,58 @@ def test_the_interval_of_a_look_is_the_repeated_one():
     """All looks together miss less often than 5 of 100, though the arm that is looked at is chosen by its finding."""
     o = simulate([0.25] * 3, (5, 10, 20), 0.25, 0.5, 4000, np.random.default_rng(3))
     assert o.coverage.value >= 0.95
+
+
+# Several settings
+
+
+def test_the_mean_over_settings_is_students_t_over_them_where_they_vary_more_than_their_errors(rng):
+    effects = np.array([0.2, 1.1, 0.6, 2.0, -0.3])
+    found = combine(effects, np.full(5, 0.1), 4)
+    reference = stats.ttest_1samp(effects, 0)
+    interval = reference.confidence_interval()
+    assert [found.t.low, found.t.high, found.t.p] == pytest.approx(
+        [interval.low, interval.high, reference.pvalue], **EXACT
+    )
+    variance = effects.var(ddof=1)
+    assert found.tau == pytest.approx(math.sqrt(variance - 0.01), **EXACT)
+    assert found.i2 == pytest.approx((variance - 0.01) / variance, **EXACT)
+    reach = stats.t.ppf(0.975, 4) * math.sqrt(variance * 6 / 5)
+    assert [found.low, found.high] == pytest.approx([effects.mean() - reach, effects.mean() + reach], **EXACT)
+
+
+def test_settings_that_agree_by_chance_are_known_no_better_than_their_errors_allow():
+    errors = np.array([0.1, 0.2, 0.3])
+    found = combine([0.5, 0.5, 0.5], errors, 4)
+    half = stats.t.ppf(0.975, 2) * math.sqrt((errors**2).sum()) / 3
+    assert [found.t.low, found.t.high] == pytest.approx([0.5 - half, 0.5 + half], **EXACT)
+    assert found.tau == found.i2 == found.q == 0 and found.p == 1
+
+
+def test_that_two_settings_differ_is_told_as_by_welchs_t_test(rng):
+    one, other = rng.normal(size=5), 1 + 3 * rng.normal(size=4)
+    t = [s.paired_t(d) for d in (one, other)]
+    found = combine([x.mean for x in t], [x.error for x in t], [x.freedom for x in t])
+    assert found.p == pytest.approx(stats.ttest_ind(one, other, equal_var=False).pvalue, **EXACT)
+
+
+def test_many_tables_of_settings_at_once_are_as_one_after_the_other(rng):
+    effects, errors = rng.normal(size=(3, 4)), rng.uniform(0.5, 2, size=(3, 4))
+    together = combine(effects, errors, 4)
+    for i in range(3):
+        alone = combine(effects[i], errors[i], 4)
+        assert [c[i] for c in together.t] == pytest.approx(list(alone.t), **EXACT)
+        assert [c[i] for c in together[1:]] == pytest.approx(list(alone[1:]), **EXACT)
+
+
+@pytest.mark.parametrize(("k", "ratio", "tau"), [(3, 1.0, 4.0), (5, 16.0, 0.5), (8, 4.0, 2.0)])
+def test_the_interval_over_settings_covers_also_with_three_seeds_each(k, ratio, tau, rng):
+    cell = settings_simulation.simulate(k, 3, ratio, tau, "normal", 1500, rng)
+    assert cell.coverage.value >= 0.95 - 3 * cell.coverage.error
+    assert cell.another.value >= 0.95 - 3 * cell.another.error
+
+
+def test_weights_of_few_seeds_would_be_noticed(rng):
+    cell = settings_simulation.simulate(8, 3, 1.0, 0.0, "normal", 1500, rng)
+    assert cell.usual.value < 0.95 - 3 * cell.usual.error
+    assert cell.coverage.value >= 0.95 - 3 * cell.coverage.error
