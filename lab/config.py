@@ -83,11 +83,11 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
 Task = Literal[
-    "train", "test", "predict", "export", "card", "summary", "pack"
+    "train", "test", "predict", "export", "card", "mechanism", "summary", "pack"
 ]  # those of trained weights are in `lab.tasks`
 
 READS = ("test", "predict", "export")  # the tasks that read outputs by views and at a temperature
-WRITES = ("pack", "test", "predict", "export", "card")  # those that write a file of their own
+WRITES = ("pack", "test", "predict", "export", "card", "mechanism")  # those that write a file of their own
 
 LONG_RUN_STEPS = 5000
 

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -37,7 +38,7 @@ from crucible.configuration import Config
 from crucible.console import columns, fitted
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
-from crucible.launch import launch, left_over, meeting_point, settle, token
+from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
@@ -251,7 +252,9 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
     if first:
         (resume, said), name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
-            run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
+            run.claim(
+                token=token(), resume=str(resume or ""), ranks=name, **_whereabouts(config), **_meeting()
+            )
         except Held as error:
             if not received().does_the_work:
                 raise
@@ -425,6 +428,13 @@ def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
         if run.state() != "running":
             run.update_summary(status="failed", reason=str(error))
         raise
+
+
+def _whereabouts(config: Config) -> dict[str, Any]:
+    """Where the run is, beside host and process: the cluster's job, and the GPUs that it was given."""
+    on_cuda = config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+    facts = {"job": job_here(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "") if on_cuda else ""}
+    return {name: value for name, value in facts.items() if value}
 
 
 def _meeting() -> dict[str, Any]:
@@ -792,7 +802,9 @@ def _with_checkpoints(
 ) -> tasks.Runs:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
-    chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
+    chosen = [
+        run.pick_checkpoint(given.get("ckpt_path", tasks.WEIGHTS.get(given.get("task", "")))) for run in runs
+    ]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     return list(zip(runs, configs, chosen, strict=True))

@@ -67,7 +67,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in _PLACES)
     classes, source = trained_classes(run, recorded, checkpoint)
-    options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
+    options = {n: v for n, v in changed.items() if n == "limit" or of_a_test(n)}
     options |= {n: config[n] for n in EVALUATION_OPTIONS if config.get(n)}
     given = "given" in run.known()  # weights from elsewhere: no data are those of a training here
     if config["data"]["module"].get("predict_dir") is not None:
@@ -152,7 +152,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(config["data"]["module"])
 
 
-def _of_a_test(name: str) -> bool:
+def of_a_test(name: str) -> bool:
+    """Whether an option of the data's module changes what a test reads."""
     return is_semantic(f"data.module.{name}") and not name.startswith(_NOT_OF_A_TEST)
 
 

@@ -28,6 +28,7 @@ from crucible.configuration import select
 from crucible.console import print_table
 from crucible.files import write_atomically
 from crucible.handover import pass_on
+from crucible.liveness import this_process
 from crucible.masking import masked_in
 from crucible.metrics import headline
 from crucible.options import ConfigError, read_options
@@ -195,7 +196,8 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         return 0
     if deciding is not None:
         deciding.record()
-    record = Record(Path(composed.hydra.sweep.dir), options, planned, deciding.facts if deciding else {})
+    facts = deciding.facts if deciding else {}
+    record = Record(Path(composed.hydra.sweep.dir), options, planned, facts, executor.slots)
     failures = Sweep(checked_here, options, executor, measured, record, deciding).run(planned)
     return 1 if failures else 0
 
@@ -232,10 +234,16 @@ class Record:
         options: of the sweep.
         planned: its jobs.
         plan: of `until=decided`; else empty.
+        slots: runs at once.
     """
 
     def __init__(
-        self, folder: Path, options: SweepOptions, planned: Sequence[Planned], plan: Mapping[str, Any]
+        self,
+        folder: Path,
+        options: SweepOptions,
+        planned: Sequence[Planned],
+        plan: Mapping[str, Any],
+        slots: int,
     ) -> None:
         folder = folder.expanduser().resolve()
         for number in itertools.count(1):
@@ -252,6 +260,7 @@ class Record:
             "created": time.time(), "rule": RULE, **plan,
         }  # fmt: skip
         self._planned = planned
+        self._by = {"process": this_process(), "slots": slots}
         self.rivals: dict[str, str] = {}
         self.write()
 
@@ -265,8 +274,11 @@ class Record:
             if one.job is not None:
                 seed, fold = one.unit
                 runs[-1] |= {"run": str(one.job.run.path), "seed": seed, "fold": fold}
+                runs[-1] |= {name: one.job.facts.get(name) for name in ("kind", "passes")}
+                runs[-1] |= {"steps": one.job.steps if math.isfinite(one.job.steps) else None}
         content = {
             **self.facts,
+            **self._by,
             "command": command(*sys.argv[1:]),
             "arms": list(dict.fromkeys(one.arm for one in self._planned if one.job)),
             "rivals": self.rivals,
@@ -325,6 +337,7 @@ class Sweep:
             if todo:
                 arms = ", ".join(dict.fromkeys(one.arm for one in todo))
                 print(f"\n{len(todo)} runs to the next look: {arms}", flush=True)
+                self.record.write()
                 self._work(todo)
             elif held:
                 if not told:

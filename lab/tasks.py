@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train; of recorded ones test, predict, export, describe."""
+"""What a run can be asked to do: train; of recorded ones test, predict, export, describe, measure the mechanism."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ from lab.build import build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
 from lab.card import write_card
 from lab.export import export
+from lab.mechanism import measure_run
 from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
@@ -577,7 +578,7 @@ def _say(text: str) -> None:
 
 
 def _of_one(
-    task: str, act: Callable[[RunDirectory, Config, Path, Path | None], int]
+    task: str, act: Callable[[RunDirectory, Config, Path, Path | None], int], see: str
 ) -> Callable[[Runs, Path | None], int]:
     """A task on the weights of one run."""
 
@@ -585,7 +586,7 @@ def _of_one(
         if len(runs) > 1:
             raise ConfigError(
                 f"task={task}: is for one run, run= names {len(runs)}; each=true does it of each",
-                see="docs/export.md",
+                see=see,
             )
         return act(*runs[0], out)
 
@@ -594,9 +595,14 @@ def _of_one(
 
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
 OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {
-    "test": test_all, "predict": predict, "export": _of_one("export", export), "card": _of_one("card", write_card),
-}  # fmt: skip
+    "test": test_all,
+    "predict": predict,
+    "export": _of_one("export", export, "docs/export.md"),
+    "card": _of_one("card", write_card, "docs/export.md"),
+    "mechanism": _of_one("mechanism", measure_run, "docs/report.md"),
+}
 OF_SEVERAL = ("test", "predict")  # those that take several runs as one; of each of several all do
+WEIGHTS = {"mechanism": "last"}  # where none are named; else the best
 
 
 # what the summary, the loggers and the banner say

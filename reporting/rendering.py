@@ -98,18 +98,23 @@ def _line(text: str) -> str:
 
 def to_html(page: Page) -> str:
     """One file with its style, script and pictures in it."""
-    body = "\n".join(_to_html(block) for block in page.blocks)
+    body = "\n".join(block_to_html(block) for block in page.blocks)
+    return document(page.title, f"<main>\n<h1>{_escape(page.title)}</h1>\n{body}\n</main>")
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole file of what its body shows; `style` and `script` come after the page's own."""
     light, dark = (
         ";".join(f"--arm{i}:{colour}" for i, colour in enumerate(colours))
         for colours in ((BASELINE_COLOUR, *COLOURS), (BASELINE_IN_THE_DARK, *COLOURS_IN_THE_DARK))
     )
-    style = f"{_STYLE}:root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    own = f"{_STYLE}:root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(page.title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>{_escape(page.title)}</h1>\n{body}\n</main>\n"
-        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<style>{own}{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<script>{_SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -141,7 +146,8 @@ def _verdict_class(text: str) -> str:
     return f' class="verdict {opening.split()[0]}"' if opening else ""
 
 
-def _to_html(block: Block) -> str:
+def block_to_html(block: Block) -> str:
+    """A block of a page."""
     match block:
         case Heading(text, level):
             return f"<h{level}>{_escape(text)}</h{level}>"
@@ -163,7 +169,7 @@ def _to_html(block: Block) -> str:
             caption = f"<figcaption><b>{_escape(plot.title)}.</b> {_escape(plot.caption)}</figcaption>"
             return f'<figure><div class="scroll">{plot.svg}</div>{caption}</figure>'
         case Fold(title, blocks):
-            inner = "\n".join(map(_to_html, blocks))
+            inner = "\n".join(map(block_to_html, blocks))
             return f"<details><summary>{_escape(title)}</summary>\n{inner}\n</details>"
 
 
@@ -247,7 +253,7 @@ tbody th{min-width:6rem}td:last-child:not(.number){min-width:6rem}}
 """
 
 _SCRIPT = """
-for (const table of document.querySelectorAll("table")) {
+const sortable = root => { for (const table of root.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
     const down = head.getAttribute("aria-sort") === "ascending";
@@ -262,7 +268,8 @@ for (const table of document.querySelectorAll("table")) {
     });
     body.append(...rows);
   }));
-}
+} };
+sortable(document);
 """
 
 

@@ -31,7 +31,7 @@ FLOORS = (
         "lab.given",
     ),
     ("lab.scoring", "lab.packing", "lab.calibration"),
-    ("lab.robustness", "lab.card"),
+    ("lab.robustness", "lab.card", "lab.mechanism"),
     ("lab.export",),
     ("lab.tasks",),
     ("lab.warm", "lab.ranks", "lab.processes", "lab.remote", "lab.jobs"),
