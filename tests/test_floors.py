@@ -158,7 +158,7 @@ def test_imports_stand_at_the_top_but_those_that_are_late_on_purpose() -> None:
     assert not unlisted, "move them to the top"
     gone = LATE.keys() - {(i.file, i.module.partition(".")[0]) for i in others}
     assert not gone, "no longer late: take them off the list"
-    assert len(LATE) <= 20
+    assert len(LATE) <= 21
 
 
 def test_no_circle_closes() -> None:
