@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.nonfinite import OnNonfinite
+from callbacks.range_test import RangeOptions
 from crucible.configuration import Config, check_name, find_target, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
@@ -31,7 +32,7 @@ from crucible.options import (
 from crucible.technique import CUDA_GRAPHS, Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within, training_batches
-from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
+from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS, TUNE_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
@@ -81,7 +82,9 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
-Task = Literal["train", "test", "predict", "summary", "pack"]  # those of trained weights are in `lab.tasks`
+Task = Literal[
+    "train", "test", "predict", "summary", "pack", "tune"
+]  # those of trained weights are in `lab.tasks`
 
 LONG_RUN_STEPS = 5000
 
@@ -201,6 +204,10 @@ NEEDED = (
     ),
     Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
     Needed("pack.size", _packs, "task=pack, without pack.verify", 256),
+    *(
+        Needed(f"tune.{f.name}", lambda config: config["task"] == "tune", "task=tune", f.default)
+        for f in dataclasses.fields(RangeOptions)
+    ),
     Needed(
         "pack.quality", lambda config: _packs(config) and config["pack"]["size"] is not None,
         "task=pack with a pack.size, without pack.verify", 90,
@@ -210,7 +217,8 @@ NEEDED = (
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible",
     "matmul_precision", "on_nonfinite", "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir",
-    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
+    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *TUNE_OPTIONS,
+    *EVALUATION_OPTIONS,
 )  # fmt: skip
 
 
@@ -261,6 +269,9 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
             check_value(name, config[name], annotation)
     if "pack" in config:
         check_arguments(PackOptions, config["pack"], "pack")
+    if "tune" in config:
+        check_arguments(RangeOptions, config["tune"], "tune")
+        read_options(RangeOptions, config["tune"], "tune")
     _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
     _check_checkpoint(config["checkpoint"])
@@ -291,7 +302,7 @@ def _check_groups(config: Config) -> None:
         "checkpoint",
         "callbacks",
         "logger",
-        *(["pack"] if "pack" in config else []),
+        *(name for name in (*PACK_OPTIONS[1:], *TUNE_OPTIONS) if name in config),
     )
     for name in groups:
         if not isinstance(node := select(config, name), Mapping) and (
@@ -493,7 +504,7 @@ def settle_weights_data(config: Config, overrides: Sequence[str]) -> list[str]:
         "model",
     }  # groups' files are not typed
     settled = list(target.settle_network(model, typed))
-    own = target.own_data(model, evaluates=config["task"] != "train")
+    own = target.own_data(model, evaluates=config["task"] not in ("train", "tune"))
     if own is None or data["input_dim"] != 2:
         return settled
     kept: set[str] = set()

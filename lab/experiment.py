@@ -31,7 +31,7 @@ from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
-from lab.config import PACK_OPTIONS, SWEEP_OPTIONS, model_options, network_options, run_length
+from lab.config import PACK_OPTIONS, SWEEP_OPTIONS, TUNE_OPTIONS, model_options, network_options, run_length
 from lab.recorded import EVALUATION_OPTIONS, completed
 from lab.states import check_state
 from lab.summary import check_input, check_reproducible, check_samples
@@ -461,7 +461,7 @@ class Examiner:
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
-        for option in (*PACK_OPTIONS, *EVALUATION_OPTIONS):
+        for option in (*PACK_OPTIONS, *TUNE_OPTIONS, *EVALUATION_OPTIONS):
             config.pop(option, None)
         trust.vouch(config)
         check_no_secret(config)
@@ -469,7 +469,7 @@ class Examiner:
             raise ConfigError(
                 f"task={config['task']} is one command of its own: python main.py without -m", "README.md"
             )
-        if config["task"] != "train":
+        if config["task"] not in ("train", "tune"):
             raise ConfigError(
                 f"task={config['task']} is one command of its own: python main.py without -m; of a recorded run "
                 f"python main.py run=RUN task={config['task']}",
