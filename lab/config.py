@@ -436,6 +436,12 @@ _OURS_NOT_THE_TRAINERS = {
 }
 
 
+def trainer_options() -> dict[str, tuple[Any, Any]]:
+    """`{name: (annotation, default)}` of what `trainer.*` may hold."""
+    known = signature_options(Trainer).items()
+    return {n: (_TRAINER_TYPES.get(n, a), d) for n, (a, d) in known if n not in _OURS_NOT_THE_TRAINERS}
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     known = signature_options(Trainer)
     for name, value in trainer.items():
@@ -445,7 +451,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
-        check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
+        check_value(f"trainer.{name}", value, trainer_options()[name][0])
     if trainer["max_steps"] == 0:
         raise ConfigError("trainer.max_steps=0 trains nothing; -1 leaves the length to trainer.max_epochs")
     if trainer.get("limit_train_batches") in (0, 0.0):
