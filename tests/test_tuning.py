@@ -90,10 +90,13 @@ def test_gradient_descent_blows_up_where_the_rate_exceeds_two_over_the_curvature
     curve = range_test(config, options, tmp_path)
     limit = 2 / STEEPEST_CURVATURE
     assert curve.diverged and len(curve.losses) < options.steps
-    assert limit < curve.rates[-1] < 4 * limit, "where it is stopped: above where it began"
+    assert limit < curve.rates[-1] < 10 * limit, (
+        "where it is stopped: from next to nothing up to where it began"
+    )
     rising = np.flatnonzero(np.diff(curve.losses) > 0)
     assert limit < curve.rates[rising[0]] < 1.1 * limit, "the first step that makes it worse"
-    assert limit / 2 < curve.smooth[0][curve.lowest] < 1.2 * limit
+    assert curve.steepest is not None and limit / 100 < curve.steepest < limit
+    assert curve.tenth is not None and limit / 20 < curve.tenth < limit
     # each step multiplies the error by 1 - rate * curvature
     factors = 1 - STEEPEST_CURVATURE * curve.rates
     expected = STEEPEST_CURVATURE / 2 * np.concatenate(([1.0], np.cumprod(factors)[:-1])) ** 2
