@@ -115,7 +115,7 @@ class RangeTest(Callback):
         """Collective. All ranks read the same numbers, and stop at the same step."""
         sums: Tensor = self._sums[len(self.losses) : done]
         if trainer.world_size > 1:
-            sums = trainer.strategy.reduce(sums.clone(), reduce_op="sum")  # type: ignore[assignment]
+            sums = trainer.strategy.reduce(sums.clone(), reduce_op="sum")
         known = len(self.losses)
         self.losses += [loss / samples for loss, _, samples in sums.tolist()]
         smooth = smoothed(self.losses, self.options.steps)

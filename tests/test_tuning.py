@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, runs_in
+from cuda_runs import Phases
 from lightning.pytorch import Callback
+from simulated_cuda import simulated_cuda
 from technique_runs import composed
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -21,6 +23,7 @@ from callbacks.range_test import READ_EVERY, RangeOptions, smoothed
 from crucible.configuration import find_target
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
+from lab import tuning
 from lab.build import build_data
 from lab.config import model_options, resolve
 from lab.tuning import Curve, range_test
@@ -130,6 +133,18 @@ def test_the_loss_is_the_one_that_the_techniques_make(tmp_path: Path) -> None:
 
     assert first("model.sam=true") == first(), "that of the first pass"
     assert first("model.augmix_weight=10000") > first("model.augmix_weight=1") + 0.1
+
+
+def test_the_device_is_waited_for_once_in_ten_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = tuning.build_trainer
+    with simulated_cuda() as device:
+        watching = lambda config, folder, callbacks, loggers: build(  # noqa: E731
+            config, folder, [Phases(device), *callbacks], loggers
+        )
+        monkeypatch.setattr(tuning, "build_trainer", watching)
+        range_test(resolved("mixup"), RangeOptions(steps=20), tmp_path)
+        waits = {step: device.waited(f"step{step}") for step in range(3, 19)}
+    assert [step for step, found in waits.items() if found] == [READ_EVERY - 1]
 
 
 def test_a_loss_that_is_no_number_from_the_start_is_said(tmp_path: Path) -> None:
