@@ -154,7 +154,7 @@ def _mapping_or(schema: Schema, *others: Schema) -> Schema:
 
 def _fields(kind: type) -> dict[str, Declared]:
     hints = get_type_hints(kind, include_extras=True)
-    return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
 
 
 def _classes(package: str, base: type) -> Iterator[type]:
@@ -239,7 +239,9 @@ def schemas(user_dir: Path | None = None) -> dict[str, Schema]:
     Args:
         user_dir: a folder of one's own models, data sets and techniques, whose options are taken in; None: none.
     """
-    folders, users, stages = [CONFIGS], [], {}
+    folders = [CONFIGS]
+    users: list[Any] = []
+    stages: dict[str, str] = {}
     if user_dir is not None:
         import_from(str(user_dir.resolve()))
         configs = user_dir / "cli_configs" if (user_dir / "cli_configs").is_dir() else user_dir

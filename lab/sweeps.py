@@ -169,7 +169,7 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
             "hydra/launcher: a sweep has n_jobs=N, sweep=joblib, sweep=submitit or sweep=ray instead", see=SEE
         )
     if composed["task"] == "tune":
-        return _tune_each(overrides, options, values)
+        return _tune_each(overrides, options, values)  # type: ignore[arg-type]
     executor = _executor(options, composed)
     if values["search"] is not None and options.until is not None:
         raise ConfigError(
