@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.nonfinite import OnNonfinite
+from callbacks.range_test import RangeOptions
 from crucible.configuration import Config, check_name, find_target, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
@@ -31,7 +32,7 @@ from crucible.options import (
 from crucible.technique import CUDA_GRAPHS, Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within, training_batches
-from lab.recorded import EVALUATION_OPTIONS, EXPORT_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
+from lab.recorded import SWEEP_OPTIONS, TASK_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
 from models.exported import ExportOptions, Format
@@ -83,7 +84,7 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
 Task = Literal[
-    "train", "test", "predict", "export", "card", "mechanism", "summary", "pack"
+    "train", "test", "predict", "export", "card", "mechanism", "summary", "pack", "tune"
 ]  # those of trained weights are in `lab.tasks`
 
 READS = ("test", "predict", "export")  # the tasks that read outputs by views and at a temperature
@@ -213,6 +214,10 @@ NEEDED = (
     *(Needed(f"export.{f.name}", _exports, "task=export", f.default) for f in dataclasses.fields(ExportOptions)),
     Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
     Needed("pack.size", _packs, "task=pack, without pack.verify", 256),
+    *(
+        Needed(f"tune.{f.name}", lambda config: config["task"] == "tune", "task=tune", f.default)
+        for f in dataclasses.fields(RangeOptions)
+    ),
     Needed(
         "pack.quality", lambda config: _packs(config) and config["pack"]["size"] is not None,
         "task=pack with a pack.size, without pack.verify", 90,
@@ -222,8 +227,7 @@ NEEDED = (
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible",
     "matmul_precision", "on_nonfinite", "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir",
-    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
-    *EXPORT_OPTIONS,
+    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *TASK_OPTIONS,
 )  # fmt: skip
 
 
@@ -289,6 +293,9 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
         check_arguments(PackOptions, config["pack"], "pack")
     if "export" in config:
         check_export(config["export"])
+    if "tune" in config:
+        check_arguments(RangeOptions, config["tune"], "tune")
+        read_options(RangeOptions, config["tune"], "tune")
     if typed is None:  # what was typed over a technique's option is no more known of a recorded run
         _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
@@ -320,7 +327,7 @@ def _check_groups(config: Config) -> None:
         "checkpoint",
         "callbacks",
         "logger",
-        *(group for group in ("pack", "export") if group in config),
+        *(group for group in ("pack", "tune", "export") if group in config),
     )
     for name in groups:
         if not isinstance(node := select(config, name), Mapping) and (
@@ -454,6 +461,12 @@ _OURS_NOT_THE_TRAINERS = {
 }
 
 
+def trainer_options() -> dict[str, tuple[Any, Any]]:
+    """`{name: (annotation, default)}` of what `trainer.*` may hold."""
+    known = signature_options(Trainer).items()
+    return {n: (_TRAINER_TYPES.get(n, a), d) for n, (a, d) in known if n not in _OURS_NOT_THE_TRAINERS}
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     known = signature_options(Trainer)
     for name, value in trainer.items():
@@ -463,7 +476,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
-        check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
+        check_value(f"trainer.{name}", value, trainer_options()[name][0])
     if trainer["max_steps"] == 0:
         raise ConfigError("trainer.max_steps=0 trains nothing; -1 leaves the length to trainer.max_epochs")
     if trainer.get("limit_train_batches") in (0, 0.0):
@@ -522,7 +535,7 @@ def settle_weights_data(config: Config, overrides: Sequence[str]) -> list[str]:
         "model",
     }  # groups' files are not typed
     settled = list(target.settle_network(model, typed))
-    own = target.own_data(model, evaluates=config["task"] != "train")
+    own = target.own_data(model, evaluates=config["task"] not in ("train", "tune"))
     if own is None or data["input_dim"] != 2:
         return settled
     kept: set[str] = set()

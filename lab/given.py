@@ -27,9 +27,9 @@ from crucible.trust import vouch
 from datasets.classes import numbered_classes
 from lab import config as checking
 from lab.build import build_data, build_model
-from lab.config import PACK_OPTIONS, SWEEP_OPTIONS
+from lab.config import SWEEP_OPTIONS
 from lab.experiment import arm_name, identity_hash, weights_of
-from lab.recorded import EVALUATION_OPTIONS, EXPORT_OPTIONS
+from lab.recorded import EVALUATION_OPTIONS, TASK_OPTIONS
 from lab.summary import check_input
 from lab.use import described_transform, network_facts
 from models.base_model import BaseModel
@@ -97,7 +97,7 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
     if isinstance(roots, list) and roots:
         module["data_root_dir"] = roots[0]
     checking.check(config, overrides)
-    for name in (*PACK_OPTIONS, *EVALUATION_OPTIONS, *EXPORT_OPTIONS):
+    for name in TASK_OPTIONS:
         config.pop(name, None)
     vouch(config)
     check_no_secret(config)

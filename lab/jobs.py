@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoints import tidy
 from callbacks.pruning import Pruned
+from callbacks.range_test import RangeOptions
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
 from crucible.command_line import as_typed, command, describe, option, parse, unquoted
@@ -44,7 +45,7 @@ from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
-from crucible.options import ConfigError, check_value, suggest
+from crucible.options import ConfigError, check_value, read_options, suggest
 from crucible.run import Held, RunDirectory
 from crucible.trust import judge
 from crucible.writing import Unwritable
@@ -74,6 +75,7 @@ from lab.ranks import (
 from lab.recorded import EVALUATION_OPTIONS, EXPORT_OPTIONS, completed
 from lab.states import find_state
 from lab.summary import print_summary
+from lab.tuning import tune
 from models.views import views_asked
 
 _SAID = (ConfigError, Diverged, Unwritable)  # errors whose text says all that the user needs
@@ -100,6 +102,8 @@ def run_composed(composed: DictConfig) -> int:
         config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         return pack(config)
+    if composed["task"] == "tune":
+        return _tune(composed, overrides)
     if composed["task"] in tasks.OF_TRAINED:
         return _use_given(configuration.to_plain(composed), overrides)
     for override in overrides:
@@ -119,6 +123,20 @@ def run_composed(composed: DictConfig) -> int:
         raise
     _tell_the_sweep(job, status)
     return status
+
+
+def _tune(composed: DictConfig, overrides: Sequence[str]) -> int:
+    """`task=tune`: the range test of what the command would train; the status."""
+    _take_part(OmegaConf.to_container(composed["trainer"], resolve=True))  # type: ignore[arg-type]
+    job = Examiner().examine(composed, overrides)
+    options = read_options(RangeOptions, OmegaConf.to_container(composed["tune"], resolve=True), "tune")  # type: ignore[arg-type]
+    if composed["model"]["compile"] is None:  # it pays in long runs, and changes no number
+        job.config["model"]["compile"] = False
+    trainer = job.config["trainer"]
+    again = [a for a in sys.argv[1:] if not a.startswith("hydra.searchpath=")]  # which user_dir makes anew
+    with _beside_the_others(again, trainer, world_size(trainer) > 1):
+        tune(job, options)
+    return 0
 
 
 def _use_given(config: Config, overrides: Sequence[str]) -> int:
@@ -565,6 +583,11 @@ def run_recorded(arguments: Sequence[str]) -> int:
     given = _read_arguments(arguments)
     task = given.get("task", "train")
     known = ["train", *tasks.OF_TRAINED]
+    if task == "tune":
+        raise ConfigError(
+            "task=tune: trains from the start what its options say, and no recorded run; type them instead of run=RUN",
+            see="docs/use.md",
+        )
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     asked = _asked(given, task)
@@ -606,32 +629,43 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 complete(runs[0], runs[0].config(), overrides=None)
         beside = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "user_dir")]
         return start(runs[0], configs[0], beside)
-    with quiet_lightning():
-        several = not alone and world_size(trainer) > 1 and launch().by in ("nobody", "nodes")
-        others = start_others([str(MAIN), *arguments], trainer) if several else []
-        ended = threading.Event()
-        end_with_parent(ended, stop=False)
-        end_with_children(others, ended)
-        try:
-            out = Path(given["out"]).expanduser() if "out" in given else None
-            if roots:
-                each = {
-                    root: partial(_to_evaluate, runs, one, task, asked)
-                    for root, one in zip(roots, of_roots, strict=True)
-                }
-                status = tasks.test_on(each, out)
-            else:
-                status = tasks.OF_TRAINED[task](_with_checkpoints(runs, configs, given), out)
-            end_others(others, SAVE_S)
-        except Exception as error:
-            # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
-            if is_child_rank() or (others and follows(error)):
-                ended.wait(FOLLOW_S)
-            raise
-        finally:
-            ended.set()
-            end_others(others, 0)
-        return status
+    several = not alone and world_size(trainer) > 1
+    with quiet_lightning(), _beside_the_others(arguments, trainer, several):
+        out = Path(given["out"]).expanduser() if "out" in given else None
+        if roots:
+            each = {
+                root: partial(_to_evaluate, runs, one, task, asked)
+                for root, one in zip(roots, of_roots, strict=True)
+            }
+            return tasks.test_on(each, out)
+        return tasks.OF_TRAINED[task](_with_checkpoints(runs, configs, given), out)
+
+
+@contextlib.contextmanager
+def _beside_the_others(arguments: Sequence[str], trainer: Mapping[str, Any], several: bool) -> Iterator[None]:
+    """The other ranks of this command are there inside, where nothing else has started them, and end with it.
+
+    Args:
+        arguments: of the command.
+        trainer: the options of its trainer.
+        several: whether it has several ranks.
+    """
+    starts = several and launch().by in ("nobody", "nodes")
+    others = start_others([str(MAIN), *arguments], trainer) if starts else []
+    ended = threading.Event()
+    end_with_parent(ended, stop=False)
+    end_with_children(others, ended)
+    try:
+        yield
+        end_others(others, SAVE_S)
+    except Exception as error:
+        # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
+        if is_child_rank() or (others and follows(error)):
+            ended.wait(FOLLOW_S)
+        raise
+    finally:
+        ended.set()
+        end_others(others, 0)
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:

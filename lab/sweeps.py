@@ -50,6 +50,7 @@ from lab.planning import (
     expand,
     plan,
 )
+from lab.processes import run_command
 from lab.ray_engine import RayExecutor
 from lab.search import search
 from reporting.arms import ranges
@@ -158,6 +159,8 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         raise ConfigError(
             "hydra/launcher: a sweep has n_jobs=N, sweep=joblib, sweep=submitit or sweep=ray instead", see=SEE
         )
+    if composed["task"] == "tune":
+        return _tune_each(overrides, options, values)  # type: ignore[arg-type]
     executor = _executor(options, composed)
     if values["search"] is not None and options.until is not None:
         raise ConfigError(
@@ -200,6 +203,25 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
     record = Record(Path(composed.hydra.sweep.dir), options, planned, facts, executor.slots)
     failures = Sweep(checked_here, options, executor, measured, record, deciding).run(planned)
     return 1 if failures else 0
+
+
+_NOT_OF_TUNING = ("n_jobs", "cluster", "ray", "search", "until", "equal_time")
+
+
+def _tune_each(overrides: Sequence[Override], options: SweepOptions, values: Mapping[str, Any]) -> int:
+    """The range test of each job, one after the other, each in a process of its own; the worst status."""
+    for name in _NOT_OF_TUNING:
+        if values[name] not in (None, False, 1):
+            raise ConfigError(
+                f"{name}={values[name]}: task=tune makes one test after the other, here", see="docs/use.md"
+            )
+    worst = 0
+    for job in expand(overrides, options.design).jobs:
+        typed = _of_the_job(job)
+        print(command(*typed), flush=True)
+        if not options.dry_run:
+            worst = max(worst, run_command(typed))
+    return worst
 
 
 def _of_the_job(overrides: Sequence[str]) -> list[str]:

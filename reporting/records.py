@@ -454,6 +454,9 @@ def _owned(arm: str, config: Mapping[str, Any]) -> frozenset[str]:
     """The options that make the arm: those its techniques set, and those its name spells out."""
     techniques = config.get("techniques") or {}
     names = {name for options in techniques.values() for name in options or {}}
+    names |= {
+        ".".join(name.split(".")[:2]) for name in names if name.startswith("callbacks.")
+    }  # all of its node
     for option in re.findall(r"([\w.]+)=", arm):
         names |= {option, f"model.{option}"}
     return frozenset(names)

@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from callbacks.range_test import RangeOptions
 from crucible.configuration import find_target, to_plain
 from crucible.options import signature_options
 from datasets.packed import PackOptions
@@ -293,8 +294,8 @@ def path_of(kind: type) -> str:
 def all_options() -> list[Option]:
     """Every option of every room, model, data module, policy, callback and logger."""
     return [
-        *_root(), *_sweeps(), *_packs(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(), *_checkpoint(),
-        *_callbacks(), *_norms(),
+        *_root(), *_sweeps(), *_packs(), *_tuning(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(),
+        *_checkpoint(), *_callbacks(), *_norms(),
     ]  # fmt: skip
 
 
@@ -318,6 +319,7 @@ def _root() -> Iterator[Option]:
             "logger",
             "techniques",
             "pack",
+            "tune",
             "export",
         ):
             yield Option("run", name, types_of.get(name, Any))
@@ -335,6 +337,10 @@ def _sweeps() -> Iterator[Option]:
 def _packs() -> Iterator[Option]:
     yield from _fields(PackOptions, "pack", "pack.", ("task=pack", "out=pack"))
     yield from _fields(ExportOptions, "export", "export.", ("task=export",))
+
+
+def _tuning() -> Iterator[Option]:
+    yield from _fields(RangeOptions, "tune", "tune.", ("task=tune",))
 
 
 def _basics() -> Iterator[Option]:

@@ -30,7 +30,7 @@ FLOORS = (
         "lab.experiment",
         "lab.given",
     ),
-    ("lab.scoring", "lab.packing", "lab.calibration"),
+    ("lab.scoring", "lab.packing", "lab.calibration", "lab.tuning"),
     ("lab.robustness", "lab.card", "lab.mechanism"),
     ("lab.export",),
     ("lab.tasks",),
