@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from crucible import command_line
+from crucible import command_line, completion
 from crucible.composition import compose_once
 
 ROOT = Path(__file__).resolve().parent
@@ -44,13 +46,28 @@ def compose_and_run() -> int:
     return max(statuses, default=0)
 
 
+def complete() -> int:
+    """Answer a shell that asks how the line goes on: words to standard output, and never an error."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # what is wrong so far is said when the line is run
+    with io.StringIO() as unsaid, contextlib.suppress(Exception), contextlib.redirect_stderr(unsaid):
+        for word in completion.values_for(os.environ.get("COMP_LINE", "")):
+            print(word)
+        compose_and_run()
+    return 0
+
+
 def main() -> int:
     """Run what the command line asks for; the exit status."""
+    if completion.asks_what_may_follow(sys.argv[1:]):
+        return complete()
     full_error = command_line.wants_tracebacks()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, for one clear line below
     try:
         arguments = command_line.prepare(sys.argv[1:], ROOT)
-        sys.argv = [str(ROOT / "main.py"), *arguments]
+        if {*completion.FLAGS} & {*arguments}:
+            sys.argv = [sys.argv[0], *arguments]  # the script that a shell is to ask, as it was typed
+        else:
+            sys.argv = [str(ROOT / "main.py"), *arguments]
         if command_line.names_a_run(arguments):
             from lab.jobs import run_recorded
 

@@ -5,6 +5,7 @@ python report.py runs=experiments/digits
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from collections.abc import Sequence
@@ -31,11 +32,15 @@ Options
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
   wandb=PROJECT             also log the report to W&B as an artifact; offline where there is no key or server
+  watch=true                serve the page on this machine only, and keep it true while runs are under way; Ctrl-C
+                            ends it. Files are written with out= only, at each change of the report
+  port=8000                 of watch=true; default: a free one
 
 Examples
   python report.py runs=experiments/digits
   python report.py runs=experiments/cifar10 metric=val/acc margin_points=0.2
   python report.py runs=experiments/cifar10 metric=test/loss margin=0.02
+  python report.py runs=experiments/cifar10 watch=true
   python report.py runs=experiments                         every data set in it, and what holds over all of them
   python report.py 'runs=experiments/*/1a2b*,/other/experiments' baseline=sgd out=comparison
 
@@ -74,19 +79,18 @@ def _report(arguments: Sequence[str]) -> None:
     from reporting.request import read_arguments
 
     request = read_arguments(arguments)
-    from reporting import comparison, elsewhere, files, general, page, plots, records, rendering, robustness
+    if request.watching is not None:
+        from reporting.live import watch
+
+        gc.enable()  # it goes on for days
+        watch(arguments, request, functools.partial(print, flush=True))
+        return
+    from reporting import files, making, records, rendering
 
     runs, left_out = records.read_runs(request)
-    tables = comparison.compare(runs, request)
-    over_all = general.in_general(tables)
-    for table in tables:
-        table.robustness = robustness.robustness_of(table, request)
-        table.elsewhere = elsewhere.elsewhere_of(table, request)
-    drawn = {table.data: plots.draw_all(table) for table in tables}
-    if over_all is not None and (forest := plots.draw_forest(over_all)):
-        drawn[page.ALL] = [forest]
-    composed = page.compose(tables, drawn, left_out, request, over_all)
-    files.write(composed, tables, drawn, request.out, over_all)
+    made = making.made_of(runs, request)
+    composed = made.page(left_out, request)
+    files.write(composed, made.tables, made.plots, request.out, made.over_all)
     rendering.to_console(composed)
     print(f"\nwritten: {request.out / 'report.md'}, report.html, results.csv, plots/")
     if request.wandb:

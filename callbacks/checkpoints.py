@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from crucible import sealed
+from crucible.console import epoch_named
 from crucible.files import replacing
 from crucible.finite import all_finite, tensors_in
 from crucible.metrics import higher_is_better, of_split
@@ -182,8 +183,8 @@ class Checkpoints(Checkpoint):
                 return True
         problem = sealed.damage(target) or "holds another state"
         self.remarks.append(
-            f"best.ckpt {problem}, and the state of epoch {self.best.get('epoch')} is nowhere else: the best is sought "
-            "anew from here on"
+            f"best.ckpt {problem}, and the state of {epoch_named(int(self.best['epoch']))} is nowhere else: the best "
+            "is sought anew from here on"
         )
         log.warning("%s", self.remarks[-1])
         return False

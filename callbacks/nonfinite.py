@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from callbacks.recorder import Diverged, GoBack
 from crucible.batch import Batch
+from crucible.console import epoch_named
 from crucible.finite import all_finite, tensors_in
 from crucible.machine import wide
 from crucible.run import RunDirectory
@@ -342,7 +343,8 @@ class Guard(Callback):
     def _go_back(self, place: Place) -> None:
         self._suspect, self._of_before = place, False
         self._tries += 1
-        log.info("numbers that are not finite near epoch %d, step %d: watched again", place.epoch, place.step)
+        named = epoch_named(place.epoch)
+        log.info("numbers that are not finite near %s, step %d: watched again", named, place.step)
         raise GoBack
 
     # Skipped steps
@@ -378,9 +380,10 @@ class Guard(Callback):
                 "themselves give no finite numbers"
             )
         if not self._weights_are_finite(trainer, pl_module):
+            where = epoch_named(trainer.current_epoch, watched(pl_module).epochs)
             raise Diverged(
-                f"diverged: {self._first_weight(pl_module)} is not finite in epoch {trainer.current_epoch}, though the "
-                "gradient of every step was that was taken; a smaller model.lr may help"
+                f"diverged: {self._first_weight(pl_module)} is not finite in {where}, though the gradient of every "
+                "step was that was taken; a smaller model.lr may help"
             )
 
     def _skipped(self, trainer: Trainer, place: Place, value: float, is_loss: bool) -> dict[str, Any]:
@@ -512,7 +515,8 @@ class Guard(Callback):
 
 def _line(event: dict[str, Any]) -> str:
     """An entry of the summary in words."""
-    parts = [f"{event['what']} in epoch {event['epoch']}, step {event['step']}, rate {event['rate']:.3g}"]
+    where = f"{epoch_named(event['epoch'])}, step {event['step']}"
+    parts = [f"{event['what']} in {where}, rate {event['rate']:.3g}"]
     if event["module"]:
         parts.append(f"first not finite is {event['module']}")
     if names := event["samples"]:

@@ -11,22 +11,26 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
 from crucible.cells import cell
+from crucible.console import epoch_named
 from crucible.files import replacing
+from crucible.loggers import log_picture
+from crucible.training import watched
 from crucible.writing import fails_together
 
 MAX_CLASSES = 2000
 NAMED_CLASSES = 40
 COUNTED_CLASSES = 20
 DRAWN_CELLS = 250
+MAX_TILES, SMALLEST_TILE = 64, 64  # of the picture of a batch; pixels
 NO_SAMPLE = torch.iinfo(torch.int64).max
 
 
@@ -119,7 +123,8 @@ class ResultPlots(Callback):
     Classification: `confusion_matrix_val.png` (rows normalised to the true class) and `.csv` (counts, a row a
     true class). Regression: `predictions_val.png`, targets against predictions with r2 and the mean absolute
     error. `_test` likewise. The last validation of a fit and every test are written; W&B gets the pictures.
-    `curves.png`, at the end of a training, has loss and accuracy (error) by the epoch, of all rows of metrics.csv.
+    `first_batch.png` has images of the first training batch as the network sees them, and `curves.png`, at the end of a
+    training, loss and accuracy (error) by the epoch, of all rows of metrics.csv.
     Above 2000 classes there is no confusion matrix, and a line says so. Exact over ranks; rank 0 writes.
 
     Args:
@@ -129,7 +134,24 @@ class ResultPlots(Callback):
     def __init__(self, every_n_epochs: Annotated[int, "[1, inf)"] | None = None) -> None:
         self.every_n_epochs = every_n_epochs
         self._metric: Metric | None = None
-        self._epoch = 0
+        self._epoch = ""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 0 and batch_idx == 0:
+            self._write_first_batch(trainer, batch.input)
+        self.on_train_batch_start = None  # type: ignore[method-assign, assignment]  # Lightning passes over it from here on
+
+    @fails_together
+    def _write_first_batch(self, trainer: Trainer, images: Tensor) -> None:
+        picture = draw_batch(images) if trainer.is_global_zero else None
+        if picture is not None:
+            file = Path(trainer.default_root_dir) / "plots" / "first_batch.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as temporary:
+                picture.save(temporary, format="png")
+            log_picture(trainer.loggers, "first_batch", file, 0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -150,8 +172,10 @@ class ResultPlots(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._epoch = trainer.current_epoch + 1
-        due = self.every_n_epochs is not None and self._epoch % self.every_n_epochs == 0
+        done = trainer.current_epoch + 1
+        fits = trainer.state.fn == "fit"
+        self._epoch = epoch_named(trainer.current_epoch, watched(pl_module).epochs) if fits else ""
+        due = self.every_n_epochs is not None and done % self.every_n_epochs == 0
         if due or trainer.state.fn != "fit":
             self._write(trainer, pl_module, "val")
 
@@ -171,6 +195,7 @@ class ResultPlots(Callback):
             (folder / "plots").mkdir(parents=True, exist_ok=True)
             with replacing(folder / "plots" / "curves.png") as file:
                 draw_curves(rows).savefig(file, format="png", dpi=150)
+            log_picture(trainer.loggers, "curves", folder / "plots" / "curves.png", trainer.global_step)
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -205,7 +230,7 @@ class ResultPlots(Callback):
             return
         folder = Path(trainer.default_root_dir) / "plots"
         folder.mkdir(parents=True, exist_ok=True)
-        title = f"{split}, epoch {self._epoch}" if split == "val" and self._epoch else split
+        title = f"{split}, {self._epoch}" if split == "val" and self._epoch else split
         if pl_module.task == "regression":
             points, r2, mae, count = result
             name, figure = "predictions", draw_predictions(points, r2, mae, count, title)
@@ -218,9 +243,7 @@ class ResultPlots(Callback):
         picture = folder / f"{name}_{split}.png"
         with replacing(picture) as file:
             figure.savefig(file, format="png", dpi=150)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(key=f"{split}/{name}", images=[str(picture)])
+        log_picture(trainer.loggers, f"{split}/{name}", picture, trainer.global_step)
 
 
 def _write_counts(path: Path, counts: list[list[int]], names: Sequence[str]) -> None:
@@ -252,6 +275,31 @@ def draw_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
         if axes.lines:
             axes.legend()
     return figure
+
+
+def draw_batch(images: Tensor) -> Image.Image | None:
+    """A batch as tiles in rows of eight, at most 64, on one scale from its least value (black) to its greatest (white).
+
+    Args:
+        images: (N, C, H, W) float, or (N, C, D, H, W), of which the middle slice is shown; of fewer than three channels
+            the first is shown in grey, of more the first three. Others give None.
+    """
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+    if images.ndim != 4:
+        return None
+    shown = images[:MAX_TILES, : 3 if images.shape[1] >= 3 else 1].detach().float().cpu()
+    shown = torch.nan_to_num(shown)
+    low, high = float(shown.min()), float(shown.max())
+    pixels = ((shown - low) * (255 / max(high - low, 1e-12))).round().to(torch.uint8)
+    times = max(1, -(-SMALLEST_TILE // max(pixels.shape[2:])))
+    pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3).movedim(1, 3)
+    rows, (height, width) = -(-len(pixels) // 8), pixels.shape[1:3]
+    sheet = np.full((rows * (height + 2), min(8, len(pixels)) * (width + 2), 3), 255, dtype=np.uint8)
+    for number, tile in enumerate(pixels.numpy()):
+        top, left = number // 8 * (height + 2), number % 8 * (width + 2)
+        sheet[top : top + height, left : left + width] = tile
+    return Image.fromarray(sheet)
 
 
 def draw_confusion(counts: Any, names: Sequence[str], title: str) -> Figure:

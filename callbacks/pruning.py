@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from crucible.console import epoch_named
 from crucible.training import watched
 
 if TYPE_CHECKING:
@@ -94,4 +95,4 @@ class Pruning(Callback):
             last = trainer.current_epoch + 1 >= watched(pl_module).epochs
             prune = not last and self._trial.should_prune()
         if trainer.strategy.reduce_boolean_decision(prune, all=False):
-            raise Pruned(f"pruned after epoch {trainer.current_epoch + 1}: worse than earlier trials were")
+            raise Pruned(f"pruned after {epoch_named(trainer.current_epoch)}: worse than earlier trials were")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import signal
 import sys
@@ -16,11 +17,15 @@ from torch import Tensor
 
 from callbacks.checkpoints import Checkpoints
 from crucible import private
+from crucible.console import epoch_line, epoch_named, speed, split_line
+from crucible.loggers import Tracker
 from crucible.metrics import of_split
 from crucible.run import RunDirectory
 from crucible.training import watched
 from crucible.writing import fails_together
 from norms import own_streams, set_own_streams
+
+log = logging.getLogger("crucible")
 
 
 class Interrupted(Exception):
@@ -56,7 +61,10 @@ def _column_order(item: tuple[str, float]) -> tuple[int, str, int, str]:
 
 
 class Recorder(Callback):
-    """Writes a row of metrics.csv and the summary after each epoch, on rank 0.
+    """Writes a row of metrics.csv, the summary and a line of main.log after each epoch, on rank 0.
+
+    The trackers get the row as it is in metrics.csv, once, at the optimizer step of the epoch's end, and the values of
+    a validation within the epoch at its step.
 
     Args:
         run: where to.
@@ -73,6 +81,7 @@ class Recorder(Callback):
         self._paused = 0.0
         self._validation_started: float | None = None
         self._lr = 0.0
+        self._test_started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Training time and images of the epochs so far, and the time of the one under way.
@@ -90,6 +99,12 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = self.run.metrics()
         self.rows = [dict(row) for row in known if int(row["epoch"]) < trainer.current_epoch]
+        if trainer.global_step and trainer.is_global_zero:
+            named = epoch_named(trainer.current_epoch, watched(pl_module).epochs)
+            log.info("goes on with %s, after step %d", named, trainer.global_step)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, Tracker):
+                logger.goes_on_from(trainer.global_step)
         # Lightning calls no on_train_epoch_start for an epoch resumed in its middle
         self._begin_epoch(self._earlier)
 
@@ -118,6 +133,16 @@ class Recorder(Callback):
             self._paused += time.monotonic() - self._validation_started
             self._validation_started = None
         self._validated = True
+        if trainer.state.fn == "fit" and not (trainer.sanity_checking or trainer.is_last_batch):
+            self._hand_on(
+                trainer, {k: float(v) for k, v in trainer.callback_metrics.items() if of_split(k, "val")}
+            )
+
+    def _hand_on(self, trainer: Trainer, values: dict[str, Any]) -> None:
+        """Give the trackers a row."""
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step)
+            logger.save()
 
     @fails_together
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,11 +167,10 @@ class Recorder(Callback):
                 "time/epoch_s": round(seconds, 3),
                 "time/images_per_s": round(images / max(seconds, 1e-9), 1),
             }
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {k: row[k] for k in ("lr", "time/epoch_s", "time/images_per_s", "epoch")},
-                    trainer.global_step,
-                )
+            shown, epochs = (["train", "val"] if self._validated else ["train"]), watched(pl_module).epochs
+            said = speed(images, seconds)
+            log.info(epoch_line(trainer.current_epoch, epochs, values, shown, self._lr, said))
+            self._hand_on(trainer, {k: v for k, v in row.items() if k != "step"})
             self.rows.append(row)
             self.run.write_metrics(self.rows)
             summary = self.run.summary()
@@ -159,6 +183,15 @@ class Recorder(Callback):
                     **dict.fromkeys(splits, trainer.current_epoch),
                 },
             )
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._test_started = time.monotonic()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            images = trainer.datamodule.seen("test")  # type: ignore[attr-defined]
+            log.info(split_line("test", values, speed(images, time.monotonic() - self._test_started)))
 
     def totals(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What the summary says of the run so far.

@@ -19,7 +19,7 @@ Config = dict[str, Any]
 # What does not change the result: left out of a run's identity.
 NOT_SEMANTIC = {
     "seed", "arm", "techniques", "task", "exp_dir", "data_dir", "user_dir", "fresh", "ckpt_path", "run",
-    "summary_depth", "out", "pack", "calibrate", "tta",
+    "summary_depth", "out", "pack", "tune", "calibrate", "tta", "format", "export",
     "test_after_training", "checkpoint", "callbacks.progress", "callbacks.plots", "logger", "data.cv",
     "data.module._target_", "data.module.name", "data.module.data_root_dir", "data.module.num_workers",
     "data.module.stylized_root_dir", "data.module.train_transforms.pipeline_file",

@@ -29,6 +29,7 @@ class HandOver:
         place: rank in the run, on the machine, the machine's number, and how many processes the run has; of the
             ranks that Crucible starts.
         alone: this process is none of several, whatever a launcher's variables say.
+        job: what a cluster calls the job that this process is of.
     """
 
     tracebacks: bool | None = None
@@ -44,6 +45,7 @@ class HandOver:
     ranks: str = ""
     place: list[int] | None = None
     alone: bool = False
+    job: str = ""
 
     def environment(self) -> dict[str, str]:
         """The variable, for the environment of a process."""

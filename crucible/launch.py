@@ -22,6 +22,17 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # from here on SLURM's own: the batch script, 
 _PORTS = 15000, 20000  # first, and how many: those of a step of SLURM, where nobody names one
 
 
+def job_here() -> str:
+    """What a cluster calls the job that this process is of, for the reader; empty for none."""
+    own = os.environ
+    if job := own.get("SLURM_JOB_ID"):
+        array = own.get("SLURM_ARRAY_JOB_ID")
+        return f"SLURM job {array}_{own.get('SLURM_ARRAY_TASK_ID')}" if array else f"SLURM job {job}"
+    if job := own.get("RAY_JOB_ID"):  # Ray sets it for its workers
+        return f"Ray job {job}"
+    return received().job
+
+
 @dataclass(frozen=True)
 class Launch:
     """What started this process.

@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvNd as AnyConvolution
 from torch.optim import Optimizer
 
 __all__ = [
-    "AnyBatchNorm", "AnyConvolution", "FOREACH", "drop_wandb_argument", "end_sigterm_votes", "has_bf16_instructions",
-    "keep_queues", "storage_identity", "trial_in_storage", "unscale_outside_the_step",
+    "AnyBatchNorm", "AnyConvolution", "FOREACH", "end_sigterm_votes", "has_bf16_instructions", "keep_queues",
+    "storage_identity", "trial_in_storage", "unscale_outside_the_step", "wandb_arguments",
 ]  # fmt: skip
 
 # of torch, used where they stand: one kernel for many tensors
@@ -57,9 +57,9 @@ def end_sigterm_votes(trainer: Any) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
-def drop_wandb_argument(logger: Any, name: str) -> None:
-    """Take from Lightning's W&B logger an argument that it would hand to `wandb.init`."""
-    logger._wandb_init.pop(name, None)
+def wandb_arguments(logger: Any) -> dict[str, Any]:
+    """What Lightning's W&B logger would hand to `wandb.init`, without `anonymous`, of which W&B warns."""
+    return {name: value for name, value in logger._wandb_init.items() if name != "anonymous"}
 
 
 def trial_in_storage(trial: Any) -> int:

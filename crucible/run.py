@@ -25,6 +25,7 @@ import yaml
 from crucible.cells import cell, text_of
 from crucible.command_line import command, option
 from crucible.configuration import flatten
+from crucible.console import epoch_named
 from crucible.files import is_abandoned, replacing, temporary_name, write_atomically
 from crucible.liveness import lives, this_process
 from crucible.metrics import of_split
@@ -301,8 +302,8 @@ class RunDirectory:
             self._put_aside(name)
             write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False), sync=True)
         if why:
-            kept = ", ".join(row["epoch"] for row in rows) or "none"
-            said.append(f"metrics.csv {why}; kept are those of epochs {kept}, the others are lost")
+            kept = ", ".join(epoch_named(int(row["epoch"])) for row in rows) or "none"
+            said.append(f"metrics.csv {why}; kept are those of {kept}, the others are lost")
             self._put_aside("metrics.csv", always=True)
             if rows:
                 self.write_metrics(rows)
@@ -422,8 +423,8 @@ class RunDirectory:
             return "absent"
         return "finished" if status == "finished" else "unfinished"
 
-    def _read_claim(self) -> dict[str, Any]:
-        """The claim as it stands; empty where there is none, or none that can be read."""
+    def read_claim(self) -> dict[str, Any]:
+        """The claim as it stands: who holds the run, since when; empty where there is none that can be read."""
         try:
             claim = json.loads(self.claim_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -441,7 +442,7 @@ class RunDirectory:
         Of a process of another machine or container the heart alone tells; so it does of a claim that is damaged.
         A claim in this process's own number is one of a process before it: the container was restarted.
         """
-        claim = self._read_claim()
+        claim = self.read_claim()
         try:
             age = self._file_clock() - self.claim_file.stat().st_mtime
         except OSError:
@@ -558,7 +559,7 @@ class RunDirectory:
 
     def holder(self) -> str:
         """Who holds the claim, in words."""
-        claim = self._read_claim()
+        claim = self.read_claim()
         if claim:
             return f"on {claim['host']}, process {claim['pid']}"
         if self.claim_file.exists():
@@ -569,12 +570,12 @@ class RunDirectory:
         beaten = time.time()
         while not self._stop.wait(HEARTBEAT_S):
             self._end_if_taken_over()
-            if self._read_claim() != claim and not self._stop.is_set():
+            if self.read_claim() != claim and not self._stop.is_set():
                 # removed or damaged by hand; or, while this machine slept, by one that took over and has finished
                 if time.time() - beaten > LOST_AFTER_S:
                     self._taken_over()
                 with contextlib.suppress(OSError, ConfigError), self.locked():
-                    if not self._read_claim():
+                    if not self.read_claim():
                         write_atomically(self.claim_file, json.dumps(claim))
             with contextlib.suppress(OSError):
                 os.utime(self.claim_file)
@@ -582,7 +583,7 @@ class RunDirectory:
 
     def _end_if_taken_over(self) -> None:
         """A process that slept for so long that another one took its run writes nothing more."""
-        own, there = _claims.get(self.claim_file), self._read_claim()
+        own, there = _claims.get(self.claim_file), self.read_claim()
         if own is not None and there and there != own:
             self._taken_over()
 
@@ -596,7 +597,7 @@ class RunDirectory:
         self._counted_from = None
         own = _claims.pop(self.claim_file, None)
         with contextlib.suppress(OSError, Held), self.locked():
-            claim = self._read_claim()
+            claim = self.read_claim()
             ended = claim.get("pid") == pid and lives(claim) is False if claim else False
             if claim and (claim == own or ended):
                 self.claim_file.unlink(missing_ok=True)

@@ -552,13 +552,18 @@ class BaseDataModule(LightningDataModule):
 
     def samples(self, split: Split) -> Samples:
         """The samples of a split with their policy; item `(epoch, [places])` is a batch."""
-        raw, indices = self._raw(split)
-        policy, stream = (
-            (self.train_transforms, "augment") if split == "train" else (self.test_transforms, "evaluate")
-        )
-        samples = Samples(raw, indices, policy, stream, self.seed, split)
+        if split != "train":
+            return self.evaluated(split)
+        samples = Samples(*self._raw(split), self.train_transforms, "augment", self.seed, split)
         if self.on_error == "skip":
-            samples.on_unreadable = "replace" if split == "train" else "drop"
+            samples.on_unreadable = "replace"
+        return samples
+
+    def evaluated(self, split: Split) -> Samples:
+        """The samples of a split, of the training too, as an evaluation reads them."""
+        samples = Samples(*self._raw(split), self.test_transforms, "evaluate", self.seed, split)
+        if self.on_error == "skip":
+            samples.on_unreadable = "drop"
         return samples
 
     def _raw(self, split: Split) -> tuple[Any, np.ndarray | None]:

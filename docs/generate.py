@@ -1,7 +1,8 @@
 """Generates docs/techniques.md from the headers and settings of cli_configs/technique, and the other tables in docs/.
 
 python -m docs.generate          writes them
-python -m docs.generate FOLDER   prints the rows of the techniques in a user's folder
+python -m docs.generate FOLDER   prints the rows of the techniques in a user's folder, and writes the schemas of its
+                                 configuration files there
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from crucible import configuration
 from crucible.options import ConfigError, option_range, option_text
-from docs import models_page, reproducing_page
+from docs import models_page, reproducing_page, schema
 from lab.config import check, resolve_network
 from models.base_model import BASICS
 from models.dynamic_resnet import ResNetModel
@@ -163,7 +164,9 @@ def main(arguments: Sequence[str]) -> None:
     for user_dir in map(Path, arguments):
         folder = (user_dir / "cli_configs" if (user_dir / "cli_configs").is_dir() else user_dir) / "technique"
         print("\n".join(technique_row(folder / f"{name}.yaml") for name in technique_names(folder)))
+        schema.write(user_dir, user_dir)
     if not arguments:
+        schema.write(PAGE.parent)
         TRAIN.write_text(with_options_block(TRAIN.read_text(encoding="utf-8")), encoding="utf-8")
         PAGE.write_text(techniques_page(), encoding="utf-8")
         models_page.PAGE.write_text(models_page.models_page(), encoding="utf-8")

@@ -38,7 +38,7 @@ def reader(
         ConfigError: for views that the data do not have, and a temperature that cannot be fitted.
     """
     asked = views_asked(config.get("tta"))
-    _check(config, asked)
+    check_reading(config, asked)
     if config.get("calibrate"):
         metrics = list(dict.fromkeys([*config["metrics"], "ece"]))
         config = {**config, "metrics": metrics, "model": {**config["model"], "metrics": metrics}}
@@ -48,7 +48,7 @@ def reader(
     said = [f"the mean over views: {', '.join(asked)}"] if asked else []
     if not config.get("calibrate"):
         return model, None, said
-    fit, how = _temperature(run, config, checkpoint, model, found)
+    fit, how = fitted_temperature(run, config, checkpoint, model, found.fingerprint)
     model.views = Views(asked, fit.temperature)
     said.append(
         f"temperature {fit.temperature:.4f}, {how}: there ece {fit.ece_before:.4f} -> {fit.ece_after:.4f}, nll "
@@ -65,21 +65,38 @@ def _show(data: BaseDataModule, asked: Sequence[str]) -> None:
         data.test_transforms = FiveCrops(data.test_transforms)
 
 
-def _check(config: Config, asked: Sequence[str]) -> None:
+def check_reading(config: Config, asked: Sequence[str]) -> None:
+    """Refuse views and a temperature that the task has no place for.
+
+    Raises:
+        ConfigError: naming the option.
+    """
     if asked and config["data"]["input_dim"] != 2:
         raise ConfigError(f"tta={','.join(asked)}: is for pictures, data.input_dim=2", see=SEE)
     if config.get("calibrate") and config["data"]["task"] != "classification":
         raise ConfigError("calibrate=true: is for classification, whose probabilities it scales", see=SEE)
 
 
-def _temperature(
-    run: RunDirectory, config: Config, checkpoint: Path, model: BaseModel, found: DataToScore
+def fitted_temperature(
+    run: RunDirectory, config: Config, checkpoint: Path, model: BaseModel, fingerprint: str
 ) -> tuple[Calibration, str]:
-    """That of the record, or fitted to the run's own validation split; and how it was found."""
+    """That of the record, or fitted to the run's own validation split and recorded; and how it was found.
+
+    Args:
+        run: the recorded run.
+        config: its configuration, with what was typed.
+        checkpoint: the weights.
+        model: with them, and the views that it is read by.
+        fingerprint: of the data that the configuration names; where they are the run's own, their validation split is
+            taken from there. Empty: unknown.
+
+    Raises:
+        ConfigError: where there is no validation split to fit it to, or no temperature fits.
+    """
     asked, weights = model.views.asked, file_fingerprint("ckpt_path", str(checkpoint))
     if (known := known_calibration(run.path, weights, asked)) is not None:
         return known, f"recorded, of {known.samples} validation samples"
-    moved = found.fingerprint and found.fingerprint == run.summary().get("data_fingerprint")
+    moved = fingerprint and fingerprint == run.summary().get("data_fingerprint")
     own = config if moved else completed(run.config())  # the typed ones may only lie elsewhere
     module = {**own["data"]["module"], "batch_size": config["data"]["module"]["batch_size"]}
     data = build_data({**own, "data": {**own["data"], "module": module}})

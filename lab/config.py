@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.nonfinite import OnNonfinite
+from callbacks.range_test import RangeOptions
 from crucible.configuration import Config, check_name, find_target, select
 from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.machine import device_count, device_kind, world_size
@@ -31,9 +32,10 @@ from crucible.options import (
 from crucible.technique import CUDA_GRAPHS, Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
 from datasets.sampling import EvalSampler, batches_within, training_batches
-from lab.recorded import EVALUATION_OPTIONS, PACK_OPTIONS, SWEEP_OPTIONS
+from lab.recorded import SWEEP_OPTIONS, TASK_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
+from models.exported import ExportOptions, Format
 from models.techniques import technique_kinds
 from models.views import View
 from norms import Norm
@@ -81,7 +83,12 @@ CORRECTIONS: tuple[Correction, ...] = (
     Correction("trainer.limit_val_batches", 2, _is_limited("val"), "the first samples were taken, not drawn ones"),
     Correction("trainer.limit_test_batches", 2, _is_limited("test"), "the first samples were taken, not drawn ones"),
 )  # fmt: skip
-Task = Literal["train", "test", "predict", "summary", "pack"]  # those of trained weights are in `lab.tasks`
+Task = Literal[
+    "train", "test", "predict", "export", "card", "mechanism", "summary", "pack", "tune"
+]  # those of trained weights are in `lab.tasks`
+
+READS = ("test", "predict", "export")  # the tasks that read outputs by views and at a temperature
+WRITES = ("pack", "test", "predict", "export", "card", "mechanism")  # those that write a file of their own
 
 LONG_RUN_STEPS = 5000
 
@@ -96,7 +103,7 @@ ROOT_TYPES: dict[str, Any] = {
     "matmul_precision": Literal["highest", "high", "medium"], "ckpt_path": str | None, "user_dir": str | None,
     "data_dir": str | None, "exp_dir": str, "on_nonfinite": OnNonfinite,
     "rollback_lr": Annotated[float, "(0, 1)"] | None, "rollback_limit": _Count, "out": str | None,
-    "calibrate": bool, "tta": View | list[View] | None,
+    "calibrate": bool, "tta": View | list[View] | None, "format": Format,
 }  # fmt: skip
 DATA_TYPES: dict[str, Any] = {
     "task": Literal["classification", "regression"], "num_classes": _Count | None, "input_channels": _Count,
@@ -170,6 +177,10 @@ def _can_end_early(config: Config) -> bool:
     return stops or config["trainer"].get("max_time") is not None or bool(_others_callbacks(config))
 
 
+def _exports(config: Config) -> bool:
+    return config["task"] == "export"
+
+
 def _packs(config: Config) -> bool:
     return config["task"] == "pack" and not config["pack"]["verify"]
 
@@ -194,13 +205,19 @@ NEEDED = (
     Needed("rollback_lr", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback"),
     Needed("rollback_limit", lambda config: config.get("on_nonfinite") == "rollback", "on_nonfinite=rollback", 3),
     Needed("summary_depth", lambda config: config["task"] == "summary", "task=summary", 2),
-    Needed("out", lambda config: config["task"] in ("pack", "test", "predict"), "task=pack, task=test or task=predict"),
+    Needed("out", lambda config: config["task"] in WRITES, f"task={', task='.join(WRITES)}"),
     *(
-        Needed(name, lambda config: config["task"] in ("test", "predict"), "task=test or task=predict", default)
+        Needed(name, lambda config: config["task"] in READS, f"task={', task='.join(READS)}", default)
         for name, default in (("calibrate", False), ("tta", None))
     ),
+    Needed("format", _exports, "task=export", "onnx"),
+    *(Needed(f"export.{f.name}", _exports, "task=export", f.default) for f in dataclasses.fields(ExportOptions)),
     Needed("pack.verify", lambda config: config["task"] == "pack", "task=pack", False),
     Needed("pack.size", _packs, "task=pack, without pack.verify", 256),
+    *(
+        Needed(f"tune.{f.name}", lambda config: config["task"] == "tune", "task=tune", f.default)
+        for f in dataclasses.fields(RangeOptions)
+    ),
     Needed(
         "pack.quality", lambda config: _packs(config) and config["pack"]["size"] is not None,
         "task=pack with a pack.size, without pack.verify", 90,
@@ -210,7 +227,7 @@ NEEDED = (
 ROOT = (
     "task", "summary_depth", "seed", "arm", "metrics", "fresh", "test_after_training", "reproducible",
     "matmul_precision", "on_nonfinite", "rollback_lr", "rollback_limit", "ckpt_path", "user_dir", "data_dir", "exp_dir",
-    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *PACK_OPTIONS, *EVALUATION_OPTIONS,
+    "model", "data", "trainer", "checkpoint", "callbacks", "logger", "techniques", *TASK_OPTIONS,
 )  # fmt: skip
 
 
@@ -241,6 +258,19 @@ def check_known(config: Config) -> None:
                 )
 
 
+def check_export(options: Any) -> None:
+    """Refuse what `export.*` does not have.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if not isinstance(options, Mapping):
+        raise ConfigError(
+            f"export must be a mapping of options, got {shown(options)}; export.NAME=VALUE sets one"
+        )
+    check_arguments(ExportOptions, options, "export")
+
+
 def check(config: Config, overrides: Sequence[str], typed: Collection[str] | None = None) -> None:
     """Refuse what cannot be run, before any data is read.
 
@@ -261,7 +291,13 @@ def check(config: Config, overrides: Sequence[str], typed: Collection[str] | Non
             check_value(name, config[name], annotation)
     if "pack" in config:
         check_arguments(PackOptions, config["pack"], "pack")
-    _check_techniques(config, overrides)
+    if "export" in config:
+        check_export(config["export"])
+    if "tune" in config:
+        check_arguments(RangeOptions, config["tune"], "tune")
+        read_options(RangeOptions, config["tune"], "tune")
+    if typed is None:  # what was typed over a technique's option is no more known of a recorded run
+        _check_techniques(config, overrides)
     _check_trainer(config["trainer"])
     _check_checkpoint(config["checkpoint"])
     _check_data(config["data"])
@@ -291,7 +327,7 @@ def _check_groups(config: Config) -> None:
         "checkpoint",
         "callbacks",
         "logger",
-        *(["pack"] if "pack" in config else []),
+        *(group for group in ("pack", "tune", "export") if group in config),
     )
     for name in groups:
         if not isinstance(node := select(config, name), Mapping) and (
@@ -425,6 +461,12 @@ _OURS_NOT_THE_TRAINERS = {
 }
 
 
+def trainer_options() -> dict[str, tuple[Any, Any]]:
+    """`{name: (annotation, default)}` of what `trainer.*` may hold."""
+    known = signature_options(Trainer).items()
+    return {n: (_TRAINER_TYPES.get(n, a), d) for n, (a, d) in known if n not in _OURS_NOT_THE_TRAINERS}
+
+
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     known = signature_options(Trainer)
     for name, value in trainer.items():
@@ -434,7 +476,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}={value!r}: Lightning has no such option{suggest(name, known)}")
         if name == "max_epochs" and value in (-1, None) and trainer.get("max_steps", -1) > 0:
             continue
-        check_value(f"trainer.{name}", value, _TRAINER_TYPES.get(name, known[name][0]))
+        check_value(f"trainer.{name}", value, trainer_options()[name][0])
     if trainer["max_steps"] == 0:
         raise ConfigError("trainer.max_steps=0 trains nothing; -1 leaves the length to trainer.max_epochs")
     if trainer.get("limit_train_batches") in (0, 0.0):
@@ -493,7 +535,7 @@ def settle_weights_data(config: Config, overrides: Sequence[str]) -> list[str]:
         "model",
     }  # groups' files are not typed
     settled = list(target.settle_network(model, typed))
-    own = target.own_data(model, evaluates=config["task"] != "train")
+    own = target.own_data(model, evaluates=config["task"] not in ("train", "tune"))
     if own is None or data["input_dim"] != 2:
         return settled
     kept: set[str] = set()
@@ -569,6 +611,7 @@ def resolve_network(config: Config) -> None:
 
 
 _LOGGERS = {
+    "mlflow": {"_target_": "crucible.loggers.MLflow"},
     "tensorboard": {"_target_": "crucible.loggers.TensorBoard"},
     "wandb": {"_target_": "crucible.loggers.Wandb"},
 }

@@ -32,8 +32,8 @@ from crucible.run import Damaged, Held, RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.build import build_callback, build_data, build_model, build_trainer, file_fingerprint
-from lab.config import PACK_OPTIONS, ROOT_TYPES, SWEEP_OPTIONS, model_options, network_options, run_length
-from lab.recorded import EVALUATION_OPTIONS, completed
+from lab.config import ROOT_TYPES, SWEEP_OPTIONS, TASK_OPTIONS, model_options, network_options, run_length
+from lab.recorded import completed
 from lab.states import check_state
 from lab.summary import check_input, check_reproducible, check_samples
 from lab.teachers import settle_teacher
@@ -562,7 +562,7 @@ class Examiner:
         for option in SWEEP_OPTIONS:
             config.pop(option)
         checking.check(config, overrides)
-        for option in (*PACK_OPTIONS, *EVALUATION_OPTIONS):
+        for option in TASK_OPTIONS:
             config.pop(option, None)
         trust.vouch(config)
         check_no_secret(config)
@@ -570,7 +570,7 @@ class Examiner:
             raise ConfigError(
                 f"task={config['task']} is one command of its own: python main.py without -m", "README.md"
             )
-        if config["task"] != "train":
+        if config["task"] not in ("train", "tune"):
             raise ConfigError(
                 f"task={config['task']} is one command of its own: python main.py without -m; of a recorded run "
                 f"python main.py run=RUN task={config['task']}",

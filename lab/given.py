@@ -27,9 +27,9 @@ from crucible.trust import vouch
 from datasets.classes import numbered_classes
 from lab import config as checking
 from lab.build import build_data, build_model
-from lab.config import PACK_OPTIONS, SWEEP_OPTIONS
+from lab.config import SWEEP_OPTIONS
 from lab.experiment import arm_name, identity_hash, weights_of
-from lab.recorded import EVALUATION_OPTIONS
+from lab.recorded import EVALUATION_OPTIONS, TASK_OPTIONS
 from lab.summary import check_input
 from lab.use import described_transform, network_facts
 from models.base_model import BaseModel
@@ -97,7 +97,7 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
     if isinstance(roots, list) and roots:
         module["data_root_dir"] = roots[0]
     checking.check(config, overrides)
-    for name in (*PACK_OPTIONS, *EVALUATION_OPTIONS):
+    for name in TASK_OPTIONS:
         config.pop(name, None)
     vouch(config)
     check_no_secret(config)
@@ -166,14 +166,20 @@ def _classes_of(config: Config) -> tuple[int, list[str] | None]:
 
 
 def _classes_of_data(config: Config, asked: Mapping[str, Any]) -> tuple[list[str], str]:
-    """The names of the data's classes, and their fingerprint; nothing is read for a prediction of a folder."""
+    """The names of the data's classes, and their fingerprint; empty for a prediction of a folder, and an export without
+    data."""
     if asked["predict_dir"] is not None:
         return [], ""
     module = {**config["data"]["module"], **dict.fromkeys(_ASKED)}
-    data = build_data({**config, "data": {**config["data"], "module": module}})
-    data.score_for(None, elsewhere=True)
-    data.prepare_data()
-    return data.class_names, data.fingerprint()
+    try:
+        data = build_data({**config, "data": {**config["data"], "module": module}})
+        data.score_for(None, elsewhere=True)
+        data.prepare_data()
+        return data.class_names, data.fingerprint()
+    except ConfigError:
+        if config["task"] not in ("export", "card"):  # which do without
+            raise
+        return [], ""
 
 
 def _named(names: list[str] | None, found: list[str], config: Config) -> list[str]:
@@ -278,8 +284,14 @@ def _record(
 
 def _beside(config: Config, overrides: Sequence[str], roots: Any, asked: Mapping[str, Any]) -> list[str]:
     """What `run=RUN` is to be told: what was typed of an evaluation, and where the data lie now."""
-    own = ("task", "out", *EVALUATION_OPTIONS)
-    rooms = ("data.module.", "trainer.", "metrics", "callbacks.")  # nothing of a test is logged elsewhere
+    own = ("task", "out", "format", *EVALUATION_OPTIONS)
+    rooms = (
+        "data.module.",
+        "trainer.",
+        "metrics",
+        "callbacks.",
+        "export.",
+    )  # nothing of a test is logged elsewhere
     found = {}
     for override in overrides:
         name = override.lstrip("+").split("=", 1)[0]

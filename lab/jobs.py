@@ -19,30 +19,33 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from callbacks.checkpoints import tidy
 from callbacks.pruning import Pruned
+from callbacks.range_test import RangeOptions
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
 from crucible.command_line import as_typed, command, describe, option, parse, unquoted
 from crucible.configuration import Config
+from crucible.console import columns, fitted
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
-from crucible.launch import launch, left_over, meeting_point, settle, token
+from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
 from crucible.memory import worker_died
 from crucible.metrics import headline
-from crucible.options import ConfigError, check_value, suggest
+from crucible.options import ConfigError, check_value, read_options, suggest
 from crucible.run import Held, RunDirectory
 from crucible.trust import judge
 from crucible.writing import Unwritable
@@ -69,9 +72,10 @@ from lab.ranks import (
     open_meeting,
     start_others,
 )
-from lab.recorded import EVALUATION_OPTIONS, completed
+from lab.recorded import EVALUATION_OPTIONS, EXPORT_OPTIONS, completed
 from lab.states import find_state
 from lab.summary import print_summary
+from lab.tuning import tune
 from models.views import views_asked
 
 _SAID = (ConfigError, Diverged, Unwritable)  # errors whose text says all that the user needs
@@ -98,6 +102,8 @@ def run_composed(composed: DictConfig) -> int:
         config = configuration.to_plain(composed, overrides)
         checking.check(config, overrides)
         return pack(config)
+    if composed["task"] == "tune":
+        return _tune(composed, overrides)
     if composed["task"] in tasks.OF_TRAINED:
         return _use_given(configuration.to_plain(composed), overrides)
     for override in overrides:
@@ -117,6 +123,20 @@ def run_composed(composed: DictConfig) -> int:
         raise
     _tell_the_sweep(job, status)
     return status
+
+
+def _tune(composed: DictConfig, overrides: Sequence[str]) -> int:
+    """`task=tune`: the range test of what the command would train; the status."""
+    _take_part(OmegaConf.to_container(composed["trainer"], resolve=True))  # type: ignore[arg-type]
+    job = Examiner().examine(composed, overrides)
+    options = read_options(RangeOptions, OmegaConf.to_container(composed["tune"], resolve=True), "tune")  # type: ignore[arg-type]
+    if composed["model"]["compile"] is None:  # it pays in long runs, and changes no number
+        job.config["model"]["compile"] = False
+    trainer = job.config["trainer"]
+    again = [a for a in sys.argv[1:] if not a.startswith("hydra.searchpath=")]  # which user_dir makes anew
+    with _beside_the_others(again, trainer, world_size(trainer) > 1):
+        tune(job, options)
+    return 0
 
 
 def _use_given(config: Config, overrides: Sequence[str]) -> int:
@@ -174,7 +194,7 @@ def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> No
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
 
 
 def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:
@@ -250,7 +270,9 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
     if first:
         (resume, said), name = _find_resume(run, config), received().ranks or secrets.token_hex(4)
         try:
-            run.claim(token=token(), resume=str(resume or ""), ranks=name, **_meeting())
+            run.claim(
+                token=token(), resume=str(resume or ""), ranks=name, **_whereabouts(config), **_meeting()
+            )
         except Held as error:
             if not received().does_the_work:
                 raise
@@ -316,21 +338,23 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
         if received().tracebacks:
             traceback.print_exc()
     finally:
-        for handler in handlers:  # what comes after this run in this process is not of this run
-            for name in _LOGGED:
-                logging.getLogger(name).removeHandler(handler)
-            with contextlib.suppress(OSError):  # lines that a full disk has not taken
-                handler.close()
-        close_loggers(status)
-        if first:
-            try:
+        try:
+            if first:
                 run.update_summary(status=outcome, reason=reason, ended=time.time())
                 if outcome in ("finished", "pruned"):
                     tidy(run.checkpoints, config["checkpoint"]["keep"] if outcome == "finished" else "last")
-            except OSError as error:  # without it the next start takes the run as unfinished, as it is
-                if not status:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                status = status or 1
+        except OSError as error:  # without it the next start takes the run as unfinished, as it is
+            if not status:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            status = status or 1
+        finally:
+            close_loggers(status)
+            for handler in handlers:  # what comes after this run in this process is not of this run
+                for name in _LOGGED:
+                    logging.getLogger(name).removeHandler(handler)
+                with contextlib.suppress(OSError):  # lines that a full disk has not taken
+                    handler.close()
+        if first:
             run.release()
         if outcome == "failed" or status == 128 + signal.SIGKILL:
             ranks.failed()
@@ -424,6 +448,13 @@ def _find_resume(run: RunDirectory, config: Config) -> tuple[Path | None, str]:
         raise
 
 
+def _whereabouts(config: Config) -> dict[str, Any]:
+    """Where the run is, beside host and process: the cluster's job, and the GPUs that it was given."""
+    on_cuda = config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+    facts = {"job": job_here(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "") if on_cuda else ""}
+    return {name: value for name, value in facts.items() if value}
+
+
 def _meeting() -> dict[str, Any]:
     """Where the ranks meet that srun has started: at a port that nothing else has; the others read it in the claim."""
     if launch().by != "srun" or "MASTER_PORT" in os.environ:
@@ -492,6 +523,13 @@ class _Masking(logging.Formatter):
         return masked(super().format(record))
 
 
+class _Fitting(logging.Formatter):
+    """In lines that the terminal has room for."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return fitted(super().format(record), columns())
+
+
 class _RunLog(logging.FileHandler):
     """A log that loses lines where the disk is full, which what trains will say, instead of printing tracebacks."""
 
@@ -518,7 +556,7 @@ def _log_to(run: RunDirectory, first: bool) -> list[logging.Handler]:
             logger.setLevel(logging.INFO)
             logger.addHandler(handler)
     said = logging.StreamHandler(sys.stdout)
-    said.setFormatter(logging.Formatter("note: %(message)s"))
+    said.setFormatter(_Fitting("note: %(message)s"))
     said.addFilter(lambda record: first and record.levelno == logging.WARNING)  # errors are said by `_report`
     log.addHandler(said)
     return [handler, said]
@@ -545,6 +583,11 @@ def run_recorded(arguments: Sequence[str]) -> int:
     given = _read_arguments(arguments)
     task = given.get("task", "train")
     known = ["train", *tasks.OF_TRAINED]
+    if task == "tune":
+        raise ConfigError(
+            "task=tune: trains from the start what its options say, and no recorded run; type them instead of run=RUN",
+            see="docs/use.md",
+        )
     if task not in known:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     asked = _asked(given, task)
@@ -557,12 +600,12 @@ def run_recorded(arguments: Sequence[str]) -> int:
     of_roots = [{**given, _ROOT: root} for root in roots] or [given]
     configs = [{**_with_overrides(run, of_roots[0], task), **asked} for run in runs]
     trainer = configs[0]["trainer"]
-    alone = task == "predict" or len(runs) > 1
+    alone = task not in ("train", "test") or len(runs) > 1
     _take_part(trainer, 1 if alone else None)
     if task == "train":
         if len(runs) > 1:
             raise ConfigError(
-                f"run={given['run']} names {len(runs)} runs; only task={' and '.join(tasks.OF_TRAINED)} take several"
+                f"run={given['run']} names {len(runs)} runs; only task={' and '.join(tasks.OF_SEVERAL)} take several"
             )
         if "ckpt_path" in given:
             raise ConfigError(
@@ -571,7 +614,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
         if "given" in (summary := runs[0].known()):
             raise ConfigError(
                 f"run={runs[0].path}: holds weights from elsewhere ({summary['given']}), there is no training to go "
-                f"on with; task={' and task='.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
+                f"on with; task={', '.join(tasks.OF_TRAINED)} use it, model.init_from={runs[0].path} trains on "
                 "from it",
                 see="docs/weights.md",
             )
@@ -586,32 +629,43 @@ def run_recorded(arguments: Sequence[str]) -> int:
                 complete(runs[0], runs[0].config(), overrides=None)
         beside = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "user_dir")]
         return start(runs[0], configs[0], beside)
-    with quiet_lightning():
-        several = not alone and world_size(trainer) > 1 and launch().by in ("nobody", "nodes")
-        others = start_others([str(MAIN), *arguments], trainer) if several else []
-        ended = threading.Event()
-        end_with_parent(ended, stop=False)
-        end_with_children(others, ended)
-        try:
-            out = Path(given["out"]).expanduser() if "out" in given else None
-            if roots:
-                each = {
-                    root: partial(_to_evaluate, runs, one, task, asked)
-                    for root, one in zip(roots, of_roots, strict=True)
-                }
-                status = tasks.test_on(each, out)
-            else:
-                status = tasks.OF_TRAINED[task](_with_checkpoints(runs, configs, given), out)
-            end_others(others, SAVE_S)
-        except Exception as error:
-            # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
-            if is_child_rank() or (others and follows(error)):
-                ended.wait(FOLLOW_S)
-            raise
-        finally:
-            ended.set()
-            end_others(others, 0)
-        return status
+    several = not alone and world_size(trainer) > 1
+    with quiet_lightning(), _beside_the_others(arguments, trainer, several):
+        out = Path(given["out"]).expanduser() if "out" in given else None
+        if roots:
+            each = {
+                root: partial(_to_evaluate, runs, one, task, asked)
+                for root, one in zip(roots, of_roots, strict=True)
+            }
+            return tasks.test_on(each, out)
+        return tasks.OF_TRAINED[task](_with_checkpoints(runs, configs, given), out)
+
+
+@contextlib.contextmanager
+def _beside_the_others(arguments: Sequence[str], trainer: Mapping[str, Any], several: bool) -> Iterator[None]:
+    """The other ranks of this command are there inside, where nothing else has started them, and end with it.
+
+    Args:
+        arguments: of the command.
+        trainer: the options of its trainer.
+        several: whether it has several ranks.
+    """
+    starts = several and launch().by in ("nobody", "nodes")
+    others = start_others([str(MAIN), *arguments], trainer) if starts else []
+    ended = threading.Event()
+    end_with_parent(ended, stop=False)
+    end_with_children(others, ended)
+    try:
+        yield
+        end_others(others, SAVE_S)
+    except Exception as error:
+        # rank 0 may have met the same, or this only follows from another's end: what watches it ends this process
+        if is_child_rank() or (others and follows(error)):
+            ended.wait(FOLLOW_S)
+        raise
+    finally:
+        ended.set()
+        end_others(others, 0)
 
 
 def _read_arguments(arguments: Sequence[str]) -> dict[str, Any]:
@@ -634,7 +688,7 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
     if given["each"] != "true":
         raise ConfigError(f"each={given['each']}: must be true or false", see="docs/data.md")
     if task not in tasks.OF_TRAINED:
-        raise ConfigError(f"each=true: is for task={' and task='.join(tasks.OF_TRAINED)}", see="docs/data.md")
+        raise ConfigError(f"each=true: is for task={', '.join(tasks.OF_TRAINED)}", see="docs/data.md")
     if "out" in given and len(runs) > 1:
         raise ConfigError(
             f"out={given['out']}: one file for each of {len(runs)} runs; leave it out", see="docs/data.md"
@@ -782,7 +836,9 @@ def _with_checkpoints(
 ) -> tasks.Runs:
     for run in runs:
         run.summary()  # one that is damaged is said before anything is loaded
-    chosen = [run.pick_checkpoint(given.get("ckpt_path")) for run in runs]
+    chosen = [
+        run.pick_checkpoint(given.get("ckpt_path", tasks.WEIGHTS.get(given.get("task", "")))) for run in runs
+    ]
     for config in configs:
         config["callbacks"] = {k: v for k, v in config["callbacks"].items() if v}
     return list(zip(runs, configs, chosen, strict=True))
@@ -801,13 +857,29 @@ def _roots(given: Mapping[str, Any], task: str) -> list[str]:
     return list(dict.fromkeys(roots))
 
 
+# what may be typed beside run=RUN that is no option of a run, by the tasks that take it
+_ASKED = {
+    **dict.fromkeys(EVALUATION_OPTIONS, checking.READS), **dict.fromkeys(EXPORT_OPTIONS, ("export",)),
+}  # fmt: skip
+
+
 def _asked(given: dict[str, Any], task: str) -> dict[str, Any]:
-    """The options of tests and predictions, taken from `given`."""
-    asked = {name: given.pop(name) for name in EVALUATION_OPTIONS if name in given}
+    """The options of tests, predictions and exports, taken from `given`."""
+    asked: dict[str, Any] = {}
+    for name, of_tasks in _ASKED.items():
+        for typed in [n for n in given if n == name or n.startswith(f"{name}.")]:
+            value = given.pop(typed)
+            if task not in of_tasks:
+                raise ConfigError(
+                    f"{typed}={as_typed(value)}: is for task={', '.join(of_tasks)}", see="docs/use.md"
+                )
+            if typed == name:
+                asked[name] = value
+            else:
+                asked.setdefault(name, {})[typed.removeprefix(f"{name}.")] = value
     for name, value in asked.items():
-        check_value(name, value, checking.ROOT_TYPES[name])
-        if task not in tasks.OF_TRAINED:
-            raise ConfigError(
-                f"{name}={as_typed(value)}: is for task=test and task=predict", see="docs/use.md"
-            )
+        if name == "export":
+            checking.check_export(value)
+        else:
+            check_value(name, value, checking.ROOT_TYPES[name])
     return {**asked, "tta": list(views_asked(asked["tta"]))} if "tta" in asked else asked

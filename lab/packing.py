@@ -14,7 +14,6 @@ import io
 import itertools
 import os
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,6 +38,7 @@ from rich.progress import (
 from crucible.cells import cell
 from crucible.command_line import option
 from crucible.configuration import Config
+from crucible.console import columns, console, fitted, is_live
 from crucible.files import replacing, why_not_writable
 from crucible.machine import core_count
 from crucible.options import ConfigError, read_options
@@ -528,7 +527,7 @@ def _contents(known: Description) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
 
 
 class _Shown:
@@ -541,11 +540,11 @@ class _Shown:
         self._bar: Progress | None = None
 
     def __enter__(self) -> _Shown:
-        if sys.stdout.isatty():
+        if is_live():
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                console=Console(file=sys.stdout), transient=True,
+                console=console(), transient=True,
             )  # fmt: skip
             self._bar.add_task(self._title, total=self._total, completed=self._done, rate="")
             self._bar.start()

@@ -109,6 +109,22 @@ class Process:
         return f"{who} ended with status {status}; {self.run.path / 'main.log'} may say why"
 
 
+def run_command(arguments: Sequence[str]) -> int:
+    """Run `main.py ARGUMENTS` in a process (and group) of its own, which ends when this one does; its status."""
+    told = replace(received(), parent=this_process(), place=None)
+    process = _started([str(MAIN), *arguments], {**os.environ, **told.environment()}, None, None)
+
+    def stop(number: int) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        with on_signals(stop):
+            status = process.wait()
+    finally:
+        _end_group(process.pid)
+    return status if status >= 0 else 128 - status
+
+
 def _started(
     arguments: list[str], environment: dict[str, str], stream: BinaryIO | None, warm: WarmParent | None
 ) -> subprocess.Popen[bytes] | Started:

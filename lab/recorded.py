@@ -17,14 +17,17 @@ SWEEP_OPTIONS = (
     "decided_by", "budget_hours", "budget_runs", "drop_failed", "n_jobs", "cluster", "ray", "search",
 )  # fmt: skip
 PACK_OPTIONS = ("out", "pack")  # of task=pack (`lab.packing`)
-EVALUATION_OPTIONS = ("calibrate", "tta")  # of task=test and task=predict
+TUNE_OPTIONS = ("tune",)  # of task=tune (`lab.tuning`)
+EVALUATION_OPTIONS = ("calibrate", "tta")  # of task=test, task=predict and task=export
+EXPORT_OPTIONS = ("format", "export")  # of task=export (`lab.export`)
+TASK_OPTIONS = PACK_OPTIONS + TUNE_OPTIONS + EVALUATION_OPTIONS + EXPORT_OPTIONS  # none of them changes a run
 
 
 @cache
 def _defaults() -> dict[str, Any]:
     file = Path(__file__).resolve().parent.parent / "cli_configs" / "train.yaml"
     defaults = yaml.safe_load(file.read_text(encoding="utf-8"))
-    others = ("defaults", "hydra", *SWEEP_OPTIONS, *PACK_OPTIONS, *EVALUATION_OPTIONS)
+    others = ("defaults", "hydra", *SWEEP_OPTIONS, *TASK_OPTIONS)
     return flatten({k: v for k, v in defaults.items() if k not in others})
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from crucible.files import write_atomically
+from crucible.handover import VARIABLE, HandOver
+from crucible.launch import job_here
 from crucible.run import HEARTBEAT_S, LOST_AFTER_S, RunDirectory
 
 POLL_S = 0.05
@@ -73,9 +75,12 @@ class RemoteJob:
 
     def _run(self, stopping: Callable[[], bool]) -> int:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
+        environment = {**inherited, **self.environment}
+        told = HandOver(**json.loads(environment.get(VARIABLE) or "{}"))
+        named = replace(told, job=job_here()).environment()  # the variables that say it are kept from the run
         process = subprocess.Popen(
             self.command,
-            env={**inherited, **self.environment},
+            env={**environment, **named},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

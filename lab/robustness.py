@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from augmentation.corruptions import COMMON, SEVERITIES, VERSION
 from crucible.configuration import Config
+from crucible.console import columns, console, fitted, is_live, print_table
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import is_child_rank
 from crucible.options import ConfigError, signature_options
@@ -94,11 +92,8 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
     record, note = _earlier(path, facts)
     missing = [c for c in cells if str(c.severity) not in record["cells"].get(c.corruption, {})]
     clean: list[Cell | None] = [] if found.ready or record["clean"] else [None]
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal or is_child_rank()
-    ) as bar:
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console(), transient=True, disable=not is_live() or is_child_rank()) as bar:
         task = bar.add_task("", total=len(clean) + len(missing))
         for cell in [*clean, *missing]:
             bar.update(task, description=" ".join(map(str, cell)) if cell else "as they are")
@@ -124,7 +119,7 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
         print(f"test of {run.path.name}/{checkpoint.name} under corruptions", flush=True)
         for line in filter(None, [note, *found.remarks, limited, computed, unsaved]):
             print(f"  {line}", flush=True)
-        show(record, cells, console)
+        show(record, cells)
         if not why_not:
             print(f"  ->  {path}", flush=True)
     return 0
@@ -187,29 +182,32 @@ def _earlier(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], str]
     return {**facts, **known, "samples": earlier.get("samples", facts["samples"])}, ""
 
 
-def show(record: Mapping[str, Any], cells: list[Cell], console: Console) -> None:
+def show(record: Mapping[str, Any], cells: list[Cell]) -> None:
     """Print the cells asked for, accuracy and calibration error in percent, and the means of the whole record."""
-    table = Table(title="accuracy / ece in %", title_justify="left", box=None, padding=(0, 2, 0, 0))
     severities = sorted({c.severity for c in cells})
     mean = len(severities) > 1
-    for name in ("corruption", *map(str, severities), *(["mean"] if mean else [])):
-        table.add_column(name, justify="left" if name == "corruption" else "right", no_wrap=True)
+    rows: list[list[str]] = []
     if record["clean"]:
-        table.add_row("none", *[""] * (len(severities) - 1 + mean), _shown(record["clean"]))
+        rows.append(["none", *[""] * (len(severities) - 1 + mean), _shown(record["clean"])])
     for name in dict.fromkeys(c.corruption for c in cells):
         row = [record["cells"][name][str(s)] for s in severities]
         means = {k: sum(v[k] for v in row) / len(row) for k in ("acc", "ece")}
-        table.add_row(name, *map(_shown, row), *([_shown(means)] if mean else []))
-    console.print(table)
+        rows.append([name, *map(_shown, row), *([_shown(means)] if mean else [])])
+    screen = console()
+    screen.print("accuracy / ece in %", style="italic")
+    print_table(
+        ["corruption", *map(str, severities), *(["mean"] if mean else [])], rows, words=("corruption",)
+    )
     for name, value in record["averages"].items():
         made = "; made here, frost drawn: not a paper's" if name == "mce" and not record["ready"] else ""
-        console.print(f"  {name:<24} {value:.4f}   {_MEANING[name]}{made}")
+        print(fitted(f"  {name:<24} {value:.4f}   {_MEANING[name]}{made}", columns()))
     if not record["averages"] and any(c.corruption in COMMON for c in cells):
         have = sum(len(record["cells"].get(n, {})) for n in COMMON)
-        console.print(
+        said = (
             f"  no means yet: {have} of {len(COMMON) * len(SEVERITIES)} cells are recorded; data.module.corruption=all "
             "computes the others"
         )
+        print(fitted(said, columns()))
 
 
 _MEANING = {

@@ -16,7 +16,7 @@ from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from crucible.trust import judge
 from datasets.base_datamodule import BaseDataModule
-from datasets.images import SCHEME
+from datasets.images import SCHEME, SampleError
 from lab.build import build_data
 from lab.experiment import identity
 from lab.recorded import EVALUATION_OPTIONS, completed
@@ -67,7 +67,7 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in _PLACES)
     classes, source = trained_classes(run, recorded, checkpoint)
-    options = {n: v for n, v in changed.items() if n == "limit" or _of_a_test(n)}
+    options = {n: v for n, v in changed.items() if n == "limit" or of_a_test(n)}
     options |= {n: config[n] for n in EVALUATION_OPTIONS if config.get(n)}
     given = "given" in run.known()  # weights from elsewhere: no data are those of a training here
     if config["data"]["module"].get("predict_dir") is not None:
@@ -107,6 +107,16 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     return DataToScore(data, run.path / "tests" / name, content, False, remarks)
 
 
+def data_if_there(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[DataToScore | None, str]:
+    """`data_to_score`; None, and why, where the data cannot be read here."""
+    try:
+        found = data_to_score(run, config, checkpoint)
+        found.data.samples("predict")
+    except (ConfigError, SampleError, OSError) as error:
+        return None, str(error)
+    return found, ""
+
+
 def trained_classes(run: RunDirectory, recorded: Config, checkpoint: Path) -> tuple[list[str] | None, str]:
     """The names of a network's classes in the order of its outputs, and what is to be said where they are a guess.
 
@@ -142,7 +152,8 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(config["data"]["module"])
 
 
-def _of_a_test(name: str) -> bool:
+def of_a_test(name: str) -> bool:
+    """Whether an option of the data's module changes what a test reads."""
     return is_semantic(f"data.module.{name}") and not name.startswith(_NOT_OF_A_TEST)
 
 

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from callbacks.pruning import open_study
 from crucible import private
 from crucible.configuration import check_name
+from crucible.console import print_table
 from crucible.files import write_atomically
 from crucible.masking import masked, masked_in
 from crucible.metrics import higher_is_better, of_split
@@ -198,10 +197,8 @@ class Search:
 
     def run(self) -> int:
         """Run trials until there are enough of them; the exit status."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        for name, distribution in self.space.items():
-            table.add_row(name, str(distribution))
-        Console(highlight=False, markup=False, width=max(100, Console().width)).print(table)
+        rows = [[name, str(distribution)] for name, distribution in self.space.items()]
+        print_table(["", " "], rows, words=("", " "), titled=False)
         print(
             f"search {self.spec['study']}: {self.direction} {self.metric}, {self.options.n_trials} trials, "
             f"{self.executor.describe()}, pruner {self.options.pruner or 'none'}", flush=True,

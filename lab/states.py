@@ -7,6 +7,7 @@ every other argument of the optimizer, lengths, techniques, data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from crucible import sealed
 from crucible.configuration import Config
+from crucible.console import epoch_named
 from crucible.machine import world_size
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
@@ -122,7 +124,16 @@ def _problem(file: Path, run: RunDirectory, config: Config) -> tuple[str, str]:
         other := _difference(build_model(config, load=False, compile=False), state["state_dict"])
     ):
         return f"is the state of another network ({other})", ""
-    return "", f"epoch {_place(state)[0]}, step {state['global_step']}"
+    return "", f"{_said(config, *_place(state))}, step {state['global_step']}"
+
+
+def _said(config: Config, epochs: int, batches: int) -> str:
+    """Where in the training a state stands, as people are told."""
+    trainer = config["trainer"]
+    length = trainer["max_epochs"] if (trainer["max_epochs"] or -1) > 0 else math.inf
+    if batches:
+        return f"{epoch_named(epochs, length)}, after {batches} of its batches"
+    return f"after {epoch_named(epochs - 1, length)}" if epochs else "the beginning"
 
 
 def _place(state: Mapping[str, Any]) -> tuple[int, int]:
@@ -177,7 +188,7 @@ def _check_place(config: Config, data: BaseDataModule, state: Mapping[str, Any])
     if not batch:
         return
     path, trainer, module = config["ckpt_path"], config["trainer"], config["data"]["module"]
-    where = f"ckpt_path={path} lies inside epoch {epoch}, after {batch} batches"
+    where = f"ckpt_path={path} lies inside {epoch_named(epoch)}, after {batch} batches"
     place = state.get(type(data).__qualname__)
     if place is None:
         raise ConfigError(f"data.module._target_={module['_target_']}: {where} of other data")

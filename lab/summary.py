@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torchvision.ops  # noqa: F401  registers the operators that are counted
 from hydra.utils import instantiate
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crucible import private
 from crucible.configuration import Config
+from crucible.console import columns, fitted, print_table
 from crucible.keyed import stream_key
 from crucible.machine import device_kind
 from crucible.options import ConfigError
@@ -335,8 +333,7 @@ def print_summary(config: Config) -> None:
     check_input(built, config)
     batch = data["module"]["batch_size"]
     costs = network_costs(built.model, input_shape(config, batch))
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
-    console.print(_table(costs, config["summary_depth"]))
+    _print_table(costs, config["summary_depth"])
     passes = 1 + sum(t.passes - 1 for t in built.step.setting.techniques.values() if t.on)
     kept = costs.saved_bytes
     lines = {
@@ -349,27 +346,25 @@ def print_summary(config: Config) -> None:
         + (f", {passes:.3g} passes" if passes != 1 else ""),
     }
     for name, text in lines.items():
-        console.print(f"{name:<14} {text}", soft_wrap=True)
+        print(fitted(f"{name:<14} {text}", columns()))
 
 
-def _table(costs: NetworkCosts, depth: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("type", no_wrap=True)
-    for title in ("output", "parameters", "multiply-adds", "activations"):
-        table.add_column(title, justify="right", no_wrap=True)
+def _print_table(costs: NetworkCosts, depth: int) -> None:
     batch = costs.input[0]
-    for layer in costs.layers:
-        if layer.depth <= depth and layer.type_name != "Identity":
-            table.add_row(
-                "  " * (layer.depth - 1) + layer.name.rpartition(".")[2],
-                layer.type_name,
-                _shape(layer.output[1:]),
-                f"{layer.parameters:,}" if layer.parameters else "-",
-                _count(layer.multiply_adds / batch) if layer.multiply_adds else "-",
-                _bytes(layer.saved_bytes / batch) if layer.saved_bytes else "-",
-            )
-    return table
+    rows = [
+        [
+            "  " * (layer.depth - 1) + layer.name.rpartition(".")[2],
+            layer.type_name,
+            _shape(layer.output[1:]),
+            f"{layer.parameters:,}" if layer.parameters else "-",
+            _count(layer.multiply_adds / batch) if layer.multiply_adds else "-",
+            _bytes(layer.saved_bytes / batch) if layer.saved_bytes else "-",
+        ]
+        for layer in costs.layers
+        if layer.depth <= depth and layer.type_name != "Identity"
+    ]
+    head = ["layer", "type", "output", "parameters", "multiply-adds", "activations"]
+    print_table(head, rows, words=("layer", "type"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from crucible.command_line import command, option
 from crucible.configuration import select
+from crucible.console import print_table
 from crucible.files import write_atomically
 from crucible.handover import pass_on
+from crucible.liveness import this_process
 from crucible.masking import masked_in
 from crucible.metrics import headline
 from crucible.options import ConfigError, read_options
@@ -50,6 +50,7 @@ from lab.planning import (
     expand,
     plan,
 )
+from lab.processes import run_command
 from lab.ray_engine import RayExecutor
 from lab.search import search
 from reporting.arms import ranges
@@ -89,10 +90,7 @@ def print_plan(
         todo: what is to run now; None: all that can.
     """
     states = [s for s in _COLUMNS if any(one.state == s for one in planned)]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("arm", overflow="fold")
-    for name in ("seeds", *(_COLUMNS[s] for s in states), "time"):
-        table.add_column(name, justify="right")
+    rows: list[list[str]] = []
     by_arm: dict[str, list[Planned]] = defaultdict(list)
     for one in planned:
         by_arm[one.arm].append(one)
@@ -100,14 +98,15 @@ def print_plan(
         counts = Counter(one.state for one in group)
         times = [measured.seconds(one) for one in group if one.state in TO_RUN]
         known = [t for t in times if t is not None]
-        table.add_row(
-            arm,
-            ranges(sorted({one.unit[0] for one in group if one.job})),
-            *(str(counts[s] or "") for s in states),
-            "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
+        rows.append(
+            [
+                arm,
+                ranges(sorted({one.unit[0] for one in group if one.job})),
+                *(str(counts[s] or "") for s in states),
+                "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
+            ]
         )
-    console = Console(highlight=False, markup=False, width=max(100, Console().width))
-    console.print(table)
+    print_table(["arm", "seeds", *(_COLUMNS[s] for s in states), "time"], rows, words=("arm",))
     todo = [one for one in planned if one.state in TO_RUN] if todo is None else todo
     seconds = [measured.seconds(one) for one in todo]
     known = [s for s in seconds if s is not None]
@@ -160,6 +159,8 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         raise ConfigError(
             "hydra/launcher: a sweep has n_jobs=N, sweep=joblib, sweep=submitit or sweep=ray instead", see=SEE
         )
+    if composed["task"] == "tune":
+        return _tune_each(overrides, options, values)  # type: ignore[arg-type]
     executor = _executor(options, composed)
     if values["search"] is not None and options.until is not None:
         raise ConfigError(
@@ -198,9 +199,29 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         return 0
     if deciding is not None:
         deciding.record()
-    record = Record(Path(composed.hydra.sweep.dir), options, planned, deciding.facts if deciding else {})
+    facts = deciding.facts if deciding else {}
+    record = Record(Path(composed.hydra.sweep.dir), options, planned, facts, executor.slots)
     failures = Sweep(checked_here, options, executor, measured, record, deciding).run(planned)
     return 1 if failures else 0
+
+
+_NOT_OF_TUNING = ("n_jobs", "cluster", "ray", "search", "until", "equal_time")
+
+
+def _tune_each(overrides: Sequence[Override], options: SweepOptions, values: Mapping[str, Any]) -> int:
+    """The range test of each job, one after the other, each in a process of its own; the worst status."""
+    for name in _NOT_OF_TUNING:
+        if values[name] not in (None, False, 1):
+            raise ConfigError(
+                f"{name}={values[name]}: task=tune makes one test after the other, here", see="docs/use.md"
+            )
+    worst = 0
+    for job in expand(overrides, options.design).jobs:
+        typed = _of_the_job(job)
+        print(command(*typed), flush=True)
+        if not options.dry_run:
+            worst = max(worst, run_command(typed))
+    return worst
 
 
 def _of_the_job(overrides: Sequence[str]) -> list[str]:
@@ -235,10 +256,16 @@ class Record:
         options: of the sweep.
         planned: its jobs.
         plan: of `until=decided`; else empty.
+        slots: runs at once.
     """
 
     def __init__(
-        self, folder: Path, options: SweepOptions, planned: Sequence[Planned], plan: Mapping[str, Any]
+        self,
+        folder: Path,
+        options: SweepOptions,
+        planned: Sequence[Planned],
+        plan: Mapping[str, Any],
+        slots: int,
     ) -> None:
         folder = folder.expanduser().resolve()
         for number in itertools.count(1):
@@ -255,6 +282,7 @@ class Record:
             "created": time.time(), "rule": RULE, **plan,
         }  # fmt: skip
         self._planned = planned
+        self._by = {"process": this_process(), "slots": slots}
         self.rivals: dict[str, str] = {}
         self.write()
 
@@ -268,8 +296,11 @@ class Record:
             if one.job is not None:
                 seed, fold = one.unit
                 runs[-1] |= {"run": str(one.job.run.path), "seed": seed, "fold": fold}
+                runs[-1] |= {name: one.job.facts.get(name) for name in ("kind", "passes")}
+                runs[-1] |= {"steps": one.job.steps if math.isfinite(one.job.steps) else None}
         content = {
             **self.facts,
+            **self._by,
             "command": command(*sys.argv[1:]),
             "arms": list(dict.fromkeys(one.arm for one in self._planned if one.job)),
             "rivals": self.rivals,
@@ -328,6 +359,7 @@ class Sweep:
             if todo:
                 arms = ", ".join(dict.fromkeys(one.arm for one in todo))
                 print(f"\n{len(todo)} runs to the next look: {arms}", flush=True)
+                self.record.write()
                 self._work(todo)
             elif held:
                 if not told:

@@ -1,4 +1,4 @@
-"""What a run can be asked to do: train; of recorded ones test, predict."""
+"""What a run can be asked to do: train; of recorded ones test, predict, export, describe, measure the mechanism."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,9 +24,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
-from rich.table import Table
 
 from callbacks.calibration import UncalibratedError
 from callbacks.checkpoints import Checkpoints
@@ -39,9 +37,10 @@ from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
 from crucible.configuration import Config, flatten
+from crucible.console import columns, epoch_named, fitted, print_table
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
-from crucible.loggers import build_loggers
+from crucible.loggers import build_loggers, log_result
 from crucible.machine import device_kind, is_child_rank, processor_name, world_size
 from crucible.masking import masked_in
 from crucible.metrics import build_metrics, of_split, scalars
@@ -52,6 +51,9 @@ from datasets.images import sample_name
 from datasets.real_labels import real_labels
 from lab.build import build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
+from lab.card import write_card
+from lab.export import export
+from lab.mechanism import measure_run
 from lab.recorded import EVALUATION_OPTIONS
 from lab.robustness import asks_for_corruptions, test_corrupted
 from lab.scoring import DataToScore, data_to_score
@@ -126,7 +128,7 @@ def _train(
     if trainer.is_global_zero and checkpoints.remarks:
         run.update_summary(recovered=[*run.summary().get("recovered", []), *checkpoints.remarks])
     if reason := next((c.reason for c in extra if isinstance(c, EarlyStopping)), ""):
-        log.warning("ended after epoch %d of %g: %s", trainer.current_epoch, model.epochs, reason)
+        log.warning("ended after %s: %s", epoch_named(trainer.current_epoch - 1, model.epochs), reason)
         if trainer.is_global_zero:
             run.update_summary(ended_early=reason)
     if checkpoints.refused:
@@ -138,13 +140,12 @@ def _train(
     if config["test_after_training"]:
         trainer.test(model, datamodule=data, verbose=False)
         final.update({k: float(v) for k, v in trainer.callback_metrics.items()})
-        for logger in loggers:
-            logger.log_metrics({k: v for k, v in final.items() if of_split(k, "test")}, trainer.global_step)
     if trainer.is_global_zero:
         run.update_summary(final=final, best=checkpoints.best)
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.summary.update({f"best/{k}": v for k, v in checkpoints.best.items()})
+        tested = (
+            {k: v for k, v in final.items() if of_split(k, "test")} if config["test_after_training"] else {}
+        )
+        log_result(loggers, tested, checkpoints.best, trainer.global_step)
     return final
 
 
@@ -547,18 +548,16 @@ def _write_table(found: Mapping[str, Tested | None], file: Path, what: str, type
         dict.fromkeys(n for tested in found.values() if tested for n in tested.values if of_split(n, "test"))
     )
     shown = [name for name in names if name.startswith("test/") and name.count("/") == 1]
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in (what, "images", *(n.removeprefix("test/") for n in shown)):
-        table.add_column(name, justify="left" if name == what else "right", overflow="fold")
+    table: list[list[str]] = []
     rows: list[list[Any]] = [[what, "images", *names, "record"]]
     for root, tested in found.items():
         values = tested.values if tested else {}
         images = tested.images if tested else ""
-        table.add_row(root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown))
+        table.append([root, str(images), *(f"{values[n]:.4f}" if n in values else "" for n in shown)])
         rows.append(
             [root, images, *(values.get(n, "") for n in names), str(tested.out or "") if tested else ""]
         )
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    print_table([what, "images", *(n.removeprefix("test/") for n in shown)], table, words=(what,))
     if why_not := why_not_writable(file.parent.absolute()):
         if typed:
             raise _not_writable(file, why_not)
@@ -575,11 +574,35 @@ def _named(runs: Runs) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(fitted(text, columns()), flush=True)
+
+
+def _of_one(
+    task: str, act: Callable[[RunDirectory, Config, Path, Path | None], int], see: str
+) -> Callable[[Runs, Path | None], int]:
+    """A task on the weights of one run."""
+
+    def of_runs(runs: Runs, out: Path | None) -> int:
+        if len(runs) > 1:
+            raise ConfigError(
+                f"task={task}: is for one run, run= names {len(runs)}; each=true does it of each",
+                see=see,
+            )
+        return act(*runs[0], out)
+
+    return of_runs
 
 
 # what `run=RUN task=NAME` does with trained weights: writes to the path that is given, or beside the run; its status
-OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {"test": test_all, "predict": predict}
+OF_TRAINED: dict[str, Callable[[Runs, Path | None], int]] = {
+    "test": test_all,
+    "predict": predict,
+    "export": _of_one("export", export, "docs/export.md"),
+    "card": _of_one("card", write_card, "docs/export.md"),
+    "mechanism": _of_one("mechanism", measure_run, "docs/report.md"),
+}
+OF_SEVERAL = ("test", "predict")  # those that take several runs as one; of each of several all do
+WEIGHTS = {"mechanism": "last"}  # where none are named; else the best
 
 
 # what the summary, the loggers and the banner say
@@ -624,10 +647,15 @@ def static_facts(config: Config, model: BaseModel) -> dict[str, Any]:
     }
 
 
+def without_folders(arm: str) -> str:
+    """An arm's name in which a path is the last part of it: a folder of this machine says nothing elsewhere."""
+    return re.sub(r"(?<==)(?:[^\s=]*/)+(?=[^\s/]+/*(?:\s|$))", "", arm)
+
+
 def logger_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
     """Name, group, tags and flat configuration for the experiment trackers."""
     summary = run.summary()
-    arm, sweep = summary.get("arm", "baseline"), summary.get("sweep") or {}
+    arm, sweep = without_folders(summary.get("arm", "baseline")), summary.get("sweep") or {}
     flat = flatten({k: v for k, v in config.items() if k not in ("logger", "techniques")})
     return {
         "name": run.path.name,
@@ -669,14 +697,9 @@ def banner(
             rows["faster"] = faster
     if resume:
         rows["resumes"] = str(resume)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")  # a path is to be copied whole
     for name, value in rows.items():
-        table.add_row(name, value)
         log.info("%s: %s", name, value)
-    console = Console(markup=False)  # a path may have brackets
-    console.print(table)
+    print_table(["", " "], list(rows.items()), words=("", " "), titled=False)
     if model.weights_report:
         log.info(model.weights_report)
-        console.print(model.weights_report)
+        _say(model.weights_report)

@@ -138,7 +138,8 @@ class EvaluatedModel(LightningModule):
         for remark in remarks(metrics, class_names) if self.trainer.is_global_zero else ():
             self._say(f"{split}: {remark}")
         metrics.reset()
-        self.log_dict({f"{split}/{k}": v for k, v in values.items()})
+        # the recorder hands the trackers whole rows
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, logger=False)
 
     def _say(self, remark: str) -> None:
         if self.trainer.is_global_zero and remark not in self._said:

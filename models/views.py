@@ -55,7 +55,8 @@ class Views:
         stacks = [input.flatten(0, 1)] if "five_crops" in self.asked else [input]
         if "flip" in self.asked:
             stacks.append(stacks[0].flip(-1))
-        each = [widened(outputs(stack)).unflatten(0, (len(input), -1)) for stack in stacks]
+        # of a shape, not by `len`, which would be one number for all batches in an exported graph
+        each = [widened(outputs(stack)).unflatten(0, (input.shape[0], -1)) for stack in stacks]
         found = torch.cat(each, dim=1)
         if found.ndim == 2:
             return found.mean(dim=1)

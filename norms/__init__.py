@@ -45,6 +45,10 @@ class Norm(Technique):
             lambda config: option_is("model.compile", True)(config) and option_is("model.norm", "online")(config),
             "under torch 2.11 no gradient passed an online norm that was compiled",
         ),
+        Correction(
+            "model.norm", 2, option_is("model.norm", "switchable"),
+            "switchable norm summed in another order: the last digits differ",
+        ),
     )  # fmt: skip
 
     norm: Annotated[NormName | None, "in place of the network's batch norms; null: as built"] = None

@@ -5,11 +5,12 @@ They are torch's own where torch has one; norms of a class convert into each oth
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from crucible.private import AnyBatchNorm
 
@@ -168,40 +169,100 @@ class SwitchNorm(nn.Module):
         self.running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 2:
-            return self.forward(x[..., None])[..., 0]
         wide = x if x.element_size() >= 4 else x.float()
-        space = list(range(2, x.ndim))
-        mean = wide.mean(space, keepdim=True)
-        var = (wide - mean).square().mean(space, keepdim=True)
-        # a mixture's variance: the mean of the variances and the variance of the means
-        layer_mean, layer_var = mean.mean(1, keepdim=True), _pooled(mean, var, 1)
-        per_channel = (1, -1) + (1,) * len(space)
-        if self.training:
-            batch_mean, batch_var = mean.mean(0, keepdim=True), _pooled(mean, var, 0)
-            with torch.no_grad():
-                self.running_mean.lerp_(batch_mean.flatten().to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(batch_var.flatten().to(self.running_var.dtype), self.momentum)
-        else:
-            batch_mean, batch_var = self.running_mean.view(per_channel), self.running_var.view(per_channel)
-        of_mean, of_var = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        mean = of_mean[0] * mean + of_mean[1] * layer_mean + of_mean[2] * batch_mean
-        var = of_var[0] * var + of_var[1] * layer_var + of_var[2] * batch_var
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.view(per_channel)
-        out = (wide - mean) * scale
-        if self.bias is not None:
-            out = out + self.bias.view(per_channel)
-        return out.to(x.dtype)
+        wide = wide.flatten(2) if x.ndim > 2 else wide[..., None]  # (N, C, positions)
+        with torch.no_grad():
+            mean = wide.mean(2)
+            own = torch.stack((mean, (wide - mean[..., None]).square_().mean(2)))
+            layer = _pooled(own, 2)
+            if self.training:
+                batch = _pooled(own, 1)
+                mean, var = batch[:, 0].to(self.running_mean.dtype).unbind()
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var, self.momentum)
+            else:
+                batch = torch.stack((self.running_mean, self.running_var)).to(own.dtype)[:, None]
+        shares = torch.stack((self.mean_weight, self.var_weight)).softmax(1, dtype=own.dtype)
+        out = _Switched.apply(
+            wide, own, layer, batch, shares, self.weight, self.bias, self.eps, self.training
+        )
+        return out.reshape(x.shape).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps:g}, momentum={self.momentum:g}, affine={self.affine}"
 
 
-def _pooled(mean: Tensor, var: Tensor, dim: int) -> Tensor:
-    between = (mean - mean.mean(dim, keepdim=True)).square()
-    return (var + between).mean(dim, keepdim=True)
+def _pooled(own: Tensor, dim: int) -> Tensor:
+    """Mean and variance of a mixture along `dim`, from its parts': `(2, N, C)` to `(2, 1, C)` or `(2, N, 1)`."""
+    pooled = own.mean(dim, keepdim=True)
+    pooled[1].add_(own[0].var(dim - 1, correction=0, keepdim=True))
+    return pooled
+
+
+class _Switched(torch.autograd.Function):
+    """Switchable normalisation by statistics that are at hand, and its gradient, written out.
+
+    Left to autograd, the chain of small sums between the statistics and the output is twice as many kernels, and
+    reads the input twice as often.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, own: Tensor, layer: Tensor, batch: Tensor, shares: Tensor,
+        weight: Tensor | None, bias: Tensor | None, eps: float, of_input: bool,
+    ) -> Tensor:  # fmt: skip
+        """Normalise.
+
+        Args:
+            ctx: autograd's.
+            x: `(N, C, positions)`, as are output and gradient.
+            own: its means and variances over positions, `(2, N, C)`.
+            layer: over channels and positions, `(2, N, 1)`.
+            batch: over samples and positions, or other statistics in their place, `(2, 1, C)`.
+            shares: of the three in the mean and in the variance, `(2, 3)`.
+            weight: `(C,)`.
+            bias: `(C,)`.
+            eps: added to the variance.
+            of_input: whether `batch` is of this input.
+        """
+        of_own, of_layer, of_batch = shares[..., None, None].unbind(1)
+        mean, var = torch.addcmul(torch.addcmul(of_own * own, of_layer, layer), of_batch, batch).unbind()
+        rstd = torch.rsqrt(var + eps)
+        scale = rstd if weight is None else rstd * weight
+        ctx.save_for_backward(x, own, layer, batch, shares, weight, bias, mean, rstd, scale)
+        ctx.of_input = of_input
+        centred = x - mean[..., None]
+        if bias is None:
+            return centred * scale[..., None]
+        return torch.addcmul(bias.to(x.dtype)[:, None], centred, scale[..., None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, own, layer, batch, shares, weight, bias, mean, rstd, scale = ctx.saved_tensors
+        samples, channels, positions = x.shape
+        centred = x - mean[..., None]
+        total = grad.sum(2)
+        moment = (grad * centred).sum(2) * rstd
+        # of the mixed mean and variance, (2, N, C), and summed over what they share
+        mixed = torch.stack((-total, moment * rstd * -0.5)) * scale
+        pools = ((layer, mixed.sum(2, keepdim=True), channels), (batch, mixed.sum(1, keepdim=True), samples))
+        shared = [(mixed * own).sum((1, 2)), *((sums * pool).sum((1, 2)) for pool, sums, _ in pools)]
+        # of the sample's own: itself, and as a part of each pool, whose variance has that of the means in it
+        of_own, *of_pools = shares[..., None, None].unbind(1)
+        of_statistics = of_own * mixed
+        for share, (pool, sums, count) in zip(of_pools[: 1 + ctx.of_input], pools, strict=False):
+            of_statistics.addcmul_(share, sums, value=1 / count)
+            of_statistics[0].addcmul_(own[0] - pool[0], share[1] * sums[1], value=2 / count)
+        of_mean, of_var = (of_statistics / positions).unbind()
+        slope = 2 * of_var
+        shift = torch.addcmul(of_mean, slope, mean - own[0])
+        of_x = torch.addcmul(shift[..., None], centred, slope[..., None]).addcmul_(grad, scale[..., None])
+        return (
+            of_x, None, None, None, torch.stack(shared, 1),
+            None if weight is None else moment.sum(0).to(weight.dtype),
+            None if bias is None else total.sum(0).to(bias.dtype), None, None,
+        )  # fmt: skip
 
 
 class NoNorm(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from crucible.batch import Batch
+from crucible.console import epoch_named
 from crucible.options import ConfigError
 from crucible.technique import BatchStage, Closure, Setting, Step, Technique
 from norms import OnlineNorm
@@ -164,7 +165,7 @@ class Frozen:
             return batch
         if self.holds and self._module.current_epoch >= self.until:
             self.hold(False)
-            log.info("epoch %d: what was frozen learns from here on", self._module.current_epoch)
+            log.info("%s: what was frozen learns from here on", epoch_named(self._module.current_epoch))
             if not self._drops:
                 self._learns(True)
         return batch

@@ -140,6 +140,7 @@ class Table:
     elsewhere: Sequence[
         Any
     ] = ()  # `reporting.elsewhere.Elsewhere`, of each other data set that they were tested on
+    mechanism: Any = None  # `reporting.mechanism.Mechanism`, where its runs were measured
 
     @property
     def tested(self) -> list[Comparison]:

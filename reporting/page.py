@@ -17,10 +17,12 @@ from reporting.arms import unit_name
 from reporting.comparison import Comparison, Table, formatted_p
 from reporting.elsewhere import Elsewhere
 from reporting.general import InGeneral
+from reporting.mechanism import MEASURES, Mechanism, Spread, to_measure
 from reporting.plots import Plot
 from reporting.records import LeftOut, Run
 from reporting.request import Request
 from reporting.robustness import Robustness, corruptions, to_test
+from reporting.statistics import PairedT
 
 ALL = "all settings"  # what the pictures over all of them are filed under
 LEFT_OUT_LISTED = 100
@@ -169,6 +171,8 @@ def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], reques
         _add_robustness(page, table)
     if table.elsewhere:
         _add_elsewhere(page, table)
+    if table.mechanism:
+        page.add(*_mechanism_blocks(table))
     if table.together:
         page.add(Heading("Two techniques together", 3), _together_grid(table), Text(_TOGETHER))
     if any(name in pictures for name in ("curves_val", "curves_loss", "logits", "calibration")):
@@ -450,6 +454,58 @@ def _add_elsewhere(page: Page, table: Table) -> None:
                 else []
             ),
         )
+
+
+_MEASURED = (
+    "A description, without corrections and verdicts: of so many measures some differ by chance. Weights that ship, in "
+    "evaluation mode, float32, by the plain loss ({loss}) whatever the technique minimised, over the same {train} "
+    "training and {val} validation samples. *gradient*: norm of the mean gradient; *gap*: norm of the difference "
+    "between that of validation and that of training samples. *sharpness*: largest eigenvalue of the Hessian of the "
+    "training samples' loss. *flips*: share of test images that one of two runs of the arm has right and the other "
+    "wrong; *to baseline*: of a run and the baseline's of its seed."
+)
+
+
+def _mechanism_blocks(table: Table) -> Iterable[Block]:
+    found: Mechanism = table.mechanism
+    heads = [MEASURES[m] for m in found.measures]
+    rows = [
+        [_word(name), *(_mean_and_sd(of.get(m)) for m in found.measures)]
+        for name, of in found.spreads.items()
+    ]
+    train, val = found.samples
+    yield Heading("Mechanism", 3)
+    yield Text(_MEASURED.format(loss=found.loss, train=train, val=val))
+    yield Grid(["arm", *heads], rows, frozenset({"arm"}))
+    shown = [m for m in found.measures if any(m in of for of in found.differences.values())]
+    if shown:
+        yield Text(f"Mean paired difference to {table.baseline}, with its uncorrected 95% interval:")
+        rows = [
+            [_word(name), *(_with_interval(of.get(m)) for m in shown)]
+            for name, of in found.differences.items()
+        ]
+        yield Grid(["arm", *(MEASURES[m] for m in shown)], rows, frozenset({"arm"}))
+    yield from (Text(remark, notice=True) for remark in found.remarks)
+    if found.without:
+        more = f" and {len(found.without) - 10} more" if found.without[10:] else ""
+        runs = [run for arm in table.arms.values() for run in arm.runs.values()]
+        yield Text(
+            f"Not measured: {', '.join(found.without[:10])}{more}; `{to_measure(runs)}` does.", notice=True
+        )
+
+
+def _mean_and_sd(spread: Spread | None) -> Cell:
+    if spread is None:
+        return "-", math.nan
+    sd = "" if math.isnan(spread.sd) else f" ± {spread.sd:.2g}"
+    return f"{spread.mean:.4g}{sd}", spread.mean
+
+
+def _with_interval(t: PairedT | None) -> Cell:
+    if t is None:
+        return "-", math.nan
+    interval = "" if math.isnan(t.low) else f" ({t.low:+.2g} to {t.high:+.2g})"
+    return f"{t.mean:+.3g}{interval}", float(t.mean)
 
 
 def _on(other: Elsewhere) -> str:

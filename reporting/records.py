@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from crucible.cells import text_of
 from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
+from crucible.console import epoch_named
 from crucible.masking import masked, masked_in
 from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
@@ -122,6 +123,10 @@ class Run:
     ended_early: str  # why it did, and after how many epochs
     dropped: bool  # its sweep went on without it (`drop_failed`), whatever becomes of it
     tested: Mapping[str, Tested] = field(default_factory=dict)  # under corruptions, by whose weights
+    kind: str = ""  # of runs whose steps take equally long, but for the technique's passes
+    passes: float = 1.0
+    steps: int = 0
+    elapsed: float | None = None  # seconds, with all that is not training
 
     @property
     def compiled(self) -> bool:
@@ -147,18 +152,25 @@ class LeftOut:
     reason: str
 
 
-def read_runs(request: Request) -> tuple[list[Run], list[LeftOut]]:
+Reader = Callable[[Path, Request, Sequence[Sweep]], Run | LeftOut]
+
+
+def read_runs(request: Request, reader: Reader | None = None) -> tuple[list[Run], list[LeftOut]]:
     """All runs under the folders: those that count (finished or diverged), and the others.
+
+    Args:
+        request: says where.
+        reader: reads one of them; None: `read_run`.
 
     Raises:
         ConfigError: where there is no run, or no run has the metric.
     """
-    paths = {p.resolve(): p for folder in request.folders for p in _find(folder)}
+    paths = {p.resolve(): p for folder in request.folders for p in find_runs(folder)}
     if not paths:
         names = ",".join(map(str, request.folders))
         raise ConfigError(f"runs={names}: no run directory there (one has a summary.json)", see=SEE)
     sweeps = _read_sweeps(paths)
-    read = [read_run(path, request, sweeps) for path in paths.values()]
+    read = [(reader or read_run)(path, request, sweeps) for path in paths.values()]
     runs = [r for r in read if isinstance(r, Run)]
     if runs and all(r.value is None and not r.diverged for r in runs):
         if request.best and not of_split(request.metric.name, "val"):
@@ -191,7 +203,8 @@ def _to_test(runs: Sequence[Run]) -> str:
     return f"; {shlex.join(['python', 'main.py', f'run={kept}', 'task=test'])} does, for one run"
 
 
-def _find(folder: Path) -> Iterable[Path]:
+def find_runs(folder: Path) -> Iterable[Path]:
+    """The run directories at any depth below a folder, or the folder itself."""
     for place, folders, files in os.walk(folder):
         names = {*files, *folders}  # a folder may stand where a file belongs
         if "summary.json" in names or {"config.yaml", "overrides.yaml"} <= names:
@@ -258,6 +271,10 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Lef
         ended_early=_ended_early(summary),
         dropped=bool(summary.get("dropped")),
         tested=tested,
+        kind=str(summary.get("kind") or ""),
+        passes=_positive(summary.get("passes")) or 1.0,
+        steps=int(_positive(summary.get("steps")) or 0),
+        elapsed=_positive(summary.get("elapsed_s")),
     )
 
 
@@ -317,7 +334,7 @@ def _nonfinite(summary: Mapping[str, Any]) -> str:
     skipped = summary.get("skipped_nonfinite") or 0
     back = [e for e in summary.get("nonfinite") or () if str(e.get("action")).startswith("rollback")]
     parts = [f"{skipped} steps were not finite and left out"] if skipped else []
-    parts += [f"epoch {e['epoch']}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
+    parts += [f"{epoch_named(e['epoch'])}, step {e['step']}: {e['what']}; {e['action']}" for e in back]
     return "; ".join(parts)
 
 
@@ -437,6 +454,9 @@ def _owned(arm: str, config: Mapping[str, Any]) -> frozenset[str]:
     """The options that make the arm: those its techniques set, and those its name spells out."""
     techniques = config.get("techniques") or {}
     names = {name for options in techniques.values() for name in options or {}}
+    names |= {
+        ".".join(name.split(".")[:2]) for name in names if name.startswith("callbacks.")
+    }  # all of its node
     for option in re.findall(r"([\w.]+)=", arm):
         names |= {option, f"model.{option}"}
     return frozenset(names)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import html
 import math
 import re
-import sys
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from crucible.console import columns, console, fitted, print_table
 from reporting.page import Block, Code, Fold, Grid, Heading, Items, Lead, Page, Picture, Text
 from reporting.plots import BASELINE_COLOUR, BASELINE_IN_THE_DARK, COLOURS, COLOURS_IN_THE_DARK
 
@@ -100,18 +98,23 @@ def _line(text: str) -> str:
 
 def to_html(page: Page) -> str:
     """One file with its style, script and pictures in it."""
-    body = "\n".join(_to_html(block) for block in page.blocks)
+    body = "\n".join(block_to_html(block) for block in page.blocks)
+    return document(page.title, f"<main>\n<h1>{_escape(page.title)}</h1>\n{body}\n</main>")
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A whole file of what its body shows; `style` and `script` come after the page's own."""
     light, dark = (
         ";".join(f"--arm{i}:{colour}" for i, colour in enumerate(colours))
         for colours in ((BASELINE_COLOUR, *COLOURS), (BASELINE_IN_THE_DARK, *COLOURS_IN_THE_DARK))
     )
-    style = f"{_STYLE}:root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+    own = f"{_STYLE}:root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(page.title)}</title>\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>{_escape(page.title)}</h1>\n{body}\n</main>\n"
-        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<style>{own}{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<script>{_SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -143,7 +146,8 @@ def _verdict_class(text: str) -> str:
     return f' class="verdict {opening.split()[0]}"' if opening else ""
 
 
-def _to_html(block: Block) -> str:
+def block_to_html(block: Block) -> str:
+    """A block of a page."""
     match block:
         case Heading(text, level):
             return f"<h{level}>{_escape(text)}</h{level}>"
@@ -165,7 +169,7 @@ def _to_html(block: Block) -> str:
             caption = f"<figcaption><b>{_escape(plot.title)}.</b> {_escape(plot.caption)}</figcaption>"
             return f'<figure><div class="scroll">{plot.svg}</div>{caption}</figure>'
         case Fold(title, blocks):
-            inner = "\n".join(map(_to_html, blocks))
+            inner = "\n".join(map(block_to_html, blocks))
             return f"<details><summary>{_escape(title)}</summary>\n{inner}\n</details>"
 
 
@@ -249,7 +253,7 @@ tbody th{min-width:6rem}td:last-child:not(.number){min-width:6rem}}
 """
 
 _SCRIPT = """
-for (const table of document.querySelectorAll("table")) {
+const sortable = root => { for (const table of root.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
     const down = head.getAttribute("aria-sort") === "ascending";
@@ -264,7 +268,8 @@ for (const table of document.querySelectorAll("table")) {
     });
     body.append(...rows);
   }));
-}
+} };
+sortable(document);
 """
 
 
@@ -273,23 +278,19 @@ for (const table of document.querySelectorAll("table")) {
 
 def to_console(page: Page) -> None:
     """Print what the page says in brief: verdicts, tables, notes, warnings."""
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    screen, width = console(), columns()
     for block in page.brief:
         match block:
             case Heading(text):
-                console.print(f"\n{text}", style="bold")
+                screen.print(f"\n{fitted(text, width)}", style="bold")
             case Text(text):
-                console.print(text, soft_wrap=True)
+                screen.print(fitted(text, width), soft_wrap=True)
             case Lead(answer):
                 for line in (answer.compared, *(f"{title}: {told}." for title, told in answer.found)):
-                    console.print(line, soft_wrap=True)
+                    screen.print(fitted(line, width), soft_wrap=True)
             case Items(lines):
                 for line in lines:
-                    console.print(f"  - {line}", soft_wrap=True)
+                    screen.print(fitted(f"  - {line}", width), soft_wrap=True)
             case Grid(head, rows, words):
-                grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-                for name in head:
-                    grid.add_column(name, justify="left" if name in words else "right", overflow="fold")
-                for row in rows:
-                    grid.add_row(*(shown for shown, _ in row))
-                console.print(grid)
+                shown = [[text for text, _ in row] for row in rows]
+                print_table(head, shown, words, style=box.SIMPLE_HEAD)

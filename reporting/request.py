@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from crucible.command_line import unquoted
 from crucible.files import missing, why_not_writable
@@ -15,18 +16,14 @@ from crucible.options import ConfigError, in_interval, suggest
 
 SEE = "python report.py --help"
 OPTIONS = (
-    "runs",
-    "baseline",
-    "metric",
-    "out",
-    "margin_points",
-    "margin",
-    "checkpoint",
-    "variance",
-    "networks",
-    "wandb",
-)
-CHOICES = {"checkpoint": ("last", "best"), "variance": ("own", "shared"), "networks": ("settings", "arms")}
+    "runs", "baseline", "metric", "out", "margin_points", "margin", "checkpoint", "variance", "networks", "wandb",
+    "watch", "port",
+)  # fmt: skip
+CHOICES = {
+    "checkpoint": ("last", "best"), "variance": ("own", "shared"), "networks": ("settings", "arms"),
+    "watch": ("true", "false"),
+}  # fmt: skip
+OF_WATCH = ("watch", "port")  # how the page is shown, not what it says
 DEFAULT_METRIC = "test/acc"
 DEFAULT_MARGIN = 0.3  # points
 
@@ -97,6 +94,13 @@ class Metric:
         )
 
 
+class Watching(NamedTuple):
+    """`watch=true`. `port` 0: a free one; `writes`: the report's files too, at each change (`out=`)."""
+
+    port: int
+    writes: bool
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for. `margin` is in the unit of the logged metric; None: not asked."""
@@ -112,6 +116,7 @@ class Request:
     arguments: tuple[str, ...]
     wandb: str | None = None
     networks: str | None = None  # settings or arms; None: by what was tried on them
+    watching: Watching | None = None
 
 
 def read_arguments(arguments: Sequence[str]) -> Request:
@@ -144,7 +149,8 @@ def read_arguments(arguments: Sequence[str]) -> Request:
     out = Path(given["out"]).expanduser() if "out" in given else _common(folders) / "report"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: there is a file of this name; the report is a folder", see=SEE)
-    if reason := why_not_writable(out.absolute()):
+    watching = _watching(given)
+    if (watching is None or watching.writes) and (reason := why_not_writable(out.absolute())):
         raise ConfigError(f"out={out}: cannot be written ({reason}); out=PATH writes it elsewhere", see=SEE)
     return Request(
         folders=folders,
@@ -155,10 +161,28 @@ def read_arguments(arguments: Sequence[str]) -> Request:
         best=given.get("checkpoint") == "best",
         shared_variance=given.get("variance") == "shared",
         out=out,
-        arguments=tuple(arguments),
+        arguments=tuple(a for a in arguments if a.lstrip("-").partition("=")[0] not in OF_WATCH),
         networks=given.get("networks"),
         wandb=None if given.get("wandb") == "null" else given.get("wandb"),
+        watching=watching,
     )
+
+
+def _watching(given: Mapping[str, str]) -> Watching | None:
+    """How the page is shown while runs are under way; None: it is written once."""
+    if given.get("watch", "false") == "false":
+        if "port" in given:
+            raise ConfigError(f"port={given['port']}: is for watch=true, which serves the page", see=SEE)
+        return None
+    if given.get("wandb", "null") != "null":
+        raise ConfigError(
+            f"wandb={given['wandb']}: not with watch=true; python report.py without it logs the report",
+            see=SEE,
+        )
+    text = given.get("port", "0")
+    if not text.isdecimal() or not (text == "0" or 1 <= int(text) <= 65535):
+        raise ConfigError(f"port must be a whole number from 1 to 65535, got {text!r}", see=SEE)
+    return Watching(int(text), "out" in given)
 
 
 def _margin(given: Mapping[str, str], metric: Metric) -> float | None:

@@ -112,9 +112,14 @@ def compared_by(table: Table, metric: Metric, values: Mapping[Path, float], requ
 
 def to_test(runs: Sequence[Run]) -> str:
     """The command that tests these runs under all corruptions."""
+    return for_each(runs, "task=test", "data.module.corruption=all")
+
+
+def for_each(runs: Sequence[Run], *options: str) -> str:
+    """The command that does the same with each of these runs."""
     folders = sorted({str(run.path.parent) for run in runs})
     pattern = f"{folders[0]}/*" if len(folders) == 1 else ",".join(f"{f}/*" for f in folders)
-    return command(as_typed("run", pattern), "task=test", "each=true", "data.module.corruption=all")
+    return command(as_typed("run", pattern), options[0], "each=true", *options[1:])
 
 
 def corruptions() -> tuple[str, ...]:

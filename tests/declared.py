@@ -23,6 +23,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
+from callbacks.range_test import RangeOptions
 from crucible.configuration import find_target, to_plain
 from crucible.options import signature_options
 from datasets.packed import PackOptions
@@ -31,6 +32,7 @@ from lab.config import AUTOMATIC_FROM_DATA, SWEEP_OPTIONS, model_options
 from lab.planning import SweepOptions
 from lab.search import SearchOptions
 from models.base_model import BASICS, BaseModel
+from models.exported import ExportOptions
 from models.techniques import technique_kinds
 from norms.convert import NORMS, norm_options
 
@@ -292,8 +294,8 @@ def path_of(kind: type) -> str:
 def all_options() -> list[Option]:
     """Every option of every room, model, data module, policy, callback and logger."""
     return [
-        *_root(), *_sweeps(), *_packs(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(), *_checkpoint(),
-        *_callbacks(), *_norms(),
+        *_root(), *_sweeps(), *_packs(), *_tuning(), *_basics(), *_models(), *_data(), *_policies(), *_trainer(),
+        *_checkpoint(), *_callbacks(), *_norms(),
     ]  # fmt: skip
 
 
@@ -317,6 +319,8 @@ def _root() -> Iterator[Option]:
             "logger",
             "techniques",
             "pack",
+            "tune",
+            "export",
         ):
             yield Option("run", name, types_of.get(name, Any))
     data = getattr(config, "DATA_TYPES", {})
@@ -332,6 +336,11 @@ def _sweeps() -> Iterator[Option]:
 
 def _packs() -> Iterator[Option]:
     yield from _fields(PackOptions, "pack", "pack.", ("task=pack", "out=pack"))
+    yield from _fields(ExportOptions, "export", "export.", ("task=export",))
+
+
+def _tuning() -> Iterator[Option]:
+    yield from _fields(RangeOptions, "tune", "tune.", ("task=tune",))
 
 
 def _basics() -> Iterator[Option]:
@@ -413,7 +422,7 @@ def _callbacks() -> Iterator[Option]:
             base = (f"++callbacks.tried._target_={path_of(kind)}",)
             for name, (annotation, default) in signature_options(kind).items():
                 yield Option(path_of(kind), f"callbacks.tried.{name}", annotation, base, default)
-    for kind in (loggers.Wandb, loggers.TensorBoard):
+    for kind in (loggers.Wandb, loggers.TensorBoard, loggers.MLflow):
         base = (f"++logger.tried._target_={path_of(kind)}",)
         for name, (annotation, default) in signature_options(kind).items():
             if name not in ("folder", "facts"):  # handed in

@@ -164,7 +164,7 @@ def test_a_tracker_that_cannot_start_is_refused_before_there_is_a_run(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("crucible.loggers.has_wandb_key", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
-    for argument in ("logger.wandb.mode=online", "logger.tensorboard=true"):
+    for argument in ("logger.wandb.mode=online", "logger.tensorboard=true", "logger.mlflow=true"):
         outcome = cli("data=synthetic", argument)
         assert outcome.status == 2 and argument.split("=")[0] in outcome.err, outcome.err
         assert len(outcome.err.strip().splitlines()) == 1

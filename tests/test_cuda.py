@@ -13,7 +13,7 @@ from conftest import TINY, nightly, runs_in
 from cuda_runs import budget, seen, walk, watched_tasks
 from lightning.pytorch import Callback
 from simulated_cuda import CudaTensor, simulated_cuda
-from technique_runs import TECHNIQUES
+from technique_runs import FOLDERS, TECHNIQUES
 from torch import Tensor, nn
 
 from crucible.metrics import METRICS
@@ -30,7 +30,12 @@ def test_a_step_in_bf16_does_not_wait_and_launches_what_is_recorded(technique: s
     teacher = request.getfixturevalue("teacher") if technique == "distillation" else None
     found = walk(*filter(None, [technique]), teacher=teacher)
     assert found.precision == "bf16-mixed"
-    assert not found.faults(budget()[technique])
+    assert not found.faults(budget().get(technique))
+
+
+def test_the_launches_of_every_technique_are_recorded() -> None:
+    """Of those that are walked nightly too, but of none from a user's folder."""
+    assert set(budget()) == {"", *TECHNIQUES} - {*FOLDERS}, "write them anew as tests/cuda_runs.py says"
 
 
 @pytest.mark.slow  # a processor is slow in fp16

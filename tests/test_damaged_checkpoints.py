@@ -110,7 +110,7 @@ def _check(cli: Any, stopped: Path, whole: Path, folder: Path, file: str, kind: 
     assert outcome.status == 0, outcome.err
     if file == "last":
         (line,) = [line for line in outcome.out.splitlines() if line.startswith("note: last.ckpt")]
-        assert f"goes on from previous.ckpt, epoch {EPOCHS - 2}" in line
+        assert f"goes on from previous.ckpt, after epoch {EPOCHS - 2} of " in line
         assert line.removeprefix("note: ") in summary_of(run)["recovered"]
         assert line.removeprefix("note: ") in (run / "main.log").read_text()
     check_whole(run, whole)

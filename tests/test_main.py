@@ -430,7 +430,7 @@ def test_the_tasks_are_those_that_are_stated() -> None:
         for line in (ROOT / "cli_configs/train.yaml").read_text().splitlines()
         if line.startswith("task:")
     )
-    assert get_args(Task) == ("train", *OF_TRAINED, "summary", "pack")
+    assert get_args(Task) == ("train", *OF_TRAINED, "summary", "pack", "tune")
     assert all(re.search(rf"\b{task}\b", stated.split("#")[1]) for task in get_args(Task))
 
 

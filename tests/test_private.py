@@ -85,8 +85,8 @@ def test_lightning_sets_the_name_of_the_hook_that_logs() -> None:
 def test_lightnings_logger_keeps_what_it_hands_to_wandb(tmp_path) -> None:
     logger = WandbLogger(save_dir=str(tmp_path), offline=True, anonymous=True)
     assert "anonymous" in logger._wandb_init
-    private.drop_wandb_argument(logger, "anonymous")
-    assert "anonymous" not in logger._wandb_init
+    kept = private.wandb_arguments(logger)
+    assert "anonymous" not in kept and kept["dir"] == str(tmp_path)
 
 
 def test_a_trial_is_opened_by_its_number_in_the_storage() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from crucible.handover import VARIABLE, HandOver
 from crucible.run import RunDirectory
 from lab import cluster, remote
 from lab.remote import RemoteJob, read_record
@@ -52,6 +53,20 @@ def test_a_job_that_is_asked_to_stop_ends_when_its_state_is_saved(tmp_path: Path
     status = job(tmp_path, SAVES).run(lambda: (tmp_path / "begun").exists())
     assert status == 143 and time.monotonic() - began < 15
     assert read_record(tmp_path / "record.json")["reason"] == "saved"
+
+
+def test_a_run_knows_the_name_of_its_job_and_none_of_its_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whoever asks where it is; the variables would make it one of several ranks."""
+    for name, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    code = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[2], 'w'))"
+    told = replace(job(tmp_path, code), environment=HandOver(record="there").environment())
+    assert told.run(lambda: False) == 0
+    environment = json.loads((tmp_path / "begun").read_text())
+    assert not [name for name in environment if name.startswith("SLURM_")]
+    assert HandOver(**json.loads(environment[VARIABLE])) == HandOver(record="there", job="SLURM job 7_3")
 
 
 def test_a_job_that_does_not_stop_in_time_is_killed_and_its_run_given_back(tmp_path: Path) -> None:

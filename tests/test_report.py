@@ -415,9 +415,15 @@ def test_settings_that_differ_beside_the_technique_are_named(tmp_path):
         tmp_path, "mixup", BETTER, techniques=mixup, settings={"model.mixup": True, "trainer.max_epochs": 20}
     )
     make_arm(tmp_path, "lr=0.1", SAME, settings={"model.lr": 0.1})
+    watching = {"_target_": "callbacks.early_stopping.EarlyStopping", "patience": 3}
+    make_arm(
+        tmp_path, "early", SAME, techniques={"early": {"callbacks.early.patience": 3}},
+        settings={"callbacks": {"early": watching}},
+    )  # fmt: skip
     text = run_report(tmp_path)[1].split("### Look at")[1].split("###")[0]
     assert "mixup differs from baseline also in trainer.max_epochs (20, baseline 12)" in text
     assert "model.mixup" not in text, "a technique's own option is what the arm is about"
+    assert "callbacks.early" not in text, "and so is the whole of its callback"
     assert "model.lr" not in text, "so is what the arm's name spells out"
     assert "num_workers" not in text, "workers and paths do not change the result"
 

@@ -255,7 +255,7 @@ def test_the_whole_rows_of_metrics_are_kept_and_the_lost_ones_named(cli, copied:
     with pytest.raises(Damaged, match="1 of 2 rows"):
         load_run(copied)
     outcome = cli(f"run={copied}")
-    assert "kept are those of epochs 0, the others are lost" in outcome.out
+    assert "kept are those of epoch 1, the others are lost" in outcome.out
     with (copied / "metrics.csv").open(newline="") as stream:
         assert [row["epoch"] for row in csv.DictReader(stream)] == ["0"]
     assert (copied / "metrics.csv.damaged-1").read_text() == text[:-7]

@@ -75,7 +75,7 @@ def test_a_run_stops_names_what_did_it_keeps_its_last_good_state_and_says_it_aga
         assert len(event["samples"]) == 1 and event["module"] == "the input"
         line = outcome.err.strip().splitlines()[-1]
         assert re.search(
-            rf"diverged: train/loss is nan in epoch 1, step 8, rate 0\.0\d+; first not finite is the input; "
+            rf"diverged: train/loss is nan in epoch 2, step 8, rate 0\.0\d+; first not finite is the input; "
             rf"sample {event['samples'][0]}; .*on_nonfinite=skip",
             line,
         ), line
@@ -198,7 +198,7 @@ def test_it_goes_back_to_a_state_that_is_whole(cli, tmp_path: Path) -> None:
     (tmp_path / "bad").touch()
     outcome = cli(*command)
     assert outcome.status == 1 and outcome.err.startswith(
-        "error: diverged: train/loss is nan in epoch 1, step 8"
+        "error: diverged: train/loss is nan in epoch 2, step 8"
     )
 
 

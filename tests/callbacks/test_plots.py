@@ -13,7 +13,14 @@ from sklearn.metrics import confusion_matrix, mean_absolute_error, r2_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from callbacks.plots import MAX_CLASSES, PredictionSample, ResultPlots, draw_confusion, draw_curves
+from callbacks.plots import (
+    MAX_CLASSES,
+    PredictionSample,
+    ResultPlots,
+    draw_batch,
+    draw_confusion,
+    draw_curves,
+)
 
 N, CLASSES = 37, 5
 
@@ -50,6 +57,8 @@ class Data(LightningDataModule):
 
 
 class Tiny(LightningModule):
+    epochs = 3.0
+
     def __init__(
         self, task: str = "classification", num_classes: int = CLASSES, fail_in_epoch: int = -1
     ) -> None:
@@ -241,6 +250,20 @@ def test_wandb_gets_the_picture(tmp_path, monkeypatch):
         assert len(media) == 1 and is_picture(media[0])
     finally:
         wandb.finish()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((70, 3, 32, 64), (8 * 66, 8 * 34)), ((3, 1, 8, 8), (3 * 66, 66))]
+)
+def test_a_batch_is_shown_on_one_scale_at_most_sixty_four_of_it_small_ones_enlarged(shape, size) -> None:
+    batch = torch.zeros(shape)
+    batch[1, :, 0, 0], batch[2, :, 0, 0] = 2.0, -2.0
+    sheet = draw_batch(batch)
+    assert sheet.size == size
+    side = 66
+    found = [sheet.getpixel((tile * side, 0))[0] for tile in range(3)]
+    assert found == [128, 255, 0], "what is between the least and the greatest value is grey"
+    assert draw_batch(torch.zeros(4, 6)) is None, "no images"
 
 
 def test_curves_have_the_rows_of_all_epochs_counted_from_one_and_leave_out_what_has_no_value() -> None:

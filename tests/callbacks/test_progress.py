@@ -94,6 +94,7 @@ def open_terminal(monkeypatch) -> Terminal:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(progress, "REDRAW_S", 0.0)
+    monkeypatch.setattr(progress, "SLOW_S", 1e6)
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     return screen
@@ -119,8 +120,8 @@ def test_a_log_file_gets_one_plain_line_an_epoch(tmp_path, capsys):
     make_trainer(tmp_path, Progress(refresh_rate=1)).fit(model, Data())
     first, second = capsys.readouterr().out.splitlines()
     values = r"train loss 0\.2500 acc 0\.7500  val loss 0\.5000 acc 0\.6250  lr 0\.05  [\d.]+ s  \d+ images/s"
-    assert re.fullmatch(rf"epoch 1/2  {values}  left \d+:\d\d", first)
-    assert re.fullmatch(rf"epoch 2/2  {values}", second)
+    assert re.fullmatch(rf"epoch 1 of 2  {values}  left \d+:\d\d", first)
+    assert re.fullmatch(rf"epoch 2 of 2  {values}", second)
     assert model.read == 0, "nothing shows the running loss, so nothing waits for it"
 
 
@@ -146,13 +147,13 @@ def test_a_terminal_shows_the_epoch_in_progress_and_keeps_the_finished_lines(tmp
     model = Tiny()
     make_trainer(tmp_path, Progress(refresh_rate=2)).fit(model, Data())
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert re.search(r"epoch 1/2 .* 4/8  loss 0\.3750 acc 0\.5000 lr 0\.05  \d+ images/s  0:00<0:00", shown)
-    assert re.search(r"epoch 2/2 .* validation 8/8", shown)
-    assert re.findall(r"(epoch \d/2)  train loss 0\.2500 acc 0\.7500  val loss", shown) == [
-        "epoch 1/2",
-        "epoch 2/2",
-    ]
-    assert model.read == 2 * 8 / 2, "the running loss is read once a redraw"
+    values = r"loss 0\.3750  acc 0\.5000  lr 0\.05  \d+ images/s  \d:\d\d<\d:\d\d"
+    assert re.search(rf"epoch 1 of 2 .* 1/8  {values}", shown), "from the first step on"
+    assert re.search(rf"epoch 1 of 2 .* 4/8  {values}", shown)
+    assert re.search(r"epoch 2 of 2 .* validation 8/8", shown)
+    kept = re.findall(r"(epoch \d of 2)  train loss 0\.2500 acc 0\.7500  val loss", shown)
+    assert kept == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert model.read == 2 * (8 / 2 + 1), "the running loss is read once a redraw"
 
 
 def test_redraws_are_bounded_in_time_however_fast_the_steps(tmp_path, monkeypatch):
@@ -161,6 +162,29 @@ def test_redraws_are_bounded_in_time_however_fast_the_steps(tmp_path, monkeypatc
     model = Tiny()
     make_trainer(tmp_path, Progress(refresh_rate=1)).fit(model, Data())
     assert model.read == 0
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_what_a_terminal_has_no_room_for_is_left_out_whole(tmp_path, monkeypatch, width):
+    terminal = open_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", str(width))
+    trainer, model = make_trainer(tmp_path, Progress(refresh_rate=1)), Tiny()
+    trainer.fit(model, Data())
+    trainer.test(model, Data(), verbose=False)
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()))
+    assert max(map(len, lines)) <= width
+    live = [
+        line for line in lines if line.startswith("epoch ") and "5/8" in line and "validation" not in line
+    ]
+    for name, value in (("loss", "0.3750"), ("acc", "0.5000"), ("lr", "0.05")):
+        assert all(re.search(rf"{name} {re.escape(value)}( |$)", line) for line in live if name in line), name
+    assert (
+        live
+        and all("loss" in line for line in live)
+        and all(("images/s" in line) == (width > 80) for line in live)
+    )
+    said = " ".join(lines)
+    assert re.search(r"test  loss 0\.1250 +acc 0\.8750 +ece 0\.0625 +[\d.]+ s +\d+ images/s", said)
 
 
 def test_a_dumb_terminal_counts_as_a_log_file(tmp_path, monkeypatch):

@@ -337,12 +337,15 @@ def test_switch_norm_with_all_weight_on_one_is_instance_layer_or_batch_norm(chos
     torch.testing.assert_close(norm(x), limit)
 
 
-def test_switch_norm_weighs_the_statistics_and_keeps_running_averages_of_the_batch():
+def test_switch_norm_and_its_gradient_weigh_the_statistics_and_running_ones_are_the_batchs():
     norm = SwitchNorm(3, momentum=0.2).double()
     with torch.no_grad():
         norm.mean_weight.copy_(torch.tensor([0.3, -1.0, 0.5]))
         norm.var_weight.copy_(torch.tensor([1.0, 0.0, -0.4]))
+        norm.weight.normal_()
+        norm.bias.normal_()
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64) + torch.arange(3).view(3, 1, 1)
+    x.requires_grad_()
 
     def expected(batch_mean: Tensor, batch_var: Tensor) -> Tensor:
         axes = [(2, 3), (1, 2, 3)]
@@ -350,15 +353,22 @@ def test_switch_norm_weighs_the_statistics_and_keeps_running_averages_of_the_bat
         variances = [x.var(a, correction=0, keepdim=True) for a in axes] + [batch_var]
         mean = sum(w * m for w, m in zip(norm.mean_weight.softmax(0), means, strict=True))
         var = sum(w * v for w, v in zip(norm.var_weight.softmax(0), variances, strict=True))
-        return (x - mean) / (var + norm.eps).sqrt()
+        scale, shift = norm.weight.view(3, 1, 1), norm.bias.view(3, 1, 1)
+        return (x - mean) / (var + norm.eps).sqrt() * scale + shift
+
+    def same(out: Tensor, definition: Tensor) -> None:
+        torch.testing.assert_close(out, definition)
+        into, above = (x, *norm.parameters()), torch.randn(x.shape, dtype=x.dtype)
+        gradients = (torch.autograd.grad(y, into, above) for y in (out, definition))
+        torch.testing.assert_close(*gradients)
 
     mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-    torch.testing.assert_close(norm(x), expected(mean, var))
+    same(norm(x), expected(mean, var))
     torch.testing.assert_close(norm.running_mean, 0.2 * mean.flatten())
     torch.testing.assert_close(norm.running_var, 0.8 + 0.2 * var.flatten())
     norm.eval()
     running = norm.running_mean.view(1, 3, 1, 1), norm.running_var.view(1, 3, 1, 1)
-    torch.testing.assert_close(norm(x), expected(*running))
+    same(norm(x), expected(*running))
 
 
 def test_none_is_the_identity():
