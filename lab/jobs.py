@@ -731,7 +731,9 @@ def _expand(text: str) -> list[str]:
             raise ConfigError(f"run={part}: {missing(path)}", see="docs/training.md")
         found += matches or ([] if _has_magic(part) else [str(path)])
     if not found:
-        raise ConfigError(f"run={text}: no run there; give a folder with a config.yaml", see="docs/training.md")
+        raise ConfigError(
+            f"run={text}: no run there; give a folder with a config.yaml", see="docs/training.md"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -61,7 +61,8 @@ def _read(path: str) -> Mapping[str, Any]:
         ) from error
     if missing := _missing(content):
         raise ConfigError(
-            f"ckpt_path={path}: no training state of Crucible, it has no {missing}; {weights}", "docs/training.md"
+            f"ckpt_path={path}: no training state of Crucible, it has no {missing}; {weights}",
+            "docs/training.md",
         )
     return content
 

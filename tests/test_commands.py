@@ -38,7 +38,10 @@ ELSEWHERE = {
     r" & sleep|echo '": "tests/test_interruption.py, tests/test_damaged_checkpoints.py",
     r" wandb=": "tests/reporting/test_report_wandb.py",
     r"out=PACK verify": "tests/test_packing.py",
-    r"\.\.\.|technique=baseline,A|main\.py -m$|package\.Class": "a pattern of commands",
+    r"\.\.\.|<tab>|technique=baseline,A|main\.py -m$|package\.Class": "a pattern of commands",
+    r"watch=true": "tests/reporting/test_live.py",
+    r"mlflow": "tests/test_loggers.py",
+    r"runs=\[A/|runs=EXP_DIR": "tests/reporting/test_report_page.py",
     r"JOINT_RUN": "tests/test_stylized.py",
     r"SLURM_PROCID": "tests/test_slurm.py",
     r"--help|--cfg|--info|-sc ": "tests/test_main.py",
@@ -186,6 +189,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, warm_parent: Any) -> Path:
     assert Command(root, *tiny, *photographs, *sizes, warm=warm_parent).outcome().status == 0
     (run,) = runs_in(root / "mine")
     run.rename(root / "RUN")
+    shutil.copytree(root / "RUN", root / "RUNS/one")
     (root / "FILE").symlink_to("RUN/checkpoints/last.ckpt")
     (root / "experiments/cifar10").mkdir(parents=True)
     for digits in runs_in(
@@ -206,6 +210,8 @@ def test_a_command_runs_in_short(
     if script == "main.py":
         if "until=decided" in arguments:
             arguments += OF_UNTIL
+        elif "task=tune" in arguments:
+            arguments += ["tune.steps=10", *SHRUNK[1:]]
         elif any(a.startswith(("run=", "task=")) for a in arguments):
             arguments += RECORDED if any(a.startswith("run=") for a in arguments) else ()
         elif not any(a.startswith("debug=") for a in arguments):
