@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from crucible import configuration
+from crucible.command_line import with_plus
 from lab.config import SWEEP_OPTIONS, check
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,9 +83,15 @@ def commands() -> list[Typed]:
 ALL = commands()
 
 
+def composed(overrides: list[str]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+        return configuration.to_plain(compose("train", overrides))
+
+
 def is_recorded(command: Typed) -> bool:
     """Whether it works on a run's record, or is none of an experiment's."""
-    return bool(re.search(r"run=|--|SLURM|type=\[", command.line))
+    return bool(re.search(r"run=|--|-sc |SLURM|type=\[", command.line))
 
 
 def is_pattern(command: Typed) -> bool:
@@ -130,9 +137,11 @@ def test_a_command_that_trains_is_understood_as_it_stands(
             overrides.append(override.input_line)
     for name in ("DATASET_LOCATION", "EXPERIMENT_LOCATION"):  # env=cluster asks for them
         monkeypatch.setenv(name, "data")
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
-        config = configuration.to_plain(compose("train", overrides))
+    try:
+        config = composed(overrides)
+    except Exception as error:  # options that the files do not have are typed without their +
+        overrides = with_plus(overrides, error) or overrides
+        config = composed(overrides)
     check(config, overrides)
     assert not set(SWEEP_OPTIONS) & {o.split("=")[0] for o in overrides} or "-m" in command.words
 
