@@ -83,10 +83,16 @@ def commands() -> list[Typed]:
 ALL = commands()
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
+def composed(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration, and the overrides; an option that the files do not have is typed without its +."""
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
-        return configuration.to_plain(compose("train", overrides))
+    try:
+        with initialize_config_dir(str(ROOT / "cli_configs"), version_base="1.3"):
+            return configuration.to_plain(compose("train", overrides)), overrides
+    except Exception as error:
+        if (more := with_plus(overrides, error)) is None:
+            raise
+        return composed(more)
 
 
 def is_recorded(command: Typed) -> bool:
@@ -137,11 +143,7 @@ def test_a_command_that_trains_is_understood_as_it_stands(
             overrides.append(override.input_line)
     for name in ("DATASET_LOCATION", "EXPERIMENT_LOCATION"):  # env=cluster asks for them
         monkeypatch.setenv(name, "data")
-    try:
-        config = composed(overrides)
-    except Exception as error:  # options that the files do not have are typed without their +
-        overrides = with_plus(overrides, error) or overrides
-        config = composed(overrides)
+    config, overrides = composed(overrides)
     check(config, overrides)
     assert not set(SWEEP_OPTIONS) & {o.split("=")[0] for o in overrides} or "-m" in command.words
 
