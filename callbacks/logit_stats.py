@@ -238,10 +238,12 @@ class LogitStats(Callback):
         self._evaluation.add(outputs["logits"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self._evaluation.means(trainer, PREFIXES["val"]), logger=False)
+        means = self._evaluation.means(trainer, PREFIXES["val"])
+        pl_module.log_dict(means, logger=not watched(pl_module).hands_on_rows)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.log_dict(self._evaluation.means(trainer, PREFIXES["test"]), logger=False)
+        means = self._evaluation.means(trainer, PREFIXES["test"])
+        pl_module.log_dict(means, logger=not watched(pl_module).hands_on_rows)

@@ -96,6 +96,9 @@ class Recorder(Callback):
         self.train_seconds, self.images = state_dict["train_seconds"], state_dict["images"]
         self._earlier = state_dict.get("epoch_seconds", 0.0)  # states of earlier versions have none
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        watched(pl_module).hands_on_rows = True
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         known = self.run.metrics()
         self.rows = [dict(row) for row in known if int(row["epoch"]) < trainer.current_epoch]

@@ -22,6 +22,7 @@ class Training(Protocol):
         optimizer_options: a dataclass with `lr`, the rate that the schedule scales.
         steps_per_epoch: optimizer steps of an epoch.
         skips_nonfinite: whether batches of a loss that is not finite are left out of the epoch's means.
+        hands_on_rows: whether a callback gives the loggers whole rows, so that what is logged shall not go there too.
     """
 
     epochs: float
@@ -31,6 +32,7 @@ class Training(Protocol):
     optimizer_options: Any
     steps_per_epoch: int
     skips_nonfinite: bool
+    hands_on_rows: bool
 
     def log_training(self) -> None:
         """Log the epoch's values of training, unless that is done; of an epoch that was cut, those of its part."""

@@ -37,6 +37,7 @@ from lab.planning import SweepOptions
 from lab.ray_engine import RayOptions
 from lab.search import SearchOptions
 from models.base_model import BaseModel
+from models.exported import ExportOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "cli_configs"
@@ -325,6 +326,7 @@ def schemas(user_dir: Path | None = None) -> dict[str, Schema]:
             **top,
             "pack": group(of(_fields(PackOptions), "pack.")),
             "tune": group(of(_fields(RangeOptions), "tune.")),
+            "export": group(of(_fields(ExportOptions), "export.")),
             "cluster": engine(ClusterOptions, "cluster"),
             "ray": engine(RayOptions, "ray"),
             "search": engine(SearchOptions, "search"),

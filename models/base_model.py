@@ -335,7 +335,7 @@ class BaseModel(EvaluatedModel):
         }
         for more in self.epoch_values:
             values.update(more())
-        self.log_dict(values, on_step=False, on_epoch=True, logger=False)  # the recorder hands on whole rows
+        self.log_dict(values, on_step=False, on_epoch=True, logger=not self.hands_on_rows)
 
     def configure_optimizers(self) -> Any:
         trainer, step = self.trainer, self.step

@@ -33,6 +33,9 @@ class EvaluatedModel(LightningModule):
     metrics: nn.ModuleDict
     evaluation_criterion: nn.Module
     views: Views = Views()  # of each input, as it is evaluated
+    hands_on_rows: bool = (
+        False  # whether a callback gives the loggers whole rows; else Lightning gives them each value
+    )
     _sums: dict[str, Sums]
     _said: set[str]  # remarks on metrics
     _groups: dict[str, GroupScores]  # of the stages under way, where the data have groups
@@ -138,8 +141,7 @@ class EvaluatedModel(LightningModule):
         for remark in remarks(metrics, class_names) if self.trainer.is_global_zero else ():
             self._say(f"{split}: {remark}")
         metrics.reset()
-        # the recorder hands the trackers whole rows
-        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, logger=False)
+        self.log_dict({f"{split}/{k}": v for k, v in values.items()}, logger=not self.hands_on_rows)
 
     def _say(self, remark: str) -> None:
         if self.trainer.is_global_zero and remark not in self._said:

@@ -137,7 +137,7 @@ def test_a_debugged_recipe_ends_after_an_epoch_of_two_steps(cli, tmp_path: Path)
     summary = json.loads(run.read_text())
     assert (summary["status"], summary["epochs"], summary["steps"]) == ("finished", 1, 2)
     assert "test/acc" in summary["final"]
-    assert "1/250" in outcome.out and "lr 0.1" in outcome.out
+    assert "epoch 1 of 250" in outcome.out and "lr 0.1" in outcome.out
 
 
 @pytest.mark.parametrize("recipe", KNOWN, ids=lambda r: r.name)
