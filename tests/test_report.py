@@ -1161,6 +1161,12 @@ def test_seeds_that_do_not_vary_are_noticed(tmp_path):
     assert "baseline: all seeds have the same test/acc; is the seed used?" in run_report(tmp_path)[1]
 
 
+def test_seeds_that_have_as_many_images_right_by_chance_are_not_suspected(tmp_path):
+    for seed, loss in enumerate((0.31, 0.32)):
+        make_run(tmp_path, "baseline", seed, 0.93, final={"test/acc": 0.93, "test/loss": loss})
+    assert "is the seed used" not in run_report(tmp_path)[1]
+
+
 def test_a_moderated_variance_is_declared(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for k, arm in enumerate(("baseline", "a", "b", "c")):
