@@ -186,6 +186,11 @@ class Technique:
         """Forward and backward passes of a step with it, on average; 1 for most."""
         return 1.0
 
+    @property
+    def turns(self) -> Mapping[str, float]:
+        """`{option: epochs}`: after so many of them what a step does is another thing; empty for most."""
+        return {}
+
     def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).__dataclass_fields__[name].default)
 

@@ -29,11 +29,13 @@ from crucible.files import replacing, write_atomically
 from crucible.machine import is_child_rank, world_size
 from crucible.masking import masked
 from crucible.options import ConfigError
+from crucible.technique import read_techniques
 from datasets.base_datamodule import BaseDataModule
 from lab.build import build_callback, build_data, build_model, build_trainer
 from lab.config import run_length
 from lab.experiment import Job, quiet_lightning
 from lab.teachers import hand_in_teacher
+from models.techniques import technique_kinds
 from optimizers.schedules import ScheduleOptions
 
 SEE = "docs/use.md"
@@ -138,20 +140,22 @@ class Curve:
 
 
 def _check(config: Config, data: BaseDataModule, steps: int) -> None:
-    """Refuse what has no range test: a training state, and weights that begin to learn in the middle of the curve."""
+    """Refuse what has no range test: a training state, and a step that changes in the middle of the curve."""
     if config["ckpt_path"] is not None:
         raise ConfigError(
             f"ckpt_path={config['ckpt_path']}: task=tune trains from the start; model.init_from=RUN takes its weights",
             see=SEE,
         )
-    at = config["model"].get("unfreeze_at")
-    if at is not None and steps > (most := at * run_length(config, data).steps_per_epoch):
-        way = f"tune.steps of at most {most}, or " if most >= 10 else ""
-        raise ConfigError(
-            f"model.unfreeze_at={at}: what is frozen would begin to learn at step {most} of the test's {steps}; "
-            f"{way}model.unfreeze_at=null finds the rate of the frozen epochs",
-            see=SEE,
-        )
+    techniques = read_techniques(technique_kinds(config["model"].get("stages")), config["model"])
+    turns = {name: at for technique in techniques.values() for name, at in technique.turns.items()}
+    for name, at in turns.items():
+        if steps > (most := int(at * run_length(config, data).steps_per_epoch)):
+            way = f"tune.steps of at most {most}, or " if most >= 10 else ""
+            raise ConfigError(
+                f"model.{name}={at:g}: what is trained would change at step {most} of the test's {steps}; "
+                f"{way}model.{name}=null finds the rate of the epochs before",
+                see=SEE,
+            )
 
 
 def range_test(config: Config, options: RangeOptions, folder: Path) -> Curve:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar
@@ -36,6 +36,10 @@ class Freeze(Technique):
         "the parameters' names, or a list; null: nothing",
     ] = None
     unfreeze_at: Annotated[int | None, "[1, inf)", "epochs after which all of it learns; null: never"] = None
+
+    @property
+    def turns(self) -> Mapping[str, float]:
+        return {} if self.unfreeze_at is None else {"unfreeze_at": self.unfreeze_at}
 
     def check(self, setting: Setting) -> None:
         if isinstance(self.freeze, list) and not self.freeze:

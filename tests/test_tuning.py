@@ -209,7 +209,7 @@ def test_what_has_no_range_test_is_refused_in_one_line(cli, tmp_path: Path) -> N
     for typed, said in {
         ("tune.min_rate=1", "tune.max_rate=0.1"): "tune.min_rate=1 must be less than tune.max_rate=0.1",
         ("run=some/run",): "no recorded run",
-        ("model.freeze=backbone", "model.unfreeze_at=1"): "what is frozen would begin to learn at step",
+        ("model.freeze=backbone", "model.unfreeze_at=1"): "what is trained would change at step",
     }.items():
         outcome = cli(*(TINY if "run=some/run" not in typed else ()), "task=tune", *typed)
         assert outcome.status == 2 and said in outcome.err and len(outcome.err.splitlines()) == 1, typed
