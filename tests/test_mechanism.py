@@ -206,7 +206,7 @@ def test_a_command_measures_each_finished_run_once_and_the_report_shows_it(
     runs = runs_in(tmp_path)
     pattern = f"run={runs[0].parent}/*"
     refused = cli(pattern, "task=mechanism")
-    assert refused.status == 2 and "each=true measures each" in refused.err
+    assert refused.status == 2 and "each=true does it of each" in refused.err
     first = cli(pattern, "task=mechanism", "each=true")
     assert first.status == 0 and "(recorded)" not in first.out, first.err
     records = [json.loads((run / "mechanism.json").read_text()) for run in runs]

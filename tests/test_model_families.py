@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from importlib import import_module
 from typing import Any
 
@@ -164,6 +165,9 @@ def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...]
     config = small(*case, f"data.input_size={size}")
     try:
         copy.deepcopy(model).train()(torch.zeros(2, 3, size, size))
+    except ConfigError as refused:  # by the network itself, which knows what it needs
+        with pytest.raises(ConfigError, match=re.escape(str(refused))):
+            check_input(model, config)
     except (RuntimeError, ValueError, AssertionError):
         with pytest.raises(ConfigError, match=rf"^data\.input_size={size}: .* 3x{size}x{size} \(.+\)$"):
             check_input(model, config)
