@@ -57,7 +57,8 @@ class Outputs(Callback):
         self._seen.update(outputs["logits"], outputs["target"])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.logits, self.target = self._seen.compute()
+        self.logits, target = self._seen.compute()
+        self.target = target.reshape(-1)  # torchmetrics makes a scalar of the target of a single sample
         self._seen = _Outputs()
 
 
