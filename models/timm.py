@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import timm
+import torch
 from timm.data import ImageNetInfo, resolve_data_config
 from timm.layers import DropPath
 from timm.models.resnest import ResNestBottleneck
@@ -63,6 +64,22 @@ class OwnData(NamedTuple):
         )
 
 
+def _created(name: str, **arguments: Any) -> nn.Module:
+    """timm's network, on the default device.
+
+    A constructor may compute with tensors (RegNet's widths), for which the meta device of torch 2.11 lacks operators:
+    there it computes on the CPU.
+    """
+    try:
+        return timm.create_model(name, **arguments)
+    except NotImplementedError:
+        device = torch.get_default_device()
+        if device.type != "meta":
+            raise
+        with torch.device("cpu"):
+            return timm.create_model(name, **arguments).to(device)
+
+
 def build_timm(
     name: str,
     model: BaseModel,
@@ -108,7 +125,7 @@ def build_timm(
     }
     given = {argument: value for argument, value in arguments.items() if value is not None}
     try:
-        network = timm.create_model(name, pretrained=pretrained, **given)
+        network = _created(name, pretrained=pretrained, **given)
     except TypeError as error:
         refused = [f"{_option(a)}={value!r}" for a, value in given.items() if f"'{a}'" in str(error)]
         option = refused[0] if refused else "model.timm_kwargs"

@@ -105,6 +105,7 @@ def by_timm(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         is_training=False,
         use_prefetcher=False,
         num_workers=0,
+        persistent_workers=False,
         device=torch.device("cpu"),
         **{n: config[n] for n in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")},
     )
