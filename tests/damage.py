@@ -104,6 +104,21 @@ def main_in_process(folder: Path, *arguments: str) -> Outcome:
         sys.argv = before
 
 
+def done(folder: Path, *arguments: str) -> str:
+    """What a command that succeeds prints."""
+    outcome = main_in_process(folder, *arguments)
+    assert outcome.status == 0, outcome.err
+    return outcome.out
+
+
+def refused(folder: Path, *arguments: str) -> str:
+    """The one line that a command is refused with."""
+    outcome = main_in_process(folder, *arguments)
+    assert outcome.status == 2, outcome.out
+    (line,) = outcome.err.splitlines()
+    return line
+
+
 def _report(run: Path) -> Outcome:
     best = ["checkpoint=best"] if (run / "test.json").exists() else []
     return _in_process(

@@ -315,7 +315,7 @@ def _pin(tensor: Tensor, *_: Any) -> Tensor:
 
 @contextmanager
 def _casting_as_cuda() -> Iterator[None]:
-    dispatch = torch.library.Library("aten", "IMPL")
+    operators_of_aten = torch.library.Library("aten", "IMPL")
     try:
         for names, to in (
             (LOWER, lambda: torch.get_autocast_dtype("cuda")),
@@ -326,10 +326,12 @@ def _casting_as_cuda() -> Iterator[None]:
                 for overload in packet.overloads():
                     if not overload.endswith("out"):
                         operator = getattr(packet, overload)
-                        dispatch.impl(operator, partial(_cast_and_call, operator, to), "AutocastCUDA")
+                        operators_of_aten.impl(
+                            operator, partial(_cast_and_call, operator, to), "AutocastCUDA"
+                        )
         yield
     finally:
-        dispatch._destroy()
+        operators_of_aten._destroy()
 
 
 def _cast_and_call(operator: Any, to: Callable[[], torch.dtype], *args: Any, **kwargs: Any) -> Any:

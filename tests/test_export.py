@@ -25,7 +25,7 @@ import torch
 import torchvision
 import yaml
 from conftest import ROOT, runs_in
-from damage import main_in_process
+from damage import done, refused
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -47,19 +47,6 @@ TRAIN = [
     "trainer.max_epochs=2", "logger.wandb=null", "callbacks.plots=null", "trainer.enable_progress_bar=false",
     "metrics=[acc,ece]", "technique=[ema,mixup]", "model.ema_decay=0.5", "data.module.val_split=0.3",
 ]  # fmt: skip
-
-
-def done(folder: Path, *arguments: str) -> str:
-    outcome = main_in_process(folder, *arguments)
-    assert outcome.status == 0, outcome.err
-    return outcome.out
-
-
-def refused(folder: Path, *arguments: str) -> str:
-    outcome = main_in_process(folder, *arguments)
-    assert outcome.status == 2, outcome.out
-    (line,) = outcome.err.splitlines()
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, runs_in
-from damage import main_in_process
+from damage import done, main_in_process, refused
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
@@ -39,19 +39,6 @@ CLASSES = ("ant", "bee", "cow")
 def timm_on(place: Path) -> list[str]:
     data = f"data.module.data_root_dir={place / 'val'}"
     return ["model=timm", "data=imagenet", data, "trainer.accelerator=cpu", "metrics=[acc]"]
-
-
-def done(folder: Path, *arguments: str) -> str:
-    outcome = main_in_process(folder, *arguments)
-    assert outcome.status == 0, outcome.err
-    return outcome.out
-
-
-def refused(folder: Path, *arguments: str) -> str:
-    outcome = main_in_process(folder, *arguments)
-    assert outcome.status == 2
-    (line,) = outcome.err.splitlines()
-    return line
 
 
 def network_of(seed: int, classes: int = 3, channels: int = 3) -> torch.nn.Module:

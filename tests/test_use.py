@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, runs_in, summary_of
-from damage import main_in_process
+from damage import done, main_in_process
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from test_other_data import CLASSES, write_classes
@@ -40,12 +40,6 @@ TRAIN = [
     "trainer.max_epochs=2", "logger.wandb=null", "callbacks.plots=null", "trainer.enable_progress_bar=false",
     "metrics=[acc]", "technique=ema",
 ]  # fmt: skip
-
-
-def done(folder: Path, *arguments: str) -> str:
-    outcome = main_in_process(folder, *arguments)
-    assert outcome.status == 0, outcome.err
-    return outcome.out
 
 
 @pytest.fixture(scope="module")
