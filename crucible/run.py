@@ -122,7 +122,9 @@ class RunDirectory:
         """
         file = self.path / "config.yaml"
         if not file.exists():
-            raise ConfigError(f"run={self.path}: no run there (it has no config.yaml)", see="docs/training.md")
+            raise ConfigError(
+                f"run={self.path}: no run there (it has no config.yaml)", see="docs/training.md"
+            )
         way_on = "the command that made the run writes it again"
         if typed := self._command():
             way_on += f": {typed}"

@@ -47,10 +47,8 @@ SCHEMA = 1
 SEE = "docs/export.md"
 MEMBER = "crucible.json"  # in the archives that torch writes
 SAMPLES = 16
-NEAR, NEAR_HALF = (
-    1e-4,
-    2e-2,
-)  # of the largest output: ten times what 50 layers of float32, or float16, come to
+# of the largest output: ten times what 50 layers of float32, or float16, come to
+NEAR, NEAR_HALF = 1e-4, 2e-2
 _MOST_ONNX = 2**31 - 2**20  # bytes of a file of protobuf
 _BATCH = "batch"
 _OPSET = 20  # deformable convolutions are in it from 19 on

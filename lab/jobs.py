@@ -706,10 +706,9 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
             status = 2
             print(f"error: {error}", file=sys.stderr, flush=True)
         worst = max(worst, status)
-    _say(
-        f"{len(runs) - passed_over} runs, one after the other"
-        + (f"; {passed_over} without weights" if passed_over else "")
-    )
+    done = len(runs) - passed_over
+    without = f"; {passed_over} without weights" if passed_over else ""
+    _say(f"{done} run{'s, one after the other' if done != 1 else ''}{without}")
     return worst
 
 
