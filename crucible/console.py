@@ -57,6 +57,13 @@ def fitted(text: str, width: int | None) -> str:
     return "\n".join(lines)
 
 
+def say(text: str = "") -> None:
+    """Print to standard output, at once, in lines that the terminal has room for (`fitted`)."""
+    width = columns()
+    sys.stdout.write("".join(f"{fitted(line, width)}\n" for line in text.split("\n")))
+    sys.stdout.flush()
+
+
 def print_table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],

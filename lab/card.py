@@ -22,6 +22,7 @@ from scipy.stats import binomtest
 from crucible.calibration import recorded_calibrations
 from crucible.command_line import command
 from crucible.configuration import Config, find_target
+from crucible.console import say
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import world_size
 from crucible.metrics import base_name, of_split
@@ -89,7 +90,7 @@ def write_card(run: RunDirectory, config: Config, checkpoint: Path, out: Path | 
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, card(run, config, checkpoint, found))
     unread = f" (the data cannot be read here: {why_not})" if found is None else ""
-    print(f"card of {run.path.name}/{checkpoint.name}  ->  {file}{unread}", flush=True)
+    say(f"card of {run.path.name}/{checkpoint.name}  ->  {file}{unread}")
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig
 
+from crucible.console import say
 from crucible.masking import masked_in
 from crucible.options import ConfigError
 from lab.executors import (
@@ -122,7 +123,7 @@ class Queue:
             if self._silent_since is None:
                 self._silent_since = now
                 text = " ".join(said.split())
-                print(f"SLURM does not answer ({text[:200]}); waiting for it", flush=True)
+                say(f"SLURM does not answer ({text[:200]}); waiting for it")
             return
         self._silent_since = None
         answers = dict(line.split("|", 1) for line in said.splitlines() if "|" in line)
@@ -139,12 +140,11 @@ class Queue:
     def _say(self, number: str, seen: Seen, before: str) -> None:
         held = seen.state == "PENDING" and "held" in seen.reason.lower()
         if held:
-            print(
+            say(
                 f"{seen.name}: SLURM holds job {number} ({seen.reason}): scontrol release {number}",
-                flush=True,
             )
         elif seen.state == "PENDING" and before not in ("PENDING", ""):
-            print(f"{seen.name}: job {number} is queued again ({seen.reason})", flush=True)
+            say(f"{seen.name}: job {number} is queued again ({seen.reason})")
 
 
 def _ask_slurm(command: Sequence[str]) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from crucible.command_line import command
+from crucible.console import say
 from crucible.files import write_atomically
 from crucible.masking import masked_in
 from crucible.metrics import find_metric, of_split
@@ -347,7 +348,7 @@ class Deciding:
             for one in failed:
                 assert one.job is not None
                 one.job.run.update_summary(dropped=True)
-                print(f"dropped: {one.name()}: {one.reason}")
+                say(f"dropped: {one.name()}: {one.reason}")
             if asked and not failed:  # else there is more to read than before
                 return asked
 
@@ -451,12 +452,12 @@ class Deciding:
         before, self._told = self._told, now
         (table,) = compare(list(self._runs().values()), self._request())
         reached = sorted({steps[arm].seeds for arm in now if now[arm] != before.get(arm)})
-        print(f"\nlook at {' and '.join(map(str, reached))} seeds, of {', '.join(map(str, self.looks))}")
+        say(f"\nlook at {' and '.join(map(str, reached))} seeds, of {', '.join(map(str, self.looks))}")
         for c in table.comparisons:
-            print(f"  {c.arm}: {c.verdict}")
+            say(f"  {c.arm}: {c.verdict}")
         for warning in remarks.before_more_seeds(table):
-            print(f"  look at this: {warning}")
-        print(flush=True)
+            say(f"  look at this: {warning}")
+        say()
 
 
 def _pairs(facts: Mapping[str, Any]) -> set[tuple[str, str]]:

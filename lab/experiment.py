@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from crucible import configuration, metrics, trust
 from crucible.configuration import Config, find_target, flatten, is_semantic
+from crucible.console import say
 from crucible.corrections import Correction, versions_of
 from crucible.files import absolute, why_not_writable
 from crucible.handover import received
@@ -130,7 +131,7 @@ def complete(
 
     said = run.complete(config, None if overrides is None else list(overrides), known)
     for line in said:
-        print(f"note: {run.path}: {line}", flush=True)
+        say(f"note: {run.path}: {line}")
     summary = run.summary()
     missing = {n: v for n, v in (facts or {}).items() if n in _CONTENT and n not in summary}
     if missing:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from augmentation.policies.base import ImagePolicy
 from crucible.configuration import Config
+from crucible.console import say
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.options import ConfigError, read_options
 from crucible.run import RunDirectory
@@ -388,7 +389,7 @@ def export(run: RunDirectory, config: Config, checkpoint: Path, out: Path | None
         *([f"  random samples: {why_random}"] if why_random else []),
         f"  checked {checked}", f"  ->  {file}", f"  ->  {beside}",
     ):  # fmt: skip
-        print(line, flush=True)
+        say(line)
     return 0
 
 

@@ -36,7 +36,7 @@ from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
 from crucible.command_line import as_typed, command, describe, option, parse, unquoted
 from crucible.configuration import Config
-from crucible.console import columns, fitted
+from crucible.console import columns, fitted, say
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
@@ -145,7 +145,7 @@ def _use_given(config: Config, overrides: Sequence[str]) -> int:
     if "" in every:
         given = record_given(config, overrides)
         for line in given.said:
-            _say(line)
+            say(line)
         try:
             return run_recorded([option("run", given.run.path), *given.beside])
         finally:
@@ -161,7 +161,7 @@ def _use_given(config: Config, overrides: Sequence[str]) -> int:
             _let_go(earlier)
         recorded.append(given := record_given(one, typed))
         for line in given.said:
-            _say(line)
+            say(line)
         told = _read_arguments([option("run", given.run.path), *given.beside])
         return _to_evaluate([given.run], told, "test", _asked(told, "test"))
 
@@ -193,10 +193,6 @@ def _tell_the_sweep(job: Job | None, status: int | None, reason: str = "") -> No
 # running
 
 
-def _say(text: str) -> None:
-    print(fitted(text, columns()), flush=True)
-
-
 def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None:
     """Find this process's place among those of its run; say what of the environment counts for nothing.
 
@@ -205,9 +201,7 @@ def _take_part(trainer: Mapping[str, Any], processes: int | None = None) -> None
     """
     settle(trainer, world_size(trainer) if processes is None else processes)
     if names := left_over():
-        _say(
-            f"note: {', '.join(names)} in the environment: of no launcher that is known here, and left alone"
-        )
+        say(f"note: {', '.join(names)} in the environment: of no launcher that is known here, and left alone")
     rank_zero_only.rank = launch().rank  # type: ignore[attr-defined]  # Lightning has read the variables by itself
 
 
@@ -227,7 +221,7 @@ def start(run: RunDirectory, config: Config, typed: Sequence[str] = ()) -> int:
             summary = run.summary()
             again = "the command that made it runs it again with fresh=true"
             by = f"; {summary['recognised']}" if "recognised" in summary else ""
-            _say(f"{run.path}: finished before ({headline(summary.get('final', {}))}{by}); {again}")
+            say(f"{run.path}: finished before ({headline(summary.get('final', {}))}{by}); {again}")
             _warn_of_other_code(run)
         return 0
     if not is_child_rank():
@@ -241,7 +235,7 @@ def start(run: RunDirectory, config: Config, typed: Sequence[str] = ()) -> int:
 def _warn_of_other_code(run: RunDirectory) -> None:
     before, now = run.summary().get("git") or {}, tasks.git_state()
     if before.get("commit") and now.get("commit") and before["commit"] != now["commit"]:
-        _say(
+        say(
             f"note: that run was made by commit {before['commit'][:9]}; the checkout is at {now['commit'][:9]}"
         )
 
@@ -276,7 +270,7 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
         except Held as error:
             if not received().does_the_work:
                 raise
-            _say(str(error))
+            say(str(error))
             return HELD
         run.count_from(received().started or time.time())
         pass_on(resume=str(resume or ""), ranks=name)
@@ -284,7 +278,7 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
             clear_away_earlier(run, name)
             run.update_summary(status="running", reason="")
             if said:
-                _say(f"note: {said}")
+                say(f"note: {said}")
                 run.update_summary(recovered=[*run.summary().get("recovered", []), said])
         except OSError:
             run.release()
@@ -315,12 +309,12 @@ def _execute(run: RunDirectory, config: Config, typed: Sequence[str], stops: _St
             stops.working = False
         status, outcome = 0, "finished"
         if first:
-            _say(f"{headline(final)}  ->  {run.path}")
+            say(f"{headline(final)}  ->  {run.path}")
     except Interrupted as error:
         # the ranks stop together: a child that reports failure would have rank 0 killed while it writes
         status, outcome, reason = (error.exit_status if first else 0), "interrupted", str(error)
         if first:
-            _say(f"interrupted; the same command, or {command(option('run', run.path))}, goes on from here")
+            say(f"interrupted; the same command, or {command(option('run', run.path))}, goes on from here")
     except Pruned as error:
         status, outcome, reason = 0, "pruned", str(error)
     except (KeyboardInterrupt, SystemExit) as error:
@@ -489,7 +483,7 @@ def _wait_for_claim(run: RunDirectory) -> dict[str, Any]:
             said = True
             if run.state() == "running":  # rank 0 has found it so, too
                 raise Held(f"{run.path}: this run is in progress ({run.holder()})")
-            _say(f"rank {rank}: waiting for rank 0 to start {run.path} (at most {WAIT_S:.0f} s)")
+            say(f"rank {rank}: waiting for rank 0 to start {run.path} (at most {WAIT_S:.0f} s)")
         time.sleep(0.2)
     named = {"torchrun": "RANK", "another launcher": "RANK", "srun": "SLURM_PROCID"}.get(
         launch().by, "NODE_RANK"
@@ -622,7 +616,7 @@ def run_recorded(arguments: Sequence[str]) -> int:
             error = f"{runs[0].path}: this run is in progress ({runs[0].holder()})"
             if not received().does_the_work:
                 raise Held(error)
-            _say(error)
+            say(error)
             return HELD
         if not is_child_rank() and os.access(runs[0].path, os.W_OK):
             with runs[0].locked():
@@ -698,7 +692,7 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
     for run in runs:
         if not any(run.checkpoints.glob("*.ckpt")):
             passed_over += 1
-            _say(f"{run.path}: has no weights yet; passed over")
+            say(f"{run.path}: has no weights yet; passed over")
             continue
         try:
             status = run_recorded([option("run", str(run.path)), *others])
@@ -708,7 +702,7 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
         worst = max(worst, status)
     done = len(runs) - passed_over
     without = f"; {passed_over} without weights" if passed_over else ""
-    _say(f"{done} run{'s, one after the other' if done != 1 else ''}{without}")
+    say(f"{done} run{'s, one after the other' if done != 1 else ''}{without}")
     return worst
 
 

@@ -26,6 +26,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crucible.configuration import Config, flatten
+from crucible.console import say
 from crucible.files import why_not_writable, write_atomically
 from crucible.keyed import keyed_uniform, stream_key
 from crucible.machine import device_kind
@@ -69,7 +70,7 @@ def measure_run(run: RunDirectory, config: Config, checkpoint: Path, out: Path |
     """
     summary = run.summary()
     if summary.get("status") != "finished":
-        _say(f"{run.path}: is {summary.get('status', 'not begun')}, not finished; passed over")
+        say(f"{run.path}: is {summary.get('status', 'not begun')}, not finished; passed over")
         return 0
     for name in EVALUATION_OPTIONS:
         if config.get(name):
@@ -91,17 +92,13 @@ def measure_run(run: RunDirectory, config: Config, checkpoint: Path, out: Path |
         record, known = _measured(run, config, checkpoint, facts), False
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=2) + "\n")
-    _say(f"mechanism of {run.path.name}/{checkpoint.name}{' (recorded)' if known else ''}")
+    say(f"mechanism of {run.path.name}/{checkpoint.name}{' (recorded)' if known else ''}")
     for name, value in record["values"].items():
-        _say(f"  {name:<24} {value:.6g}")
+        say(f"  {name:<24} {value:.6g}")
     for remark in record["remarks"]:
-        _say(f"  {remark}")
-    _say(f"  ->  {path}")
+        say(f"  {remark}")
+    say(f"  ->  {path}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 def _earlier(path: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:

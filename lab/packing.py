@@ -38,7 +38,7 @@ from rich.progress import (
 from crucible.cells import cell
 from crucible.command_line import option
 from crucible.configuration import Config
-from crucible.console import columns, console, fitted, is_live
+from crucible.console import console, is_live, say
 from crucible.files import replacing, why_not_writable
 from crucible.machine import core_count
 from crucible.options import ConfigError, read_options
@@ -112,7 +112,7 @@ def pack(config: Config) -> int:
             _same(out, known, wanted)
             if known.complete:
                 found = Pack(out, known)
-                _say(f"{out}: packed before ({_contents(known)}); pack.verify=true reads it whole")
+                say(f"{out}: packed before ({_contents(known)}); pack.verify=true reads it whole")
                 return 1 if found.description.samples != known.counts else 0
             wanted = replace(wanted, made=known.made)
         workers = config["data"]["module"]["num_workers"]
@@ -244,7 +244,7 @@ class _Packing:
                 writer = _Writer(environment)
                 begin = writer.next()
                 if begin:
-                    _say(f"{self.out}: goes on at image {begin + 1} of {self.total}")
+                    say(f"{self.out}: goes on at image {begin + 1} of {self.total}")
                 with _Shown(f"packing {self.description.source['name']}", self.total, begin) as shown:
                     self._write(writer, begin, shown)
                 samples = self._write_index(writer, writer.rejects())
@@ -265,11 +265,11 @@ class _Packing:
         made = {**self.description.made, "done": _now()}
         done = replace(done, digests=digests, made=made)
         done.write(self.out)
-        _say(f"{self.out}: {_contents(done)}, verified")
+        say(f"{self.out}: {_contents(done)}, verified")
         root = option("data.module.data_root_dir", self.out)
-        _say(f"train from it: the same command without task=pack, with {root}")
+        say(f"train from it: the same command without task=pack, with {root}")
         for line in _reject_lines(rejects, self.out):
-            _say(line)
+            say(line)
         return 1 if rejects else 0
 
     def _write(self, writer: _Writer, begin: int, shown: _Shown) -> None:
@@ -509,7 +509,7 @@ def _verify(out: Path) -> int:
         digests, changed = _read_back(found, shown, core_count())
     wrong = [split for split in known.counts if digests[split] != known.digests.get(split)]
     if not wrong:
-        _say(f"{out}: {_contents(known)}, verified")
+        say(f"{out}: {_contents(known)}, verified")
         return 0
     records = f"; records that have changed: {', '.join(map(str, changed[:8]))}" if changed else ""
     raise ConfigError(
@@ -524,10 +524,6 @@ def _verify(out: Path) -> int:
 def _contents(known: Description) -> str:
     sizes = ", ".join(f"{known.samples[split]} {split}" for split in known.counts)
     return f"{sizes} images, {known.size / 2**20:.1f} MiB"
-
-
-def _say(text: str) -> None:
-    print(fitted(text, columns()), flush=True)
 
 
 class _Shown:
@@ -562,4 +558,4 @@ class _Shown:
             self._bar.update(self._bar.task_ids[0], completed=self._done, rate=rate)
         elif time.monotonic() - self._said >= _LINE_S:
             self._said = time.monotonic()
-            _say(f"{self._title}  {self._done}/{self._total}")
+            say(f"{self._title}  {self._done}/{self._total}")

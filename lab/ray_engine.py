@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from omegaconf import DictConfig
 
+from crucible.console import say
 from crucible.options import ConfigError
 from lab.executors import Errand, left_to_the_node, options_of, refuse_several_nodes
 from lab.planning import Planned
@@ -95,7 +96,7 @@ class RayHandle:
             return False
         self._restarts += 1
         count = f"{self._restarts} of {self._executor.options.restarts}"
-        print(f"{self._name}: {why}; it goes on elsewhere ({count})", flush=True)
+        say(f"{self._name}: {why}; it goes on elsewhere ({count})")
         self._task = self._executor.submit(self._errand, again=True)
         return True
 

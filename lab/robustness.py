@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from augmentation.corruptions import COMMON, SEVERITIES, VERSION
 from crucible.configuration import Config
-from crucible.console import columns, console, fitted, is_live, print_table
+from crucible.console import console, is_live, print_table, say
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import is_child_rank
 from crucible.options import ConfigError, signature_options
@@ -116,12 +116,12 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
         computed = f"{known} of {len(cells)} cells were known" if known else ""
         limited = f"on {record['samples']} drawn of {whole} samples" if record["samples"] < whole else ""
         unsaved = f"not recorded: {why_not}; out=FILE writes elsewhere" if why_not else ""
-        print(f"test of {run.path.name}/{checkpoint.name} under corruptions", flush=True)
+        say(f"test of {run.path.name}/{checkpoint.name} under corruptions")
         for line in filter(None, [note, *found.remarks, limited, computed, unsaved]):
-            print(f"  {line}", flush=True)
+            say(f"  {line}")
         show(record, cells)
         if not why_not:
-            print(f"  ->  {path}", flush=True)
+            say(f"  ->  {path}")
     return 0
 
 
@@ -200,14 +200,14 @@ def show(record: Mapping[str, Any], cells: list[Cell]) -> None:
     )
     for name, value in record["averages"].items():
         made = "; made here, frost drawn: not a paper's" if name == "mce" and not record["ready"] else ""
-        print(fitted(f"  {name:<24} {value:.4f}   {_MEANING[name]}{made}", columns()))
+        say(f"  {name:<24} {value:.4f}   {_MEANING[name]}{made}")
     if not record["averages"] and any(c.corruption in COMMON for c in cells):
         have = sum(len(record["cells"].get(n, {})) for n in COMMON)
         said = (
             f"  no means yet: {have} of {len(COMMON) * len(SEVERITIES)} cells are recorded; data.module.corruption=all "
             "computes the others"
         )
-        print(fitted(said, columns()))
+        say(said)
 
 
 _MEANING = {

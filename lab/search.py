@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from callbacks.pruning import open_study
 from crucible import private
 from crucible.configuration import check_name
-from crucible.console import print_table
+from crucible.console import print_table, say
 from crucible.files import write_atomically
 from crucible.masking import masked, masked_in
 from crucible.metrics import higher_is_better, of_split
@@ -220,7 +220,7 @@ class Search:
         for orphan in self._orphans():
             planned = self._examine(orphan.user_attrs["values"])
             if planned.state in TO_RUN:
-                print(f"\n[trial {orphan.number + 1}, again] {' '.join(planned.differing)}", flush=True)
+                say(f"\n[trial {orphan.number + 1}, again] {' '.join(planned.differing)}")
                 yield self._of_trial(planned, orphan)
             else:
                 self._tell(planned, orphan)
@@ -232,7 +232,7 @@ class Search:
             if planned.job is not None:
                 trial.set_user_attr("run", str(planned.job.run.path))
             if planned.state in TO_RUN:
-                print(f"\n[trial {trial.number + 1}/{self.options.n_trials}] {' '.join(values)}", flush=True)
+                say(f"\n[trial {trial.number + 1}/{self.options.n_trials}] {' '.join(values)}")
                 yield self._of_trial(planned, trial)
             else:  # finished before, impossible, or at work elsewhere
                 self._tell(planned, trial)
@@ -272,12 +272,12 @@ class Search:
         number = trial.number
         if planned.state == "finished" and value is not None:
             self.study.tell(number, value, skip_if_finished=True)
-            print(f"trial {number + 1}: {self.metric} {value:.4f}", flush=True)
+            say(f"trial {number + 1}: {self.metric} {value:.4f}")
         elif planned.state == "pruned":
             self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
-            print(f"trial {number + 1}: {planned.reason}", flush=True)
+            say(f"trial {number + 1}: {planned.reason}")
         elif planned.state == "interrupted":
-            print(f"trial {number + 1}: interrupted; the same command goes on with it", flush=True)
+            say(f"trial {number + 1}: interrupted; the same command goes on with it")
         else:
             reason = planned.reason or f"it has no {self.metric}"
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
@@ -303,12 +303,12 @@ class Search:
         states = [t.state for t in self.study.get_trials(deepcopy=False)]
         complete, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
         failed = states.count(TrialState.FAIL)
-        print(f"\nsearch {self.spec['study']}: {complete} complete, {pruned} pruned, {failed} failed")
+        say(f"\nsearch {self.spec['study']}: {complete} complete, {pruned} pruned, {failed} failed")
         if complete:
             best = self.study.best_trial
-            print(f"best: {self.metric} {best.value:.4f} with {' '.join(best.user_attrs['values'])}")
-            print(f"  ->  {best.user_attrs['run']}")
-        print(f"all trials: {self.folder / 'search.json'}")
+            say(f"best: {self.metric} {best.value:.4f} with {' '.join(best.user_attrs['values'])}")
+            say(f"  ->  {best.user_attrs['run']}")
+        say(f"all trials: {self.folder / 'search.json'}")
         if self._failures:
             print(f"\n{len(self._failures)} of the trials did not finish:", file=sys.stderr)
             for failure in self._failures:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crucible import private
 from crucible.configuration import Config
-from crucible.console import columns, fitted, print_table
+from crucible.console import print_table, say
 from crucible.keyed import stream_key
 from crucible.machine import device_kind
 from crucible.options import ConfigError
@@ -346,7 +346,7 @@ def print_summary(config: Config) -> None:
         + (f", {passes:.3g} passes" if passes != 1 else ""),
     }
     for name, text in lines.items():
-        print(fitted(f"{name:<14} {text}", columns()))
+        say(f"{name:<14} {text}")
 
 
 def _print_table(costs: NetworkCosts, depth: int) -> None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from crucible.command_line import command, option
 from crucible.configuration import select
-from crucible.console import print_table
+from crucible.console import print_table, say
 from crucible.files import write_atomically
 from crucible.handover import pass_on
 from crucible.liveness import this_process
@@ -117,7 +117,7 @@ def print_plan(
         duration = "how long is unknown until one of its kind has finished"
     else:
         duration = f"about {clock(sum(known) / at_once)} as runs of their kind took"
-    print(f"{len(todo)} of {count(planned)} runs to do, {executor.describe()}: {duration}")
+    say(f"{len(todo)} of {count(planned)} runs to do, {executor.describe()}: {duration}")
     sizes = [measured.bytes(one) for one in todo if one.state == "new"]
     if options.dry_run and sizes:
         known = [s for s in sizes if s is not None]
@@ -125,12 +125,12 @@ def print_plan(
         disk = (
             f"about {sum(known) / 2**20:.0f} MiB" if known else "unknown until one of its kind has finished"
         )
-        print(f"disk: {disk}" + (f", and {unknown} runs of unknown size" if known and unknown else ""))
+        say(f"disk: {disk}" + (f", and {unknown} runs of unknown size" if known and unknown else ""))
     if options.equal_time:
-        print("then, for each arm whose steps take longer, the baseline trained for as long")
+        say("then, for each arm whose steps take longer, the baseline trained for as long")
     for one in planned:
         if one.reason:
-            print(f"{_COLUMNS[one.state]}: {one.name()}: {one.reason}")
+            say(f"{_COLUMNS[one.state]}: {one.name()}: {one.reason}")
     sys.stdout.flush()
 
 
@@ -189,7 +189,7 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         asked, planned = deciding.asked(), deciding.planned
         print_plan(planned, options, measured, executor, [one for one in asked if one.state in TO_RUN])
         for line in deciding.describe():
-            print(line)
+            say(line)
     else:
         grid = expand(overrides, options.design)
         grid = grid._replace(jobs=[_of_the_job(one) for one in grid.jobs])
@@ -218,7 +218,7 @@ def _tune_each(overrides: Sequence[Override], options: SweepOptions, values: Map
     worst = 0
     for job in expand(overrides, options.design).jobs:
         typed = _of_the_job(job)
-        print(command(*typed), flush=True)
+        say(command(*typed))
         if not options.dry_run:
             worst = max(worst, run_command(typed))
     return worst
@@ -342,9 +342,9 @@ class Sweep:
             planned.extend(added)
             self.record.write()
             if not found:
-                print(f"\nequal_time: no baseline is trained for longer: {why_none(planned, self.options)}")
+                say(f"\nequal_time: no baseline is trained for longer: {why_none(planned, self.options)}")
             if added:
-                print("\nthe baseline, trained for as long as the slower arms take")
+                say("\nthe baseline, trained for as long as the slower arms take")
                 print_plan(added, replace(self.options, equal_time=False), self.measured, self.executor)
                 self._work([one for one in added if one.state in TO_RUN])
                 self._others(wait=False)
@@ -358,12 +358,12 @@ class Sweep:
             held = sum(one.state == "held" for one in asked)
             if todo:
                 arms = ", ".join(dict.fromkeys(one.arm for one in todo))
-                print(f"\n{len(todo)} runs to the next look: {arms}", flush=True)
+                say(f"\n{len(todo)} runs to the next look: {arms}")
                 self.record.write()
                 self._work(todo)
             elif held:
                 if not told:
-                    print(f"waiting for {held} runs that are in progress elsewhere", flush=True)
+                    say(f"waiting for {held} runs that are in progress elsewhere")
                     told = True
                 time.sleep(WAIT_S)
             else:
@@ -378,7 +378,7 @@ class Sweep:
                 )
                 return
         self.record.write()
-        print(deciding.ending(), flush=True)
+        say(deciding.ending())
 
     def _others(self, wait: bool) -> None:
         """What became of the runs that were in progress elsewhere; those lost there are run here.
@@ -395,7 +395,7 @@ class Sweep:
             if not wait or not left:
                 return
             if not told:
-                print(f"waiting for {len(left)} runs that are in progress elsewhere", flush=True)
+                say(f"waiting for {len(left)} runs that are in progress elsewhere")
                 told = True
             time.sleep(WAIT_S)
 
@@ -406,7 +406,7 @@ class Sweep:
         work.run(self._still_to_do(todo))
         if work.received:
             finished = sum(one.state == "finished" for one in self._all)
-            print(
+            say(
                 f"\nstopped: {finished} of {count(self._all)} runs are finished; the same command goes on from here"
             )
             raise SystemExit(128 + work.received[0])
@@ -416,7 +416,7 @@ class Sweep:
         for number, planned in enumerate(todo, 1):
             planned.refresh(self.options)
             if planned.state in TO_RUN:
-                print(f"\n[{number}/{len(todo)}] {planned.name()}", flush=True)
+                say(f"\n[{number}/{len(todo)}] {planned.name()}")
                 yield planned
             else:
                 self._ended(planned)
@@ -431,18 +431,18 @@ class Sweep:
         times = [self.measured.seconds(one) for one in self._todo if one.state in TO_RUN]
         left = [t for t in times if t is not None]  # the run that has just ended is one of their kind
         remaining = f"; {len(times)} to do, about {clock(sum(left) / self.executor.slots)}" if left else ""
-        print(f"{planned.name()}: {words} ({values}){remaining}", flush=True)
+        say(f"{planned.name()}: {words} ({values}){remaining}")
 
     def _report(self) -> int:
         counts = Counter(one.state for one in self._all)
-        print(
+        say(
             f"\nsweep: {counts['finished']} of {count(self._all)} runs are finished  ->  {self.record.folder}"
         )
         if counts["held"]:
-            print(f"{counts['held']} are in progress elsewhere and were left alone:")
+            say(f"{counts['held']} are in progress elsewhere and were left alone:")
             for one in self._all:
                 if one.state == "held":
-                    print(f"  {one.name()}: {one.reason}")
+                    say(f"  {one.name()}: {one.reason}")
         failures = [
             one
             for one in self._all

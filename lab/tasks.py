@@ -37,7 +37,7 @@ from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
 from crucible.configuration import Config, flatten
-from crucible.console import columns, epoch_named, fitted, print_table
+from crucible.console import epoch_named, print_table, say
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
 from crucible.loggers import build_loggers, log_result
@@ -358,12 +358,12 @@ def predict(runs: Runs, out: Path | None) -> int:
                 label, values = (f"{float(target):.6g}" if known else ""), [f"{float(row):.6g}"]
             writer.writerow(map(cell, [sample_name(samples.raw, number), label, *values]))
     for line in [*([] if found.own else [_whose(runs[0][0], found), *data.scored()]), *found.remarks]:
-        _say(f"  {line}")
-    _say(f"predictions of {_named(runs)}  ->  {out}")
+        say(f"  {line}")
+    say(f"predictions of {_named(runs)}  ->  {out}")
     if unread:
-        _say(f"{len(unread)} of {len(scores.sample)} samples could not be read and have no row:")
+        say(f"{len(unread)} of {len(scores.sample)} samples could not be read and have no row:")
         for number in sorted(unread):
-            _say(f"  {samples.why_unreadable(number) or sample_name(samples.raw, number)}")
+            say(f"  {samples.why_unreadable(number) or sample_name(samples.raw, number)}")
     return 1 if unread else 0
 
 
@@ -452,7 +452,7 @@ def test_all(runs: Runs, out: Path | None) -> int:
         return test_corrupted(run, config, checkpoint, out)
     found = _tested(runs, out)
     if not is_child_rank():
-        _say(f"test of {_named(runs)}")
+        say(f"test of {_named(runs)}")
         _say_tested(found)
     return 0
 
@@ -490,12 +490,12 @@ def _tested(runs: Runs, out: Path | None) -> Tested:
 
 def _say_tested(found: Tested) -> None:
     for line in found.said:
-        _say(f"  {line}")
+        say(f"  {line}")
     for name, value in found.values.items():
         if of_split(name, "test"):
-            _say(f"  {name:<24} {value:.4f}")
+            say(f"  {name:<24} {value:.4f}")
     if found.out:
-        _say(f"  ->  {found.out}")
+        say(f"  ->  {found.out}")
 
 
 def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str = "folder") -> int:
@@ -526,7 +526,7 @@ def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str 
                 print(f"error: {error}", file=sys.stderr, flush=True)
             continue
         if not is_child_rank():
-            _say(
+            say(
                 f"test of {_named(runs)} on {root}" if what == "folder" else f"test of {root}: {_named(runs)}"
             )
             _say_tested(tested)
@@ -561,20 +561,16 @@ def _write_table(found: Mapping[str, Tested | None], file: Path, what: str, type
     if why_not := why_not_writable(file.parent.absolute()):
         if typed:
             raise _not_writable(file, why_not)
-        _say(f"  not recorded: {why_not}; out=FILE writes elsewhere")
+        say(f"  not recorded: {why_not}; out=FILE writes elsewhere")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([[cell(value) for value in row] for row in rows])
-    _say(f"  ->  {file}")
+    say(f"  ->  {file}")
 
 
 def _named(runs: Runs) -> str:
     return ", ".join(f"{run.path.name}/{checkpoint.name}" for run, _, checkpoint in runs)
-
-
-def _say(text: str) -> None:
-    print(fitted(text, columns()), flush=True)
 
 
 def _of_one(
@@ -702,4 +698,4 @@ def banner(
     print_table(["", " "], list(rows.items()), words=("", " "), titled=False)
     if model.weights_report:
         log.info(model.weights_report)
-        _say(model.weights_report)
+        say(model.weights_report)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from callbacks.range_test import RangeOptions, RangeTest, horizon, smoothed
 from callbacks.unreadable import Unreadable
 from crucible.configuration import Config
+from crucible.console import say
 from crucible.files import replacing, write_atomically
 from crucible.machine import is_child_rank, world_size
 from crucible.masking import masked
@@ -234,19 +235,18 @@ def tune(job: Job, options: RangeOptions) -> None:
     first = not is_child_rank()
     if first:
         window, devices = config["trainer"]["accumulate_grad_batches"], world_size(config["trainer"])
-        print(
+        say(
             f"range test of {config['model']['_target_'].removeprefix('models.')} on {data.name}, arm "
             f"{job.facts['arm']}: model.lr from {options.min_rate:g} to {options.max_rate:g} in {options.steps} steps "
             f"of {data.batch_size * window * devices} samples, {config['trainer']['precision']}",
-            flush=True,
         )
     began = time.monotonic()
     curve = range_test(config, options, folder)
     if first:
         write(curve, job, folder, time.monotonic() - began)
         for remark in curve.remarks:
-            print(f"note: {remark}")
-        print(f"{suggestion(curve, config['model']['lr'])}  ->  {folder}", flush=True)
+            say(f"note: {remark}")
+        say(f"{suggestion(curve, config['model']['lr'])}  ->  {folder}")
 
 
 def suggestion(curve: Curve, yours: float) -> str:
