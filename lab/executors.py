@@ -22,7 +22,7 @@ from crucible.machine import core_count, device_count, device_kind
 from crucible.options import ConfigError, read_options
 from crucible.run import Held, RunDirectory
 from lab.experiment import Changed
-from lab.planning import SEE, TO_RUN, Planned, SweepOptions
+from lab.planning import SEE, TO_RUN, Planned, SweepOptions, carried_by_runs
 from lab.processes import HELD, MAIN, Process, on_signals
 from lab.remote import RemoteJob, read_record
 from lab.warm import THREADS, Cold, WarmParent
@@ -125,7 +125,7 @@ class Errand:
         folder.mkdir(exist_ok=True)
         # processes that share a search share its folder
         self.record = folder / f"{number}-{socket.gethostname()}-{os.getpid()}.json"
-        told = replace(received(), sweep=dict(facts), record=str(self.record), trial=planned.trial)
+        told = replace(received(), sweep=carried_by_runs(facts), record=str(self.record), trial=planned.trial)
         named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
         self._command, self._environment = [sys.executable, str(MAIN), *named], told.environment()
 

@@ -197,7 +197,12 @@ class Planned:
             Held, Changed: where another process has come first.
         """
         assert self.job is not None
-        return replace(self.job, facts={**self.job.facts, "sweep": facts}).record(self.seen)
+        return replace(self.job, facts={**self.job.facts, "sweep": carried_by_runs(facts)}).record(self.seen)
+
+
+def carried_by_runs(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep's facts as its runs' summaries have them: its folder by name, for runs are moved, and published."""
+    return {**facts, "folder": Path(facts["folder"]).name}
 
 
 TO_RUN = ("new", "resume", "retry")

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -46,6 +47,7 @@ from lab.planning import (
     Measured,
     Planned,
     SweepOptions,
+    carried_by_runs,
     examine,
     expand,
     plan,
@@ -295,11 +297,15 @@ class Record:
             )
             if one.job is not None:
                 seed, fold = one.unit
-                runs[-1] |= {"run": str(one.job.run.path), "seed": seed, "fold": fold}
+                runs[-1] |= {
+                    "run": os.path.relpath(one.job.run.path, self.folder),
+                    "seed": seed,
+                    "fold": fold,
+                }
                 runs[-1] |= {name: one.job.facts.get(name) for name in ("kind", "passes")}
                 runs[-1] |= {"steps": one.job.steps if math.isfinite(one.job.steps) else None}
         content = {
-            **self.facts,
+            **carried_by_runs(self.facts),
             **self._by,
             "command": command(*sys.argv[1:]),
             "arms": list(dict.fromkeys(one.arm for one in self._planned if one.job)),

@@ -325,13 +325,18 @@ def _sweep_records(folders: Iterable[Path]) -> list[_Recorded]:
             record = json.loads(file.read_text(encoding="utf-8"))
             listed = [r for r in record.get("runs") or () if r.get("run")]
             facts = [
-                Facts(Path(r["run"]), str(r["arm"]), int(r["seed"]), str(r.get("kind")), float(r.get("passes") or 1.0),
-                      _positive(r.get("steps"))) for r in listed
+                Facts(_from(file.parent, r["run"]), str(r["arm"]), int(r["seed"]), str(r.get("kind")),
+                      float(r.get("passes") or 1.0), _positive(r.get("steps"))) for r in listed
             ]  # fmt: skip
             found.append((AtSweep(file.parent, facts, int(record.get("slots") or 0)), record))
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
             continue  # it is being written
     return found
+
+
+def _from(folder: Path, path: str) -> Path:
+    """A run's folder, as the record of its sweep in `folder` names it; one of before names it from the root."""
+    return Path(os.path.normpath(folder / path))
 
 
 def _is_at_work(sweep: AtSweep, record: Mapping[str, Any], alive: set[Path]) -> bool:

@@ -498,6 +498,11 @@ def test_two_machines_share_an_ablation_and_slower_arms_get_their_rival(start, t
     record = sweeps_in(tmp_path)[0]
     assert (record["margin_points"], record["planned_seeds"], record["baseline"]) == (0.5, 5, "baseline")
     assert record["rivals"] == {"sam": rival}
+    of_runs = {
+        (tmp_path / "experiments/sweeps" / record["folder"] / run["run"]).resolve() for run in record["runs"]
+    }
+    assert of_runs < set(runs), "named from the sweep's folder: what is moved, or published, still fits"
+    assert {s["sweep"]["folder"] for s in summaries} <= {r["folder"] for r in sweeps_in(tmp_path)}
     assert {Path(run["run"]).name for run in record["runs"]} == {run.name for run in runs}
     assert summaries[0]["sweep"]["margin_points"] == 0.5
     again = start(*command).outcome()

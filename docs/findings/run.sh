@@ -6,6 +6,8 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled
 study=$1
 shift
+# a record that is read elsewhere names no folder of this machine
+trap 'find docs/findings/runs -name config.yaml -exec sed -i "s#: $PWD/#: #" {} +' EXIT
 common=(-m n_jobs=2 "exp_dir=docs/findings/runs/$study" checkpoint.keep=none callbacks.plots=null logger.wandb=null
     trainer.enable_progress_bar=false data.module.num_workers=0)
 cifar=(data=cifar10 recipe=cifar_laptop)
@@ -15,9 +17,9 @@ without_norm=(model=laptop model.norm=none model.lr=0.01)
 residual=(model=wide_resnet model.depth=10 model.widen_factor=2 model.lr=0.1)
 case $study in
 pilot)
-    python main.py "${common[@]}" "${cifar[@]}" seed=1000 model=laptop model.lr=0.01,0.03,0.1 "$@"
-    python main.py "${common[@]}" "${cifar[@]}" seed=1000 model=laptop model.norm=none model.lr=0.003,0.01,0.03 "$@"
-    python main.py "${common[@]}" "${cifar[@]}" seed=1000 "${residual[@]:0:3}" model.lr=0.03,0.1,0.2 "$@"
+    python main.py "${common[@]}" "${cifar[@]}" seed=1000 model=laptop model.lr=0.01,0.03,0.1,0.2 "$@"
+    python main.py "${common[@]}" "${cifar[@]}" seed=1000 model=laptop model.norm=none model.lr=0.003,0.01,0.03,0.1 "$@"
+    python main.py "${common[@]}" "${cifar[@]}" seed=1000 "${residual[@]:0:3}" model.lr=0.03,0.1,0.2,0.4 "$@"
     ;;
 losses)
     python main.py "${common[@]}" "${decided[@]}" "${cifar[@]}" "${wide[@]}" equal_time=true \

@@ -68,7 +68,14 @@ def begin(folder: Path, seed: int, status: str = "running", **values: Any) -> Pa
 def plan(folder: Path, runs: Mapping[Path, str], **facts: Any) -> None:
     """The record of a sweep that is at work in this process."""
     listed = [
-        {"arm": arm, "run": str(path), "seed": int(path.name[-1]), "kind": "k", "passes": 1, "steps": 1000}
+        {
+            "arm": arm,
+            "run": os.path.relpath(path, folder / "sweeps" / "1"),
+            "seed": int(path.name[-1]),
+            "kind": "k",
+            "passes": 1,
+            "steps": 1000,
+        }
         for path, arm in runs.items()
     ]
     record = {
@@ -277,6 +284,20 @@ def test_a_sweep_that_was_left_asks_for_nothing(folder: Path, monkeypatch: pytes
     assert len(read(folder).waiting) == 1
     monkeypatch.setattr("reporting.progress.lives", lambda process: False)
     assert not read(folder).waiting and math.isnan(read(folder).end)
+
+
+def test_a_plan_moves_with_its_runs_and_one_of_before_that_names_them_from_the_root_is_read(
+    folder: Path,
+) -> None:
+    waiting = folder / "cifar10" / "00000001-s7"
+    plan(folder, {waiting: "mixup"})
+    moved = folder.rename(folder.with_name("moved"))
+    assert [fact.path for fact in read(moved).waiting] == [moved / "cifar10" / waiting.name]
+    file = moved / "sweeps" / "1" / "sweep.json"
+    record = json.loads(file.read_text())
+    record["runs"][0]["run"] = str(waiting)
+    file.write_text(json.dumps(record))
+    assert [fact.path for fact in read(moved).waiting] == [waiting]
 
 
 def test_the_next_look_says_what_it_waits_for(folder: Path) -> None:
