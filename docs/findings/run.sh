@@ -12,9 +12,9 @@ common=(-m n_jobs=2 "exp_dir=docs/findings/runs/$study" checkpoint.keep=none cal
     trainer.enable_progress_bar=false data.module.num_workers=0)
 cifar=(data=cifar10 recipe=cifar_laptop)
 decided=(sweep=ablation until=decided 'looks=[5,8,12]' margin_points=0.3)
-wide=(model=laptop model.lr=0.03)
-without_norm=(model=laptop model.norm=none model.lr=0.01)
-residual=(model=wide_resnet model.depth=10 model.widen_factor=2 model.lr=0.1)
+wide=(model=laptop model.lr=0.1)
+without_norm=(model=laptop model.norm=none model.lr=0.03)
+residual=(model=wide_resnet model.depth=10 model.widen_factor=2 model.lr=0.2)
 case $study in
 pilot)
     python main.py "${common[@]}" "${cifar[@]}" seed=1000 model=laptop model.lr=0.01,0.03,0.1,0.2 "$@"
