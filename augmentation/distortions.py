@@ -239,7 +239,10 @@ class Distortions:
                 )
             self._range_is_known = True
         draws = keyed_uniform(_on_device(key, input), batch.index, COLOUR.stop)
-        return batch._replace(input=adjust_colors(input, 1 + self.options.color_jitter * (2 * draws - 1)))
+        colored = adjust_colors(input, 1 + self.options.color_jitter * (2 * draws - 1))
+        return Batch(
+            colored, batch.target, batch.index
+        )  # compiled by torch 2.11, _replace returns an empty tuple
 
     def after(self, batch: Batch, key: int) -> Batch:
         """The part on normalised input: rotation, then cutout, then random erasing.
@@ -269,7 +272,7 @@ class Distortions:
             output = erase(output, boxes, keyed_noise(on_device, draws[:, NOISE], input.shape))
         if input.is_contiguous(memory_format=torch.channels_last):
             output = output.contiguous(memory_format=torch.channels_last)
-        return batch._replace(input=output)
+        return Batch(output, batch.target, batch.index)
 
 
 def _on_device(key: int, input: Tensor) -> Tensor:
