@@ -4,7 +4,7 @@ Every process of the sweep is killed (SIGKILL), twice, in the middle of a traini
 Each run that was cut off is repeated in one piece elsewhere, and its numbers are compared bit for bit.
 
     python benchmarks/interrupted_ablation.py --out benchmarks/results/interrupted_ablation.md
-    python report.py runs=experiments/interrupted out=docs/example_report
+    python report.py runs=experiments/interrupted
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from crucible import configuration
 from crucible.options import ConfigError, option_range, option_text
-from docs import models_page, reproducing_page, schema
+from docs import findings_page, models_page, reproducing_page, schema
 from lab.config import check, resolve_network
 from models.base_model import BASICS
 from models.dynamic_resnet import ResNetModel
@@ -171,6 +171,7 @@ def main(arguments: Sequence[str]) -> None:
         PAGE.write_text(techniques_page(), encoding="utf-8")
         models_page.PAGE.write_text(models_page.models_page(), encoding="utf-8")
         reproducing_page.PAGE.write_text(reproducing_page.reproducing_page(), encoding="utf-8")
+        findings_page.PAGE.write_text(findings_page.findings_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

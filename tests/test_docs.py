@@ -11,6 +11,7 @@ from technique_runs import refused_on_the_page
 from test_floors import FLOORS
 
 from crucible.configuration import select
+from docs import findings_page
 from docs.generate import PAGE, TRAIN, refused_pairs, techniques_page, with_options_block
 
 TECHNIQUES = sorted((ROOT / "cli_configs" / "technique").glob("*.yaml"))
@@ -46,6 +47,19 @@ def test_the_readme_names_every_choice_of_a_group(group: str) -> None:
 def test_the_options_in_train_yaml_are_the_generated_ones() -> None:
     text = TRAIN.read_text()
     assert text == with_options_block(text), "run python -m docs.generate"
+
+
+def test_the_findings_are_what_the_records_say() -> None:
+    """Every verdict of `until=decided` is a replay of the runs in the tree."""
+    assert findings_page.PAGE.read_text() == findings_page.findings_page(), "run python -m docs.generate"
+
+
+def test_the_records_of_the_findings_name_no_folder_of_a_machine_and_stay_small() -> None:
+    kept = (".json", ".yaml", ".csv", ".npz")  # what else lies there is not committed
+    files = [file for file in findings_page.RUNS.rglob("*") if file.suffix in kept]
+    absolute = re.compile(rb"[\"' ]/[a-z]")
+    assert not [file for file in files if file.suffix != ".npz" and absolute.search(file.read_bytes())]
+    assert sum(file.stat().st_size for file in files) < 5_000_000
 
 
 def test_the_page_of_the_architecture_names_what_there_is() -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The runs of docs/findings/plan.md: `bash docs/findings/run.sh STUDY [OPTION=VALUE ...]`, in the checkout, with CIFAR-10 as
-# image folders in data/cifar10. Started again, it goes on; dry_run=true shows what there is to do.
+# image folders in data/cifar10. Started again, it goes on; dry_run=true shows what there is to do. `pages`: the reports and
+# docs/findings.md anew.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled
@@ -44,8 +45,17 @@ residual_losses)
     python main.py "${common[@]}" "${decided[@]}" "${cifar[@]}" "${residual[@]}" \
         technique=baseline,label_smoothing,mixup,cutmix,sam,online_norm "$@"
     ;;
+pages)
+    for plan in docs/findings/runs/*/sweeps/plan-*.json; do
+        name=$(basename "$(dirname "$(dirname "$plan")")")
+        baseline=baseline
+        [ "$name" = norms ] && baseline=online_norm
+        python report.py "runs=docs/findings/runs/$name" "out=docs/findings/$name" baseline=$baseline > /dev/null
+    done
+    python -m docs.generate
+    ;;
 *)
-    echo "no study $study; there are pilot, losses, without_norm, digits, residual, norms, residual_losses" >&2
+    echo "no study $study; there are pilot, losses, without_norm, digits, residual, norms, residual_losses, pages" >&2
     exit 2
     ;;
 esac
