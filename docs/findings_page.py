@@ -148,9 +148,13 @@ def _section(study: Study, table: Table, request: Request) -> Sequence[str]:
         f"[Its page](findings/{study.name}/report.html), one file.\n",
         f"![Differences to {study.baseline}](findings/{study.name}/plots/{picture.name})\n",
     ]  # fmt: skip
+    stopped = [c.arm for c in _techniques(table) if c.finding == "stopped"]
     undecided = [c.arm for c in _techniques(table) if c.step is not None and not c.step.ended]
-    more = f"**Not decided**: {', '.join(undecided)}.\n" if undecided else "All of it is decided.\n"
-    return [lead, *link, _grid(table), "", more]
+    lines = [f"**Not decided yet**: {', '.join(undecided)}.\n"] if undecided else []
+    lines += (
+        [f"**Given up without a decision**, as one was unlikely: {', '.join(stopped)}.\n"] if stopped else []
+    )
+    return [lead, *link, _grid(table), "", *(lines or ["All of it is decided.\n"])]
 
 
 def _grid(table: Table) -> str:
