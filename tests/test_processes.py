@@ -36,6 +36,8 @@ STEP = {
     "SLURM_PROCID": "1", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost",
 }  # fmt: skip
 
+OF_THE_SWEEP = {"folder": "sweeps/1"}
+
 
 # who started this process
 
@@ -461,7 +463,7 @@ def test_what_another_sweep_has_run_meanwhile_is_not_run_again(
     ended: list[str] = []
     executor = LocalExecutor(1, {"devices": 1, "accelerator": "cpu"})
     Work(
-        executor, {}, lambda one: ended.append(one.state), lambda one: one.refresh(options)
+        executor, OF_THE_SWEEP, lambda one: ended.append(one.state), lambda one: one.refresh(options)
     ).run(iter([planned]))  # fmt: skip
     assert ended == [state] and started == [], "examined again under the lock, at the moment of the start"
     assert not list(tmp_path.glob("run.old-*"))
@@ -473,11 +475,11 @@ def test_a_run_that_nobody_has_touched_is_put_aside_or_retried(tmp_path: Path) -
     planned.job.run.record({}, [])
     planned.job.run.update_summary(status="finished", started=1.0, ended=2.0)
     planned.refresh(SweepOptions())
-    planned.record({})
+    planned.record(OF_THE_SWEEP)
     assert (tmp_path / "run.old-1").is_dir()
     with pytest.raises(Held):
         planned.job.run.claim_file.write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-        planned.record({})
+        planned.record(OF_THE_SWEEP)
 
 
 def test_what_is_typed_beside_a_run_reaches_its_processes(cli, tmp_path: Path, monkeypatch) -> None:
