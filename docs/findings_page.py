@@ -38,11 +38,11 @@ class Study:
 
 STUDIES = (
     Study("losses", "wide", "Do PowerGrad, label smoothing, mixup, cutmix and SAM help a small plain network?"),
-    Study("without_norm", "wide, no norm", "Do PowerGrad and label smoothing help where there is no norm?"),
+    Study("without_norm", "wide without norms", "Do PowerGrad and label smoothing help where there is no norm?"),
     Study("digits", "digits", "And on 8x8 digits, where a run takes seconds?"),
     Study("residual", "residual", "Do PowerGrad and four tricks of residual networks help a small one?"),
     Study(
-        "norms", "wide, norms", "Is online norm equal to batch norm (`baseline` here), and better than the others?",
+        "norms", "wide", "Is online norm equal to batch norm (`baseline` here), and better than the others?",
         "online_norm",
     ),
     Study("residual_losses", "residual", "Do label smoothing, mixup, cutmix, SAM and online norm help it?"),

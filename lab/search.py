@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -199,10 +200,10 @@ class Search:
         """Run trials until there are enough of them; the exit status."""
         rows = [[name, str(distribution)] for name, distribution in self.space.items()]
         print_table(["", " "], rows, words=("", " "), titled=False)
-        print(
+        say(
             f"search {self.spec['study']}: {self.direction} {self.metric}, {self.options.n_trials} trials, "
-            f"{self.executor.describe()}, pruner {self.options.pruner or 'none'}", flush=True,
-        )  # fmt: skip
+            f"{self.executor.describe()}, pruner {self.options.pruner or 'none'}"
+        )
         if self.sweep_options.dry_run:
             return 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -288,9 +289,14 @@ class Search:
         self._record()
 
     def _record(self) -> None:
+        """`search.json`: its trials, their runs named from its own folder, as a sweep's record names them."""
+
+        def named(run: str | None) -> str | None:
+            return run and os.path.relpath(run, self.folder)
+
         trials = [
             {"number": t.number, "state": t.state.name.lower(), "value": t.value, "values": t.user_attrs.get("values"),
-             "run": t.user_attrs.get("run"), "epochs_reported": len(t.intermediate_values)}
+             "run": named(t.user_attrs.get("run")), "epochs_reported": len(t.intermediate_values)}
             for t in self.study.get_trials(deepcopy=False)
         ]  # fmt: skip
         content = {**self.spec, "n_trials": self.options.n_trials, "trials": trials}

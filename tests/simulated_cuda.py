@@ -33,6 +33,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.library import Library
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -315,7 +316,7 @@ def _pin(tensor: Tensor, *_: Any) -> Tensor:
 
 @contextmanager
 def _casting_as_cuda() -> Iterator[None]:
-    operators_of_aten = torch.library.Library("aten", "IMPL")
+    operators_of_aten = Library("aten", "IMPL")
     try:
         for names, to in (
             (LOWER, lambda: torch.get_autocast_dtype("cuda")),

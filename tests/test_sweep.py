@@ -663,6 +663,10 @@ def test_two_processes_share_a_study_and_the_pruner_ends_bad_trials(start, tmp_p
     assert study.best_trial.user_attrs["run"] in both[0].out + both[1].out
     runs = [trial.user_attrs["run"] for trial in study.trials]
     assert len(set(runs)) == len(runs), "no two trials are one run"
+    recorded = json.loads((folder / "search.json").read_text())["trials"]
+    assert {(folder / trial["run"]).resolve() for trial in recorded} <= set(map(Path, runs)), (
+        "from its own folder"
+    )
     start(*command).outcome()
     assert len(optuna.load_study(study_name="shared", storage=study._storage).trials) == len(states)
     shutil.rmtree(folder)
