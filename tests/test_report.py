@@ -155,6 +155,16 @@ def test_one_run_of_one_arm_is_described_without_a_word_of_what_it_is_not(tmp_pa
     assert said.endswith("Seeds 0 of baseline; baseline has 93.10%.")
 
 
+def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
+    """Without its norms a network is another one, and two depths of a family are two."""
+    settings = {"model._target_": "models.wide_resnet.WideResNet", "model.norm": "none", "model.depth": 10}
+    for arm, values, techniques in (("baseline", BASE, {}), ("mixup", BETTER, {"mixup": {}})):
+        for run in make_arm(tmp_path, arm, values, settings=settings, techniques=techniques):
+            typed(run, "model=wide_resnet", "model.norm=none", "model.depth=10", "model.lr=0.05", f"technique={arm}")
+    said = top(run_report(tmp_path)[1])
+    assert "network WideResNet, model.norm=none, model.depth=10, 12 epochs" in said
+
+
 def test_where_nothing_helps_the_paragraph_says_so(tmp_path):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", shifted(0.012, -0.010, 0.004, -0.007, 0.009))
