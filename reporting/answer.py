@@ -186,7 +186,9 @@ def _trained_with(table: Table) -> Iterable[str]:
 
 def _typed_of_the_model(table: Table) -> Iterable[str]:
     """What was typed of the model beside the `BASICS` (`model.norm=none` is another network), alike in all arms."""
-    options = [o.lstrip("+").partition("=")[0] for r in table.arms[table.baseline].all_runs for o in r.overrides]
+    options = [
+        o.lstrip("+").partition("=")[0] for r in table.arms[table.baseline].all_runs for o in r.overrides
+    ]
     for option in dict.fromkeys(options):
         if option.startswith("model.") and option not in BASICS.values() and option in table.settings.equal:
             yield f"{option}={table.settings.equal[option]}"

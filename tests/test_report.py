@@ -160,7 +160,14 @@ def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
     settings = {"model._target_": "models.wide_resnet.WideResNet", "model.norm": "none", "model.depth": 10}
     for arm, values, techniques in (("baseline", BASE, {}), ("mixup", BETTER, {"mixup": {}})):
         for run in make_arm(tmp_path, arm, values, settings=settings, techniques=techniques):
-            typed(run, "model=wide_resnet", "model.norm=none", "model.depth=10", "model.lr=0.05", f"technique={arm}")
+            typed(
+                run,
+                "model=wide_resnet",
+                "model.norm=none",
+                "model.depth=10",
+                "model.lr=0.05",
+                f"technique={arm}",
+            )
     said = top(run_report(tmp_path)[1])
     assert "network WideResNet, model.norm=none, model.depth=10, 12 epochs" in said
 
