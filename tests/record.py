@@ -138,15 +138,17 @@ def composed_for(overrides: list[str]) -> Any:
         return compose("train", overrides)
 
 
-def recipe_ids() -> dict[str, str]:
-    """The identity of every recipe, with stand-in data."""
-
-    found = {}
+def recipes() -> list[str]:
+    """The names of all recipes."""
     folder = ROOT / "cli_configs" / "recipe"
-    for file in sorted(folder.rglob("*.yaml")):
-        name = file.relative_to(folder).with_suffix("").as_posix()
-        if file.name.startswith("_"):
-            continue
+    files = (file for file in sorted(folder.rglob("*.yaml")) if not file.name.startswith("_"))
+    return [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+
+
+def recipe_ids(names: Sequence[str]) -> dict[str, str]:
+    """The identities of recipes, with stand-in data."""
+    found = {}
+    for name in names:
         config = configuration.to_plain(composed_for([f"recipe={name}", "trainer.sync_batchnorm=false"]))
         for option in SWEEP_OPTIONS:
             config.pop(option)
@@ -180,7 +182,7 @@ def main(action: str, file: Path) -> int:
     now = {
         "machine": machine(),
         "states": states,
-        "recipes": recipe_ids(),
+        "recipes": recipe_ids(recipes()),
         "commands": command_ids(command_lines()),
     }
     if action == "write":

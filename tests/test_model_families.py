@@ -43,6 +43,12 @@ def _checked_by_its_own_tests(family: str) -> bool:
 
 OTHERS = [case for case in CASES if not _checked_by_its_own_tests(case[0])]
 others = pytest.mark.parametrize("case", OTHERS, indirect=True, ids=named, scope="module")
+# built by timm: of its convolutional networks one is compiled in CI
+LIKE_ANOTHER = [case for case in OTHERS if case[0] in ("ghostnet", "mobilenet", "regnet", "resnest")][1:]
+compiled = pytest.mark.parametrize(
+    "case", [nightly(case)[0] if case in LIKE_ANOTHER else case for case in OTHERS], indirect=True, ids=named,
+    scope="module",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=CASES, ids=named)
@@ -175,7 +181,7 @@ def test_input_too_small_is_refused_in_one_line(size: int, case: tuple[str, ...]
         check_input(model, config)
 
 
-@others
+@compiled
 @pytest.mark.slow
 def test_it_compiles_whole(model: BaseModel) -> None:
     torch._dynamo.reset()

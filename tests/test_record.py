@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, summary_of
-from record import command_ids, digest, machine, recipe_ids, train_case
+from conftest import ROOT, nightly, summary_of
+from record import command_ids, digest, machine, recipe_ids, recipes, train_case
 from technique_runs import make_teacher
 
 RECORD = json.loads((ROOT / "tests" / "recorded.json").read_text())
@@ -33,14 +33,21 @@ def test_trained_states_are_the_recorded_ones(tmp_path: Path) -> None:
             assert now == before, case
 
 
-@pytest.mark.slow
-def test_every_recipe_has_its_recorded_identity() -> None:
-    assert recipe_ids() == RECORD["recipes"]
+def test_every_recipe_is_recorded() -> None:
+    assert recipes() == list(RECORD["recipes"])
 
 
 @pytest.mark.slow
-def test_command_lines_have_their_recorded_run_ids() -> None:
-    few = list(RECORD["commands"])[::8]
+@pytest.mark.parametrize("every", [6, *nightly(1)])
+def test_recipes_have_their_recorded_identity(every: int) -> None:
+    few = recipes()[::every]
+    assert recipe_ids(few) == {name: RECORD["recipes"][name] for name in few}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [8, *nightly(1)])
+def test_command_lines_have_their_recorded_run_ids(every: int) -> None:
+    few = list(RECORD["commands"])[::every]
     assert command_ids(few) == {command: RECORD["commands"][command] for command in few}
 
 

@@ -161,7 +161,6 @@ def test_an_activation_may_work_in_place_on_the_output():
     ("backend", "sizes"),
     [
         pytest.param("aot_eager", (4, 4, 2, 1, 7), id="aot_eager"),
-        pytest.param("inductor", (4, 4), id="inductor, one size", marks=pytest.mark.slow),
         pytest.param("inductor", (4, 4, 2, 1, 7), id="inductor", marks=pytest.mark.nightly),
     ],
 )
