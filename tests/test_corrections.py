@@ -27,6 +27,7 @@ def test_only_the_configurations_that_have_the_numbers_are_concerned() -> None:
     assert versions_of([], config) == {}
 
 
+@pytest.mark.slow
 def test_a_correction_is_another_run_and_stands_in_its_summary(
     cli, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

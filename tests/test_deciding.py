@@ -159,6 +159,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_decisions(
     assert verdicts(outcome) == verdicts(whole)
 
 
+@pytest.mark.slow
 def test_another_plan_for_the_same_runs_is_refused_in_one_line(
     decide: Callable[..., Outcome], bench: Bench, tmp_path: Path
 ) -> None:

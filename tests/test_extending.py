@@ -32,6 +32,7 @@ def summaries(folder: Path) -> dict[str, dict]:
     return {s["arm"]: s for s in read if s["data"] == "stripes"}
 
 
+@pytest.mark.slow
 def test_a_model_and_a_data_set_of_ones_own_run(cli, tmp_path: Path) -> None:
     write_examples(tmp_path / "mine")
     model, data = [c for c in commands() if "-m" not in c and not any("technique" in o for o in c)]

@@ -149,6 +149,7 @@ def test_a_crash_in_the_first_batch_of_an_epoch_loses_no_step(cli, tmp_path: Pat
     assert [len(table) for table in rows] == [5, 5]
 
 
+@pytest.mark.slow
 def test_the_next_run_of_a_process_writes_nothing_into_the_log_of_the_one_before(cli, tmp_path: Path) -> None:
     assert cli(*TINY).status == 0
     (first,) = runs_in(tmp_path)

@@ -91,6 +91,7 @@ def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folde
     assert {p.name for p in run.parent.iterdir()} == {run.name, f"{run.name}.old-1"}
 
 
+@pytest.mark.slow
 def test_what_changes_the_result_changes_the_identity_and_nothing_else_does(cli, tmp_path: Path) -> None:
     plain = " ".join(TINY)
     same = [plain, *(f"{plain} {o}" for o in (
@@ -159,6 +160,7 @@ def test_test_and_predict_need_only_the_run(cli, tmp_path: Path) -> None:
     assert sum(probabilities) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) -> None:
     cli(*TINY, "data.cv.k=3")
     cli(*TINY, "data.cv.k=3", "data.module.fold=1")
@@ -254,6 +256,7 @@ def test_init_from_starts_from_another_runs_weights_and_reports_the_head(cli, tm
 # other inputs
 
 
+@pytest.mark.slow
 def test_images_and_values_from_a_csv_are_a_regression(cli, tmp_path: Path) -> None:
     write_images(tmp_path / "pictures", ["a", "b"], 12, (24, 24))
     lines = [f"{'ab'[i % 2]}/{i // 2}.jpg,{i / 7}" for i in range(24)]
@@ -272,6 +275,7 @@ def test_images_and_values_from_a_csv_are_a_regression(cli, tmp_path: Path) -> N
     assert set(rows[0]) == {"sample", "target", "prediction"} and rows[0]["sample"].endswith(".jpg")
 
 
+@pytest.mark.slow
 def test_an_image_folder_without_splits_counts_its_classes_and_predicts_unlabelled_images(
     cli, tmp_path: Path
 ) -> None:

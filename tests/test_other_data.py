@@ -178,6 +178,7 @@ def as_before_names(run: Path, folder: Path) -> Path:
     return run.rename(run.with_name(summary["run_id"]))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_older_fingerprint_is_recognised_until_the_pixels_change(
     cli, run: Path, tmp_path: Path
 ) -> None:

@@ -440,6 +440,7 @@ def test_places_that_hold_something_else_are_refused(pack, photos: Path, tmp_pat
     assert "no pack there" in pack(out=tmp_path / "none", verify=True).err
 
 
+@pytest.mark.slow
 def test_the_command_packs_and_trains_and_refuses_what_would_do_nothing(
     cli, photos: Path, tmp_path: Path
 ) -> None:

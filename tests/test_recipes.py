@@ -177,6 +177,7 @@ def test_rows_that_build_on_one_another_differ_in_what_their_table_says() -> Non
     }
 
 
+@pytest.mark.slow
 def test_the_rows_of_power_grad_have_its_schedule_as_run_and_its_evaluation() -> None:
     bicubic = {
         "resnet50",
@@ -226,6 +227,7 @@ def test_the_table_of_recipes_has_the_network_and_the_settings_that_are_run(reci
     assert row(recipe) in TABLE.read_text().splitlines(), "run python benchmarks/recipes.py"
 
 
+@pytest.mark.slow
 def test_the_rows_of_cifar_take_the_pictures_and_batches_of_their_repository() -> None:
     """What its code says of each row: mean and deviation, operations, the last batch, the head, precision."""
     for name in (n for n in NAMES if n.startswith("cifar/")):

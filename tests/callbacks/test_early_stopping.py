@@ -146,6 +146,7 @@ def test_what_is_never_logged_is_refused_before_anything_is_made(
     assert not runs_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_says_that_it_ended_early_and_the_report_that_lengths_differ(cli: Any, tmp_path: Path) -> None:
     often = ["trainer.max_epochs=4", "model.lr=1.0e-30", "data.module.num_samples=48"]
     assert cli(*TINY, *often).status == 0

@@ -237,6 +237,7 @@ def test_two_ranks_write_what_one_writes(on_two_processes, tmp_path, task):
         assert (one / "plots" / name).read_bytes() == (two / "plots" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_picture(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     import wandb

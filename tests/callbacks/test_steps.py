@@ -220,6 +220,7 @@ def test_two_processes_make_one_file_with_the_loss_over_both(on_two_processes, t
             assert other[name] == pytest.approx(row[name], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_the_option_makes_the_file_and_changes_no_identity(cli: Any, tmp_path: Path) -> None:
     outcome = cli(*TINY, "trainer.log_every_n_steps=2")
     assert outcome.status == 0, outcome.err

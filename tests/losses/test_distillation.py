@@ -370,6 +370,7 @@ def config_of(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_from_teacher_to_student_and_on_without_the_teacher(
     cli: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
@@ -418,6 +419,7 @@ def test_from_teacher_to_student_and_on_without_the_teacher(
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_student_ends_as_one_that_was_not_stopped(
     cli: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ class NetworkChecks:
             assert out.shape == (2, 7)
             assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.nightly)])
     def test_compiles_without_a_graph_break(self, training: bool) -> None:
         torch._dynamo.reset()

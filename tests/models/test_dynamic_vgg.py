@@ -128,6 +128,7 @@ def test_options_that_the_family_lacks_are_errors(variant: Any, option: str) -> 
         variant(**{option: 0.5})
 
 
+@pytest.mark.slow
 def test_the_head_starts_as_torchvisions() -> None:
     torch.manual_seed(0)
     ours = [m for m in VGG(SHALLOW, 10).classifier if isinstance(m, nn.Linear)]

@@ -39,6 +39,7 @@ def test_the_layout_is_torchvisions_and_so_are_its_figures(
     assert multiply_adds(ours, 3, 224, 224) / 1e3 == pytest.approx(giga, abs=0.01)
 
 
+@pytest.mark.slow
 def test_outputs_and_gradients_are_torchvisions() -> None:
     theirs = randomised(torchvision.models.resnext50_32x4d(num_classes=10))
     assert_same_function(ResNeXt50(num_classes=10).model, theirs)

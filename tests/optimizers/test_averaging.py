@@ -385,6 +385,7 @@ def test_test_and_predictions_are_of_the_average(cli, tmp_path: Path) -> None:
     assert all(torch.equal(loaded[k], v) for k, v in content["averaged_state_dict"].items())
 
 
+@pytest.mark.slow
 def test_swas_norm_statistics_are_those_of_a_pass_with_the_averaged_weights(cli, tmp_path: Path) -> None:
     outcome = cli(*TINY, "technique=swa", "model.swa_start=0.4", "trainer.max_epochs=3")
     assert outcome.status == 0, outcome.err

@@ -28,6 +28,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_an_offline_report_holds_all_of_its_files_and_is_synced_by_the_command_returned(lab: Path) -> None:
     wandb, sync, place = shlex.split(log_report(lab / "report", "lab", ["runs=digits lab", "wandb=lab"]))
     assert (wandb, sync) == ("wandb", "sync")
