@@ -171,7 +171,7 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
     by_arm: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in named:
         by_arm[run.arm][_same_but_for_the_seed(run)].append(run)
-    result = []
+    result, names = [], {*by_arm}
     for arm, groups in by_arm.items():
         usual, *others = sorted(groups.values(), key=lambda g: (-len(g), min(r.started for r in g)))
         result += usual
@@ -180,15 +180,32 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
             if not differing:  # the code's own options have changed, not what was asked for
                 result += group
                 continue
-            shown = [f"{n.removeprefix('model.')}={as_text(group[0].settings.get(n))}" for n in differing]
-            more = (
-                f" and {len(shown) - 3} more ({_same_but_for_the_seed(group[0])[:8]})"
-                if len(shown) > 3
-                else ""
-            )
-            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown[:3])}{more}"
+            shown, left = _what_differs(group[0], usual[0], differing)
+            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown)}"
+            if left or name in names:
+                more = f"and {left} more " if left else ""
+                name += f" {more}({_same_but_for_the_seed(group[0])[:8]})"
+            names.add(name)
             result += [replace(run, arm=name) for run in group]
     return result
+
+
+def _what_differs(run: Run, usual: Run, differing: Sequence[str]) -> tuple[list[str], int]:
+    """At most three parts of a name, and how many options are left out of it.
+
+    Another network goes by its class, and what only one of the two networks has goes with it.
+    """
+    parts, first = [], "model._target_"
+    if first in differing:
+        network, other = (str(r.settings.get(first)) for r in (run, usual))
+        short = network.rpartition(".")[2]
+        parts.append(network if short == other.rpartition(".")[2] else short)
+        differing = [
+            n for n in differing
+            if n != first and not (n.startswith("model.") and (n in run.settings) != (n in usual.settings))
+        ]  # fmt: skip
+    parts += [f"{n.removeprefix('model.')}={as_text(run.settings.get(n))}" for n in differing]
+    return parts[:3], len(parts[3:])
 
 
 def _typed_name(run: Run, runs: Sequence[Run]) -> str:

@@ -172,6 +172,29 @@ def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
     assert "network WideResNet, model.norm=none, model.depth=10, 12 epochs" in said
 
 
+def test_another_network_in_the_folder_goes_by_its_class_and_by_what_differs_beside_it(tmp_path):
+    """As one has it after a first run of the default network and an ablation on a smaller one."""
+    laptop = {"model._target_": "models.laptop.Laptop", "model.type": "S"}
+    make_arm(tmp_path, "baseline", BASE, settings=laptop)
+    make_arm(tmp_path, "mixup", BETTER, settings=laptop, techniques={"mixup": {"model.mixup": True}})
+    other = {
+        "model._target_": "models.dynamic_resnet.ResNet18",
+        "model.cifar_size": True,
+        "trainer.max_epochs": 10,
+    }
+    make_run(tmp_path, "baseline", 0, 0.95, settings=other, name="first")
+    make_run(tmp_path, "baseline", 0, 0.96, settings={**other, "model.cifar_size": False}, name="second")
+    make_run(
+        tmp_path, "baseline", 0, 0.97, settings={**other, "model._target_": "models.x.Laptop"}, name="third"
+    )
+    names = set(run_report(tmp_path)[0]) - {"baseline", "mixup"}
+    (longer,) = {name for name in names if " (" in name}
+    assert re.fullmatch(r"ResNet18 trainer.max_epochs=10 \([0-9a-f]{8}\)", longer), (
+        "two of one name are two arms"
+    )
+    assert names - {longer} == {"ResNet18 trainer.max_epochs=10", "models.x.Laptop trainer.max_epochs=10"}
+
+
 def test_where_nothing_helps_the_paragraph_says_so(tmp_path):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", shifted(0.012, -0.010, 0.004, -0.007, 0.009))
