@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from data import tree_of_links  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from paired import provenance, ratio_interval  # noqa: E402
 from technique_cost import SAYS, composed, fit, total_steps, turns  # noqa: E402
@@ -156,8 +157,10 @@ def part_loader(args: argparse.Namespace) -> Iterator[str]:
     yield f"The step with the real pipeline to that with one fixed batch; turns of {steps} steps, {pairs} pairs."
     yield from ("", "| pipeline | ratio | 95 % interval |", "| --- | ---: | ---: |")
     rows = {args.workload: list[str]()}
+    links = tempfile.TemporaryDirectory()
     if args.photographs:
-        rows["photographs"] = [f"data.module.data_root_dir={args.photographs}"]
+        tree_of_links(args.photographs, Path(links.name), 64 if args.tiny else 4096, largest=2**24)
+        rows["photographs"] = [f"data.module.data_root_dir={links.name}"]
         if args.tiny:
             rows["photographs"] += [
                 "data.input_size=32", "data.module.batch_size=2", "data.module.num_workers=0",
@@ -173,6 +176,7 @@ def part_loader(args: argparse.Namespace) -> Iterator[str]:
             fits = [partial(fit, configs[0], folder), partial(fit, configs[1], folder, change=fix_the_batch)]
             ratio = ratio_interval(*turns(fits, steps))
         yield f"| {SAYS[workload]} | {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} |"
+    links.cleanup()
     if not args.photographs:
         yield "| JPEG photographs | not measured: needs --photographs FOLDER | |"
 
@@ -296,7 +300,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cifar", type=Path, help="CIFAR-10 as image folders")
-    parser.add_argument("--photographs", type=Path, help="classes of photographs")
+    parser.add_argument("--photographs", type=Path, help="photographs, in folders or not")
     parser.add_argument(
         "--peak", type=float, help="TFLOP/s that the device can do at most; default: by its name"
     )

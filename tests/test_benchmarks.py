@@ -27,7 +27,7 @@ def run_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> str:
 @pytest.mark.filterwarnings("ignore")
 def test_the_gpu_benchmark_runs_in_pieces_that_complete_one_page(monkeypatch, tmp_path):
     for i in range(8):
-        folder = tmp_path / "photographs" / f"class{i % 2}"
+        folder = tmp_path / "photographs" / f"of {i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(256, size=(40, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.jpg")
