@@ -27,8 +27,9 @@ def run_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> str:
 @pytest.mark.filterwarnings("ignore")
 def test_the_gpu_benchmark_runs_in_pieces_that_complete_one_page(monkeypatch, tmp_path):
     for i in range(8):
-        folder = tmp_path / "photographs" / f"of {i % 2}"
+        folder = tmp_path / "photographs" / "images"
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text("of whom and where")
         noise = np.random.default_rng(i).integers(256, size=(40, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.jpg")
     out = tmp_path / "gpu.md"
