@@ -92,7 +92,8 @@ def test_what_it_says_and_its_traceback_go_to_its_file_and_its_end_is_an_orderly
     process = start("import atexit", "atexit.register(print, 'last')", "print('first')", "1 / 0")
     assert process.wait(60) == 1
     said = (tmp_path / "said").read_text()
-    assert said.index("first") < said.index("last") and "ZeroDivisionError" in said
+    lines = said.splitlines()
+    assert lines.index("first") < lines.index("last") and "ZeroDivisionError" in said
 
 
 def test_a_group_is_signalled_from_the_moment_it_is_started(start: Start) -> None:
