@@ -37,7 +37,7 @@ from augmentation.policies import cifar, imagenet  # noqa: E402
 from augmentation.policies.base import shift_and_flip  # noqa: E402
 from augmentation.policies.default import IdentityTransform  # noqa: E402
 from crucible.keyed import keyed_uniform  # noqa: E402
-from crucible.listing import EXTENSIONS  # noqa: E402
+from crucible.listing import image_files  # noqa: E402
 from crucible.pictures import decode, decode_with_pil, installed  # noqa: E402
 from datasets.base_datamodule import BaseDataModule  # noqa: E402
 from datasets.cifar import CIFAR10DataModule  # noqa: E402
@@ -49,10 +49,8 @@ CLASSES = 4
 
 def tree_of_links(photographs: Path, root: Path, count: int, largest: int) -> None:
     """`root/<class>/` with links to the photographs, over and over; those of more than `largest` bytes are left out."""
-    files = [
-        f.resolve() for f in sorted(photographs.rglob("*"))
-        if f.suffix.lower() in EXTENSIONS and f.stat().st_size <= largest
-    ]  # fmt: skip
+    every = [(photographs / name).resolve() for name in image_files(photographs)]
+    files = [file for file in every if file.stat().st_size <= largest]
     for i in range(count):
         folder = root / f"class{i % CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)

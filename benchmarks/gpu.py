@@ -157,10 +157,8 @@ def part_loader(args: argparse.Namespace) -> Iterator[str]:
     yield f"The step with the real pipeline to that with one fixed batch; turns of {steps} steps, {pairs} pairs."
     yield from ("", "| pipeline | ratio | 95 % interval |", "| --- | ---: | ---: |")
     rows = {args.workload: list[str]()}
-    links = tempfile.TemporaryDirectory()
     if args.photographs:
-        tree_of_links(args.photographs, Path(links.name), 64 if args.tiny else 4096, largest=2**24)
-        rows["photographs"] = [f"data.module.data_root_dir={links.name}"]
+        rows["photographs"] = []
         if args.tiny:
             rows["photographs"] += [
                 "data.input_size=32", "data.module.batch_size=2", "data.module.num_workers=0",
@@ -169,6 +167,9 @@ def part_loader(args: argparse.Namespace) -> Iterator[str]:
     for workload, options in rows.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            if workload == "photographs":
+                tree_of_links(args.photographs, folder / "links", 64 if args.tiny else 4096, largest=2**24)
+                options = [*options, f"data.module.data_root_dir={folder / 'links'}"]
             configs = [
                 composed(None, total_steps(steps, pairs), folder, *options, workload=workload)
                 for _ in range(2)
@@ -176,7 +177,6 @@ def part_loader(args: argparse.Namespace) -> Iterator[str]:
             fits = [partial(fit, configs[0], folder), partial(fit, configs[1], folder, change=fix_the_batch)]
             ratio = ratio_interval(*turns(fits, steps))
         yield f"| {SAYS[workload]} | {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} |"
-    links.cleanup()
     if not args.photographs:
         yield "| JPEG photographs | not measured: needs --photographs FOLDER | |"
 

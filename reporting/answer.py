@@ -185,13 +185,22 @@ def _trained_with(table: Table) -> Iterable[str]:
 
 
 def _typed_of_the_model(table: Table) -> Iterable[str]:
-    """What was typed of the model beside the `BASICS` (`model.norm=none` is another network), alike in all arms."""
-    options = [
+    """What was typed of the model beside the `BASICS` (`model.norm=none` is another network), alike in all arms.
+
+    Of paths, the last part: a page may be published.
+    """
+    typed = (
         o.lstrip("+").partition("=")[0] for r in table.arms[table.baseline].all_runs for o in r.overrides
+    )
+    equal = table.settings.equal
+    options = [
+        o for o in dict.fromkeys(typed) if o.startswith("model.") and o not in BASICS.values() and o in equal
     ]
-    for option in dict.fromkeys(options):
-        if option.startswith("model.") and option not in BASICS.values() and option in table.settings.equal:
-            yield f"{option}={table.settings.equal[option]}"
+    for option in options[:NAMED]:
+        folder, _, value = equal[option].rpartition("/")
+        yield f"{option}={'.../' if folder else ''}{value}"
+    if options[NAMED:]:
+        yield f"{len(options) - NAMED} more of the model"
 
 
 def _count(parameters: int) -> str:

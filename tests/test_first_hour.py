@@ -31,7 +31,7 @@ def test_the_notebook_trains_compares_reports_and_predicts(
     printed = ["".join(str(o) for o in cell.get("outputs", [])) for cell in notebook.cells]
     assert not any("Traceback" in text or "error:" in text for text in printed)
     # two arms, of which the first run is the baseline's of seed 0
-    assert len(runs_in(tmp_path / "digits")) == (4 if shortened else 6)
-    assert (tmp_path / "report" / "report.html").is_file()
+    assert len(runs_in(tmp_path / "first_hour" / "digits")) == (4 if shortened else 6)
+    assert (tmp_path / "first_hour" / "report" / "report.html").is_file()
     assert sum(" differs" in text or "diff" in text for text in printed) >= 1
     assert "probability" in printed[-2]

@@ -158,6 +158,7 @@ def test_one_run_of_one_arm_is_described_without_a_word_of_what_it_is_not(tmp_pa
 def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
     """Without its norms a network is another one, and two depths of a family are two."""
     settings = {"model._target_": "models.wide_resnet.WideResNet", "model.norm": "none", "model.depth": 10}
+    settings |= {"model.type": "/home/me/own", **{f"model.option_{i}": i for i in range(4)}}
     for arm, values, techniques in (("baseline", BASE, {}), ("mixup", BETTER, {"mixup": {}})):
         for run in make_arm(tmp_path, arm, values, settings=settings, techniques=techniques):
             typed(
@@ -166,10 +167,15 @@ def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
                 "model.norm=none",
                 "model.depth=10",
                 "model.lr=0.05",
+                "model.type=/home/me/own",
+                *(f"model.option_{i}={i}" for i in range(4)),
                 f"technique={arm}",
             )
     said = top(run_report(tmp_path)[1])
-    assert "network WideResNet, model.norm=none, model.depth=10, 12 epochs" in said
+    assert (
+        "network WideResNet, model.norm=none, model.depth=10, model.type=.../own, model.option_0=0, " in said
+    )
+    assert "model.option_2=2, 1 more of the model, 12 epochs" in said
 
 
 def test_another_network_in_the_folder_goes_by_its_class_and_by_what_differs_beside_it(tmp_path):
