@@ -79,6 +79,7 @@ With CIFAR-10 as image folders in `data/cifar10`:
     bash docs/findings/run.sh losses dry_run=true      # what is there, and what comes next
     bash docs/findings/run.sh losses                   # trains the seeds that are asked for, and decides
     bash docs/findings/run.sh pages                    # the reports, and this page
+    python report.py 'runs=[docs/findings/runs/losses,docs/findings/runs/digits]' out=PAGE    # studies as settings
 """
 
 

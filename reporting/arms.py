@@ -91,15 +91,90 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
-    """The runs of a data set by setting: one, or one for each network where techniques were tried on several.
+    """The runs of a data set by setting: what one baseline is the baseline of.
 
-    Networks that share at least two sets of techniques (none, and one) are settings, and the same arm has one name in
-    each; else they are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
-    `networks=settings|arms` says it.
+    Sweeps whose baselines differ (in network, rate, length; not in techniques alone) are settings of their own, and so
+    are networks that share at least two sets of techniques (none, and one): the same arm has one name in each. Else
+    networks are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
+    `networks=arms` makes one setting of all, `networks=settings` one of each network.
 
     Raises:
         ConfigError: for `networks=settings` of what was decided together.
     """
+    parts = [] if request.networks == "arms" else _by_baseline(runs)
+    if len(parts) < 2:
+        return _by_network(data, runs, request)
+    found: dict[str, list[Run]] = {}
+    for name, (_, part) in zip(_names_of([base for base, _ in parts]), parts, strict=True):
+        found |= _by_network(f"{data}, {name}" if name else data, part, request)
+    return found
+
+
+def _by_baseline(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
+    """The baselines of the sweeps among the runs that differ, and the runs that belong to each.
+
+    A run belongs to its sweep's; that of no such sweep to the baseline from which it differs least.
+    """
+    bases: list[Run] = []
+    belongs: dict[tuple[float, str], int] = {}
+    sweeps = {(r.sweep.created, r.sweep.folder): r.sweep for r in runs if r.sweep is not None}
+    for key, sweep in sorted(sweeps.items()):
+        listed = [r for r in runs if r.arm == sweep.baseline and r.path.name in sweep.runs]
+        own = [
+            r
+            for r in runs
+            if r.arm == sweep.baseline and r.sweep is not None and r.sweep.folder == sweep.folder
+        ]
+        base = next(iter(own or listed), None)
+        if base is not None and sweep.techniques:
+            same = (i for i, other in enumerate(bases) if not _apart(base, other))
+            belongs[key] = next(same, len(bases))
+            bases += [base] * (belongs[key] == len(bases))
+    if len(bases) < 2:
+        return []
+    parts: list[tuple[Run, list[Run]]] = [(base, []) for base in bases]
+    for run in runs:
+        place = None if run.sweep is None else belongs.get((run.sweep.created, run.sweep.folder))
+        if place is None:
+            place = min(range(len(bases)), key=lambda i: len(_apart(run, bases[i])))
+        parts[place][1].append(run)
+    return parts
+
+
+def _apart(run: Run, other: Run) -> list[str]:
+    """The settings in which two runs differ, but for those that make their arms."""
+    owned = run.owned | other.owned
+    return [n for n in _differing(run, other) if not is_owned(n, owned)]
+
+
+def is_owned(name: str, owned: Iterable[str]) -> bool:
+    """Whether an option is one of these, or below one."""
+    return any(name == own or name.startswith(f"{own}.") for own in owned)
+
+
+def _names_of(bases: Sequence[Run]) -> list[str]:
+    """What tells settings apart, by their baselines: the network's class, and at most three options that are on."""
+    differing = sorted({name for pair in itertools.combinations(bases, 2) for name in _apart(*pair)})
+    networks = [str(base.settings.get("model._target_")) for base in bases]
+    short = {network: network.rpartition(".")[2] for network in networks}
+    named = short if len({*short.values()}) == len(short) else {network: network for network in networks}
+    if len(short) > 1:  # what only one of them has goes with its name
+        differing = [
+            n for n in differing
+            if n != "model._target_" and not (n.startswith("model.") and any(n not in b.settings for b in bases))
+        ]  # fmt: skip
+    names = []
+    for base, network in zip(bases, networks, strict=True):
+        on = [(n, base.settings.get(n)) for n in differing if _tells_arms_apart(n, base.settings.get(n))]
+        parts = [f"{name.removeprefix('model.')}={as_text(value)}" for name, value in on[:3]]
+        names.append(" ".join([named[network], *parts] if len(short) > 1 else parts))
+    return [
+        name if names.count(name) == 1 else f"{name} ({_same_but_for_the_seed(base)[:8]})".lstrip()
+        for name, base in zip(names, bases, strict=True)
+    ]
+
+
+def _by_network(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         groups[str(run.settings.get("model._target_"))].append(run)
@@ -128,7 +203,7 @@ def _decided_together(groups: Iterable[Sequence[Run]]) -> str:
         own: dict[Any, set[str]] = defaultdict(set)
         for run in group:
             if run.sweep is not None and run.sweep.decides and run.arm in run.sweep.techniques:
-                key = run.sweep.planned, run.sweep.techniques, run.sweep.decides
+                key = run.sweep.plan
                 own[key].add(run.arm)
                 folders[key] = run.sweep.folder
         for key, names in own.items():
@@ -156,6 +231,7 @@ def _within(run: Run, own: set[str]) -> Run:
         techniques=frozenset(_without(a, own) for a in named) - {"baseline"},
         rivals={_without(a, own): _without(b, own) for a, b in sweep.rivals.items() if own <= _options_of(a)},
         baseline=None if sweep.baseline is None else _without(sweep.baseline, own),
+        identities={_without(a, own): i for a, i in sweep.identities.items() if own <= _options_of(a)},
     )
     return replace(run, arm=_without(run.arm, own), sweep=narrowed)
 
@@ -165,9 +241,13 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
 
     A run that no sweep made is named as a sweep of all these runs would name it: by its techniques and by what was
     typed, unless all of them have it. Of runs with one name and different settings most keep the name; to that of
-    the others what differs is added.
+    the others what differs is added. Runs that differ in nothing but the seed are one arm, whatever two sweeps called
+    them.
     """
-    named = [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
+    named = _one_name_each(
+        [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
+    )
+    named = _with_their_network(named)
     by_arm: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in named:
         by_arm[run.arm][_same_but_for_the_seed(run)].append(run)
@@ -187,6 +267,34 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
                 name += f" {more}({_same_but_for_the_seed(group[0])[:8]})"
             names.add(name)
             result += [replace(run, arm=name) for run in group]
+    return result
+
+
+def _one_name_each(runs: Sequence[Run]) -> list[Run]:
+    """The runs of one recorded identity by one name: that of a sweep's baseline, else that which most of them have."""
+    names: dict[str, Counter[str]] = defaultdict(Counter)
+    for run in runs:
+        if run.identity:
+            planned_baseline = run.sweep is not None and run.arm == run.sweep.baseline
+            names[run.identity][run.arm] += 1 + len(runs) * planned_baseline
+    best = {identity: found.most_common(1)[0][0] for identity, found in names.items()}
+    return [replace(run, arm=best.get(run.identity, run.arm)) for run in runs]
+
+
+def _with_their_network(runs: Sequence[Run]) -> list[Run]:
+    """To the arms of sweeps of another network than the baseline's, which name it nowhere, that network."""
+    networks = {str(run.settings.get("model._target_")) for run in runs if run.arm == "baseline"}
+    if len(networks) != 1:
+        return list(runs)
+    (usual,) = networks
+    result = []
+    for run in runs:
+        network = str(run.settings.get("model._target_"))
+        short = network.rpartition(".")[2]
+        told = network == usual or any(
+            part.startswith("model=") or short in part for part in run.arm.split(" ")
+        )
+        result.append(run if told or run.sweep is None else replace(run, arm=f"{run.arm} {short}"))
     return result
 
 

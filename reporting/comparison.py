@@ -333,8 +333,9 @@ def _moderating(table: Table, request: Request) -> s.Shared | None:
 
 def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
     """Where the arms stand for which several looks are planned: those of one sweep together."""
-    groups: dict[Any, list[Arm]] = defaultdict(list)
+    groups: dict[Any, list[str]] = defaultdict(list)
     sweeps: dict[Any, Sweep] = {}
+    others = []
     for arm in table.arms.values():
         if arm.name in (table.baseline, *table.rivals):
             continue
@@ -344,21 +345,39 @@ def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
             and own.decides is not None
             and table.follows
             and own.decides.metric == table.metric.name
+            and arm.name in members(own, table.arms, table.baseline).values()
         ):
-            key = own.planned, own.techniques, own.decides
-            sweeps[key] = own
-            groups[key].append(arm)
-        elif len(table.plan.seeds) > 1:
-            groups[None].append(arm)
-    found: dict[str, Step] = {}
-    for key, arms in groups.items():
-        if key in sweeps:
-            found |= steps_of_sweep(
-                sweeps[key], table.arms, table.baseline, table.metric.sign, table.plan.margin, moderate
-            )
+            sweeps[own.plan] = own
+            groups[own.plan].append(arm.name)
         else:
-            found |= _as_they_come(table, arms, moderate)
+            others.append(arm)
+    found: dict[str, Step] = {}
+    for key, names in groups.items():
+        sweep = sweeps[key]
+        held = members(sweep, table.arms, table.baseline)
+        arms = {planned: table.arms[name] for planned, name in held.items()}
+        steps = steps_of_sweep(
+            sweep, arms, sweep.baseline or "baseline", table.metric.sign, table.plan.margin, moderate
+        )
+        found |= {held[planned]: step for planned, step in steps.items() if held.get(planned) in names}
+    if others and len(table.plan.seeds) > 1:
+        found |= _as_they_come(table, others, moderate)
     return found
+
+
+def members(sweep: Sweep, arms: Mapping[str, Arm], baseline: str | None = None) -> dict[str, str]:
+    """Which arms a plan's are, by its names for them; none where its baseline is not this one (None: any).
+
+    By the identities of their runs: a report over several sweeps may name their arms otherwise, and has others of
+    the same name. By the name where a plan recorded no identities.
+    """
+    by_identity = {run.identity: arm.name for arm in arms.values() for run in (*arm.all_runs, *arm.dropped)}
+    found = {}
+    for name in (sweep.baseline or "baseline", *sorted(sweep.techniques)):
+        held = by_identity.get(sweep.identities.get(name, ""), "") if sweep.identities else name
+        if held in arms:
+            found[name] = held
+    return found if baseline in (None, found.get(sweep.baseline or "baseline")) else {}
 
 
 def steps_of_sweep(

@@ -357,7 +357,7 @@ def _deciding(runs: Sequence[Run], records: Sequence[_Recorded]) -> list[Sweep]:
             continue
     for sweep in sweeps:
         if sweep.decides is not None:
-            plans.setdefault((sweep.planned, sweep.techniques, sweep.decides, sweep.baseline), sweep)
+            plans.setdefault(sweep.plan, sweep)
     return list(plans.values())
 
 
@@ -366,10 +366,13 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     assert decides is not None
     baseline, metric = sweep.baseline or "baseline", Metric(decides.metric)
     names = {baseline, *sweep.techniques}
-    own = [
-        replace(r, value=r.final.get(metric.name)) for r in runs
-        if r.arm in names and r.sweep is not None and r.sweep.decides == decides
-    ]  # fmt: skip
+    by_identity = {identity: name for name, identity in sweep.identities.items()}
+    own = []
+    for r in runs:
+        theirs = r.arm if r.arm in names and r.sweep is not None and r.sweep.plan == sweep.plan else None
+        name = by_identity.get(r.identity) if by_identity else theirs
+        if name is not None:
+            own.append(replace(r, arm=name, value=r.final.get(metric.name)))
     arms: Mapping[str, Arm] = sort_into_arms(own)
     margin = None if sweep.margin_points is None else sweep.margin_points / metric.scale
     steps = steps_of_sweep(sweep, arms, baseline, metric.sign, margin)

@@ -61,6 +61,13 @@ class Sweep:
     rule: int  # of the verdicts, by which it was planned
     techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
     decides: Decides | None = None  # of `until=decided`
+    identities: Mapping[str, str] = field(default_factory=dict)  # arm -> its runs'; older plans recorded none
+
+    @property
+    def plan(self) -> tuple[Any, ...]:
+        """Equal for all records of one plan of `until=decided`, and for those of no other."""
+        known = frozenset(self.identities.items())
+        return self.planned, self.techniques, self.decides, self.baseline, known
 
 
 class Correctness(NamedTuple):
@@ -532,6 +539,7 @@ def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         rule=int(record.get("rule") or 1),
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
         decides=Decides(**{**decides, "seeds": tuple(decides["seeds"])}) if decides else None,
+        identities=record.get("identities") or {},
     )
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from reporting import statistics as s
-from reporting.arms import as_text, first_sweep, is_setting, unit_name
-from reporting.comparison import Comparison, Table, family_of, is_copied
+from reporting.arms import as_text, first_sweep, is_owned, is_setting, unit_name
+from reporting.comparison import Comparison, Table, family_of, is_copied, members
 
 
 def warnings(table: Table) -> list[str]:
@@ -21,6 +21,7 @@ def warnings(table: Table) -> list[str]:
         *(w for c in table.comparisons for w in _of_a_difference(c, table)),
         *_of_the_seeds(table),
         *_unplanned_looks(table),
+        *_planned_against_another(table),
         *_differing_within(table),
         *_also_differing(table),
         *_circumstances(table),
@@ -138,6 +139,24 @@ def _unplanned_looks(table: Table) -> Iterable[str]:
         )
 
 
+def _planned_against_another(table: Table) -> Iterable[str]:
+    """Arms whose looks were planned against another baseline than the table's."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for arm in table.arms.values():
+        own = first_sweep(arm.all_runs)
+        if arm.name in (table.baseline, *table.rivals) or own is None or own.decides is None:
+            continue
+        if not members(own, table.arms, table.baseline):
+            there = members(own, table.arms).get(own.baseline or "baseline")
+            found[f"baseline={there}" if there else "a report of its runs alone"].append(arm.name)
+    for way, names in found.items():
+        theirs, are = ("their looks were", "they are") if len(names) > 1 else ("its looks were", "it is")
+        yield (
+            f"{', '.join(names)}: {theirs} planned against another baseline than {table.baseline}, against which {are} "
+            f"read at the seeds that there are; {way} shows what was decided"
+        )
+
+
 def _differing_within(table: Table) -> Iterable[str]:
     for arm in table.arms.values():
         runs = arm.all_runs
@@ -160,8 +179,7 @@ def _also_differing(table: Table) -> Iterable[str]:
         found = [
             f"{name} ({values[arm.name]}, {table.baseline} {values[table.baseline]})"
             for name, values in table.settings.differing.items()
-            if values[arm.name] != values[table.baseline]
-            and not any(name == own or name.startswith(f"{own}.") for own in owned)
+            if values[arm.name] != values[table.baseline] and not is_owned(name, owned)
         ]
         if found and arm.name not in table.rivals:
             yield f"{arm.name} differs from {table.baseline} also in {', '.join(found)}"

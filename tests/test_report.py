@@ -1030,6 +1030,150 @@ def test_a_report_of_another_metric_says_that_no_look_was_planned_for_it(tmp_pat
     )
 
 
+# Several sweeps in one report: each against its own baseline, at its own looks
+
+
+def make_study(root: Path, name: str, arms: dict[str, list[float]], settings: dict, **facts) -> None:
+    """A sweep of `until=decided` at 5, 8 and 12 seeds, as the lab records it: runs are found by their identity."""
+    identities = {arm: f"{name[-1]}{number:07d}" for number, arm in enumerate(arms)}
+    runs = [
+        make_run(
+            root, arm, seed, value, settings={**settings, **({"model.lr": 0.05 + 0.001 * number} if number else {})},
+            techniques={arm: {"model.lr": 1}} if number else {}, identity=identities[arm],
+            name=f"{identities[arm]}-s{seed}",
+        )
+        for number, (arm, values) in enumerate(arms.items())
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    decides = {**PLANNED, "seeds": list(range(12))}
+    folder = root / "sweeps" / name
+    folder.mkdir(parents=True)
+    record = {
+        "arms": list(arms), "baseline": next(iter(arms)), "planned_seeds": [5, 8, 12], "margin_points": 0.3, "rule": 3,
+        "decides": decides, "identities": identities, "runs": list(map(str, runs)), "created": float(name[-1]), **facts,
+    }  # fmt: skip
+    (folder / "sweep.json").write_text(json.dumps(record))
+
+
+def drawn(seed: int, **effects: float) -> dict[str, list[float]]:
+    """Eight seeds of a baseline near 0.9 and of arms with these effects."""
+    rng = np.random.default_rng(seed)
+    base = 0.9 + 0.002 * rng.normal(size=8)
+    return {
+        arm: list(base + effect + 0.002 * rng.normal(size=8) * (arm != "baseline"))
+        for arm, effect in {"baseline": 0.0, **effects}.items()
+    }
+
+
+SHORT, LONG = {"trainer.max_epochs": 4}, {"trainer.max_epochs": 30}
+OF_A_FINDING = ("verdict", "difference", "low", "high", "p", "p_holm", "pairs", "look", "margin_p")
+
+
+def rows_of(root: Path, *arguments: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of results.csv by setting and arm."""
+    assert report.main([f"runs={root}", *arguments]) == 0
+    with (root / "report" / "results.csv").open(newline="") as stream:
+        return {(row["data"], row["arm"]): row for row in csv.DictReader(stream)}
+
+
+def test_sweeps_of_other_settings_are_read_together_as_each_is_alone(tmp_path):
+    short = drawn(1, mixup=0.02, cutmix=0.001, sam=-0.004, powergrad=0.0, smooth=0.002)
+    long = drawn(2, mixup=-0.015, powergrad=0.0012)
+    for where in ("alone", "together"):
+        make_study(tmp_path / where, "first1", short, SHORT)
+        make_study(tmp_path / where if where == "together" else tmp_path / "other", "second2", long, LONG)
+    together = rows_of(tmp_path / "together")
+    for root, epochs, arms in (("alone", 4, short), ("other", 30, long)):
+        alone = rows_of(tmp_path / root)
+        for arm in arms:
+            mine = together[f"digits, trainer.max_epochs={epochs}", arm]
+            assert {n: mine[n] for n in OF_A_FINDING if n in mine} == {
+                n: alone["digits", arm][n] for n in OF_A_FINDING if n in mine
+            }, arm
+    assert together["digits, trainer.max_epochs=4", "mixup"]["verdict"].startswith("helps by more")
+    assert together["digits, trainer.max_epochs=30", "mixup"]["verdict"].startswith("hurts by more")
+    text = (tmp_path / "together" / "report" / "report.md").read_text()
+    assert "## In general" in text and "differs from baseline also in" not in text
+
+
+def test_in_one_table_no_arm_has_the_finding_of_another_sweeps_arm_of_that_name(tmp_path):
+    few, many = drawn(1, mixup=0.0008), drawn(2, mixup=0.0, **{f"t{i}": 0.0 for i in range(9)})
+    make_study(tmp_path / "alone", "first1", many, SHORT)
+    make_study(tmp_path / "together", "first1", many, SHORT)
+    make_study(tmp_path / "together", "second2", few, LONG)
+    alone, together = rows_of(tmp_path / "alone"), rows_of(tmp_path / "together", "networks=arms")
+    for arm in many:
+        mine, own = together["digits", arm], alone["digits", arm]
+        assert (mine["verdict"], mine["p_holm"]) == (own["verdict"], own["p_holm"]), arm
+    text = (tmp_path / "together" / "report" / "report.md").read_text()
+    assert (
+        "mixup trainer.max_epochs=30, trainer.max_epochs=30: their looks were planned against another baseline than "
+        "baseline, against which they are read at the seeds that there are; baseline=trainer.max_epochs=30 shows what "
+        "was decided" in text.replace("\\", "")
+    )
+
+
+def test_another_baseline_than_the_planned_one_has_no_planned_looks(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, mixup=0.02, sam=0.0), SHORT)
+    planned = rows_of(tmp_path)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "look 1 of 3" in planned["digits", "mixup"]["verdict"] and "planned against another" not in text
+    rows = rows_of(tmp_path, "baseline=sam")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "baseline, mixup: their looks were planned against another baseline than sam, against which they are read at "
+        "the seeds that there are; baseline=baseline shows what was decided" in text
+    )
+    means = {arm: float(row["mean"]) for (_, arm), row in rows.items()}
+    assert float(rows["digits", "baseline"]["difference"]) == pytest.approx(means["baseline"] - means["sam"])
+
+
+def test_sweeps_of_one_baseline_stay_in_one_table_each_at_its_own_looks(tmp_path):
+    both = drawn(3, mixup=0.02, sam=0.001)
+    make_study(tmp_path, "first1", {"baseline": both["baseline"], "mixup": both["mixup"]}, SHORT)
+    make_study(tmp_path, "second2", {"baseline": [], "sam": both["sam"]}, SHORT)
+    file = tmp_path / "sweeps" / "second2" / "sweep.json"
+    record = json.loads(file.read_text())
+    record["identities"]["baseline"] = "10000000"
+    record["runs"] += [str(run) for run in (tmp_path / "digits").glob("10000000-s*")]
+    file.write_text(json.dumps(record))
+    rows = rows_of(tmp_path)
+    assert {data for data, _ in rows} == {"digits"}
+    assert "look 1 of 3" in rows["digits", "mixup"]["verdict"]
+    assert "look 2 of 3, 8 seeds" in rows["digits", "sam"]["verdict"]
+
+
+def test_runs_of_one_identity_are_one_arm_whatever_two_sweeps_called_them(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, mixup=0.02), SHORT)
+    for seed in (1000, 1001):
+        make_run(
+            tmp_path, "lr=0.05", seed, 0.9, settings=SHORT, identity="10000000", name=f"10000000-s{seed}"
+        )
+    rows = rows_of(tmp_path)
+    assert {arm for _, arm in rows} == {"baseline", "mixup"}
+    assert float(rows["digits", "baseline"]["n"]) == 10
+    assert "look 1 of 3" in rows["digits", "mixup"]["verdict"]
+
+
+def test_an_arm_of_another_network_than_the_baselines_names_it(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, mixup=0.02), {"model._target_": "models.laptop.Laptop"})
+    for arm, lr in (("lr=0.2", 0.2), ("lr=0.4", 0.4)):
+        run = make_run(tmp_path, arm, 7, 0.9, settings={"model._target_": "models.vgg.VGG", "model.lr": lr})
+        sweep = {"arms": ["lr=0.2", "lr=0.4"], "folder": "pilot", "created": 0.5}
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "sweep": sweep}))
+    assert {"lr=0.2 VGG", "lr=0.4 VGG"} < {arm for _, arm in rows_of(tmp_path)}
+
+
+def test_a_run_typed_by_hand_belongs_to_the_setting_that_it_differs_least_from(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, mixup=0.02), SHORT)
+    make_study(tmp_path, "second2", drawn(2, mixup=0.02), LONG)
+    make_run(tmp_path, "sam", 0, 0.9, settings=LONG, techniques={"sam": {"model.sam": True}})
+    rows = rows_of(tmp_path)
+    assert ("digits, trainer.max_epochs=30", "sam") in rows
+    assert ("digits, trainer.max_epochs=4", "sam") not in rows
+
+
 def test_the_sd_behind_what_is_detectable_is_named(tmp_path):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", BETTER)

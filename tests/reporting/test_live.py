@@ -316,6 +316,23 @@ def test_the_next_look_says_what_it_waits_for(folder: Path) -> None:
     assert "Look 1 of 2 is at 5 seeds, by test/acc: 6 of its 10 runs have ended; open are mixup" in shown
 
 
+def test_plans_of_the_same_form_have_each_their_own_next_look(folder: Path) -> None:
+    """Three seeds of two arms; another network has the same arms and looks, and one seed."""
+    decides = {"seeds": list(range(8)), "fold": 0, "metric": "test/acc", "futility": 0.1, "order": "together"}
+    facts: dict[str, Any] = {"arms": ["baseline", "mixup"], "planned_seeds": [5, 8], "margin_points": 0.3}
+    carried = {**facts, "decides": decides, "baseline": "baseline", "created": 1.0, "rule": 3}
+    for path in sorted((folder / "cifar10").iterdir()):
+        name = path.name.partition("-")[0]
+        own = {"identities": {"baseline": "00000000", "mixup": "00000001"}, "folder": "1"}
+        change(path, sweep={**carried, **own}, identity=name)
+        if path.name.endswith("-s0"):
+            other = shutil.copytree(path, path.with_name(f"1{path.name[1:]}"))
+            theirs = {"identities": {"baseline": "10000000", "mixup": "10000001"}, "folder": "2"}
+            change(other, sweep={**carried, **theirs}, identity=f"1{name[1:]}")
+    looks = sorted((look.ended, look.asked) for look in read(folder).looks)
+    assert looks == [(2, 10), (6, 10)]
+
+
 def test_ctrl_c_ends_it_cleanly(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
