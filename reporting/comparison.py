@@ -368,14 +368,18 @@ def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
 def members(sweep: Sweep, arms: Mapping[str, Arm], baseline: str | None = None) -> dict[str, str]:
     """Which arms a plan's are, by its names for them; none where its baseline is not this one (None: any).
 
-    By the identities of their runs: a report over several sweeps may name their arms otherwise, and has others of
-    the same name. By the name where a plan recorded no identities.
+    By the identities of their runs, as a report over several sweeps may name their arms otherwise, and has others of
+    the same name; of what a plan recorded without identities, or before they were made otherwise, by name and plan.
     """
     by_identity = {run.identity: arm.name for arm in arms.values() for run in (*arm.all_runs, *arm.dropped)}
     found = {}
     for name in (sweep.baseline or "baseline", *sorted(sweep.techniques)):
-        held = by_identity.get(sweep.identities.get(name, ""), "") if sweep.identities else name
-        if held in arms:
+        named = arms.get(name, Arm(name))
+        listed = [
+            r for r in (*named.all_runs, *named.dropped) if r.sweep is not None and r.sweep.plan == sweep.plan
+        ]
+        held = by_identity.get(sweep.identities.get(name, "none"), name if listed else None)
+        if held is not None:
             found[name] = held
     return found if baseline in (None, found.get(sweep.baseline or "baseline")) else {}
 

@@ -369,8 +369,8 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     by_identity = {identity: name for name, identity in sweep.identities.items()}
     own = []
     for r in runs:
-        theirs = r.arm if r.arm in names and r.sweep is not None and r.sweep.plan == sweep.plan else None
-        name = by_identity.get(r.identity) if by_identity else theirs
+        listed = r.arm if r.arm in names and r.sweep is not None and r.sweep.plan == sweep.plan else None
+        name = by_identity.get(r.identity, listed)
         if name is not None:
             own.append(replace(r, arm=name, value=r.final.get(metric.name)))
     arms: Mapping[str, Arm] = sort_into_arms(own)
