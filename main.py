@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from crucible import command_line, completion
 from crucible.composition import compose_once
+from crucible.writing import outlast_readers
 
 ROOT = Path(__file__).resolve().parent
 
@@ -82,4 +83,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    outlast_readers()
     sys.exit(main())

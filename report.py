@@ -100,4 +100,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    from crucible.writing import outlast_readers
+
+    outlast_readers()
     sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ from torch import Tensor
 from callbacks.checkpoints import Checkpoints
 from crucible import private
 from crucible.console import epoch_line, epoch_named, speed, split_line
+from crucible.liveness import stopping_signals
 from crucible.loggers import Tracker
 from crucible.metrics import of_split
 from crucible.run import RunDirectory
@@ -29,7 +30,7 @@ log = logging.getLogger("crucible")
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1); its state is in last.ckpt."""
+    """The run was asked to stop (`stopping_signals`); its state is in last.ckpt."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -214,9 +215,9 @@ class Recorder(Callback):
 
 
 class GracefulStop(Callback):
-    """Ctrl-C, SIGTERM or SIGUSR1 ends the run between two steps, with its state in last.ckpt; Ctrl-C twice: at once.
+    """Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP ends the run between two steps, its state in last.ckpt; Ctrl-C twice: at once.
 
-    SLURM's warning (`--signal=USR1@90`) and its preemption arrive as the latter two.
+    SLURM's warning (`--signal=USR1@90`) and its preemption arrive as SIGUSR1 and SIGTERM, a closed terminal as SIGHUP.
 
     Lightning's own handler hangs under DDP, where the ranks must agree on the step at which they stop.
 
@@ -236,7 +237,7 @@ class GracefulStop(Callback):
         streams, self._streams = self._streams, None
         if streams is not None and len(streams) == trainer.world_size:
             set_own_streams(pl_module, streams[trainer.global_rank])
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in stopping_signals():
             self._previous[number] = signal.signal(number, self._receive)
         # Lightning's own vote, a collective and a wait for the device in every step, has nothing left to decide
         private.end_sigterm_votes(trainer)

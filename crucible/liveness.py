@@ -7,6 +7,7 @@ its own. Linux's /proc has what is missing; where there is none (macOS), the num
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,15 @@ _PLACE = (
     "boot",
     "space",
 )  # where a number means a process: the start of the machine, the namespace of its numbers
+
+
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask a process to end in good order: Ctrl-C, SIGTERM, SLURM's SIGUSR1, SIGHUP of a closed terminal.
+
+    The last not where it is ignored, which is what `nohup` asks for.
+    """
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *hangup
 
 
 def this_process() -> dict[str, Any]:

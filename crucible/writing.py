@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -48,6 +51,47 @@ def unwritable(path: Path, error: OSError, size: int = 0) -> Unwritable:
 def is_of_the_place(error: OSError) -> bool:
     """Whether an error of the system says that a disk is full or broken, whatever was to be written."""
     return error.errno in (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class _Outlasting(io.FileIO):
+    """A descriptor whose reader may go away, and whose disk may fill up: what is written then is lost, nothing else."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in (
+                errno.EPIPE,
+                errno.EIO,
+            ):  # for good: a pipe without a reader, a closed terminal
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())  # what this process starts inherits it
+                os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def outlast_readers() -> None:
+    """Let standard output and error outlast whoever reads them: `| head`, a closed terminal, a log on a full disk.
+
+    A training must not end because a line about it could not be shown; main.log has what the console has. For the
+    program's start, before anything has taken hold of the streams.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            raw = _Outlasting(stream.fileno(), "w", closefd=False)
+        except (OSError, AttributeError):  # no stream, or none of the system's
+            continue
+        stream.flush()
+        through = stream.write_through
+        lasting = io.TextIOWrapper(
+            raw if through else io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=through,
+        )
+        setattr(sys, name, lasting)
 
 
 def fails_together(hook: Callable[..., None]) -> Callable[..., None]:

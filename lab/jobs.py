@@ -40,6 +40,7 @@ from crucible.console import columns, fitted, say
 from crucible.files import missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
+from crucible.liveness import stopping_signals
 from crucible.loggers import close_loggers
 from crucible.machine import is_child_rank, is_out_of_memory, world_size
 from crucible.masking import masked
@@ -410,7 +411,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 class _Stops:
-    """SIGTERM and SIGUSR1 stop a run in good order before and after its steps too; those in between save first.
+    """SIGTERM, SIGUSR1 and SIGHUP stop a run in good order before and after its steps too; those in between save first.
 
     Attributes:
         working: a signal ends the work; else it finds the run about to end, and changes nothing.
@@ -419,7 +420,8 @@ class _Stops:
     working = False
 
     def __enter__(self) -> _Stops:
-        self._previous = {n: signal.signal(n, self._stop) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        numbers = (n for n in stopping_signals() if n != signal.SIGINT)
+        self._previous = {n: signal.signal(n, self._stop) for n in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from crucible.command_line import option
 from crucible.handover import received
-from crucible.liveness import this_process
+from crucible.liveness import stopping_signals, this_process
 from crucible.memory import ended_by, kills
 from crucible.run import RunDirectory
 from lab.ranks import clear_away, last_word
@@ -138,13 +138,10 @@ def _started(
     )  # fmt: skip
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
 @contextlib.contextmanager
 def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
     """Let `handle` have the signals that stop a run."""
-    previous = {n: signal.signal(n, lambda number, frame: handle(number)) for n in STOPPING}
+    previous = {n: signal.signal(n, lambda number, frame: handle(number)) for n in stopping_signals()}
     try:
         yield
     finally:

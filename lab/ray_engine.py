@@ -19,10 +19,10 @@ from typing import Annotated, Any
 from omegaconf import DictConfig
 
 from crucible.console import say
+from crucible.liveness import stopping_signals
 from crucible.options import ConfigError
 from lab.executors import Errand, left_to_the_node, options_of, refuse_several_nodes
 from lab.planning import Planned
-from lab.processes import STOPPING
 from lab.remote import SAVE_S, watched
 
 SEE = "cli_configs/sweep/ray.yaml"
@@ -163,7 +163,7 @@ class RayExecutor:
             os.environ.setdefault(name, value)
         import ray
 
-        handlers = {number: signal.getsignal(number) for number in STOPPING}
+        handlers = {number: signal.getsignal(number) for number in stopping_signals()}
         address = self.options.address
         try:
             _knock(address)

@@ -24,6 +24,7 @@ from typing import Any
 from crucible.files import write_atomically
 from crucible.handover import VARIABLE, HandOver
 from crucible.launch import job_here
+from crucible.liveness import stopping_signals
 from crucible.run import HEARTBEAT_S, LOST_AFTER_S, RunDirectory
 
 POLL_S = 0.05
@@ -220,7 +221,7 @@ def main() -> int:
     """Run the job that the first line of standard input describes, until it ends or the input does."""
     job = RemoteJob(**json.loads(sys.stdin.readline()))
     stops: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in stopping_signals():
         signal.signal(number, lambda number, frame: stops.append(number))
 
     def watch() -> None:

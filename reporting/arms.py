@@ -136,7 +136,7 @@ def _by_baseline(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
     for run in runs:
         place = None if run.sweep is None else belongs.get((run.sweep.created, run.sweep.folder))
         if place is None:
-            place = min(range(len(bases)), key=lambda i: len(_apart(run, bases[i])))
+            place = min(range(len(bases)), key=lambda i: len(_differing(run, bases[i])))
         parts[place][1].append(run)
     return parts
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +14,11 @@ import pytest
 import torch
 from conftest import TINY, Command, nightly, runs_in, summary_of
 
+import main
+from crucible.liveness import stopping_signals
 from lab.warm import WarmParent
+
+ROOT = Path(main.__file__).parent
 
 # dropout, mixing and drop paths draw random numbers; online norm and momentum carry state
 STATEFUL = [
@@ -73,7 +80,7 @@ def test_kill_minus_9_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, *nightly(signal.SIGINT), signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *nightly(signal.SIGINT), signal.SIGUSR1, signal.SIGHUP])
 def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
     launch, shell, tmp_path: Path, uninterrupted: Path, number: int
 ) -> None:
@@ -163,3 +170,74 @@ def test_a_diverged_run_is_a_failed_run(cli, tmp_path: Path) -> None:
     assert outcome.status == 1 and "diverged" in outcome.err
     (run,) = runs_in(tmp_path)
     assert "diverged" in summary_of(run)["reason"]
+
+
+# Whoever reads the output goes away
+
+
+SAYS = "import sys; from crucible.writing import outlast_readers; outlast_readers()\n" + (
+    "for number in range(3):\n    print(number, flush=True); print(number, file=sys.stderr, flush=True)\n"
+    "    sys.stdin.readline()\n"
+    "open('ended', 'w').close()"
+)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "full disk"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_a_program_says_outlasts_its_reader(kind: str, unbuffered: str, tmp_path: Path) -> None:
+    opened = {
+        "pipe": os.pipe,
+        "terminal": os.openpty,
+        "full disk": lambda: (-1, os.open("/dev/full", os.O_WRONLY)),
+    }
+    if kind == "full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    reader, writer = opened[kind]()
+    program = subprocess.Popen(
+        [sys.executable, "-c", SAYS], cwd=tmp_path, stdin=subprocess.PIPE, stdout=writer, stderr=writer,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}, start_new_session=True,
+    )  # fmt: skip
+    os.close(writer)
+    if reader >= 0:
+        assert os.read(reader, 1) == b"0"
+        os.close(reader)
+    program.communicate(b"\n" * 3, timeout=60)
+    assert program.returncode == 0 and (tmp_path / "ended").exists()
+
+
+def test_a_hangup_is_no_stop_where_it_is_ignored_as_under_nohup() -> None:
+    assert signal.SIGHUP in stopping_signals()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stopping_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [[], ["-m", "technique=baseline,mixup", "n_jobs=1"]])
+def test_a_training_and_a_sweep_outlast_their_reader(sweep: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        *sweep,
+        *TINY,
+        "trainer.max_epochs=3",
+        f"exp_dir={tmp_path}",
+    ]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path)
+    assert program.stdout is not None and program.stdout.readline()
+    program.stdout.close()
+    assert program.wait(timeout=300) == 0
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("*/*/summary.json")]
+    assert [(r["status"], r["reason"], r["epochs"]) for r in records] == [("finished", "", 3)] * (
+        1 + bool(sweep)
+    )
+    told = subprocess.Popen(
+        [sys.executable, str(ROOT / "report.py"), f"runs={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert told.stdout is not None
+    told.stdout.close()
+    assert told.wait(timeout=120) == 0 and (tmp_path / "report" / "report.md").is_file()
