@@ -511,13 +511,13 @@ class Settings:
 
 def settings_of(arms: Mapping[str, Arm], baseline: str) -> Settings:
     """The options of the arms' runs; `baseline` names the arm whose values the equal ones are."""
-    usual = {arm.name: _usual(arm) for arm in arms.values()}
+    values_of = {arm.name: usual(arm) for arm in arms.values()}
     differing, equal = {}, {}
-    for name in sorted({name for values in usual.values() for name in values}):
-        known = {usual[arm][name] for arm in arms if name in usual[arm]}
+    for name in sorted({name for values in values_of.values() for name in values}):
+        known = {values_of[arm][name] for arm in arms if name in values_of[arm]}
         # what an option was before there was one
         off = known.pop() if known in ({"null"}, {"false"}) else "absent"
-        values = {arm: usual[arm].get(name, off) for arm in arms}
+        values = {arm: values_of[arm].get(name, off) for arm in arms}
         if len(set(values.values())) > 1:
             differing[name] = values
         else:
@@ -525,7 +525,7 @@ def settings_of(arms: Mapping[str, Arm], baseline: str) -> Settings:
     return Settings(differing, equal)
 
 
-def _usual(arm: Arm) -> dict[str, str]:
+def usual(arm: Arm) -> dict[str, str]:
     """Each option's most frequent value in the arm, as text."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for run in arm.all_runs:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from reporting import statistics as s
+from reporting.arms import is_owned, usual
 from reporting.comparison import Comparison, Table
 from reporting.request import Metric
 
@@ -149,6 +150,7 @@ def in_general(tables: Sequence[Table]) -> InGeneral | None:
     if margins:
         found.remarks.append("The settings have different margins: none is held against their mean.")
     found.techniques = [_general(name, tables) for name in names]
+    found.remarks += [text for name in names if (text := _unlike(name, tables))]
     _judge(found)
     return found
 
@@ -171,6 +173,26 @@ def _general(name: str, tables: Sequence[Table]) -> General:
         )
         one.combined = combine(effects, errors, freedom)
     return one
+
+
+def _unlike(name: str, tables: Sequence[Table]) -> str:
+    """What of a technique's own options is not the same in all settings; empty: nothing."""
+    having = [table for table in tables if name in table.arms and name not in table.rivals]
+    own = {option for table in having for run in table.arms[name].all_runs for option in run.owned}
+    values: dict[str, dict[str, str]] = {}
+    for table in having:
+        for option, value in usual(table.arms[name]).items():
+            if is_owned(option, own):
+                values.setdefault(option, {})[table.data] = value
+    differing = [
+        f"{option} ({'; '.join(f'{data}: {value}' for data, value in there.items())})"
+        for option, there in sorted(values.items())
+        if len(set(there.values())) > 1
+    ]
+    if not differing:
+        return ""
+    shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+    return f"{name} is not the same in all settings: {shown}"
 
 
 def _judge(found: InGeneral) -> None:

@@ -646,6 +646,21 @@ def test_over_three_settings_it_is_said_whether_a_technique_helps_in_general(tmp
     assert text.index("## In general") < text.index("## cifar10")
 
 
+def test_a_technique_whose_own_options_differ_between_settings_is_named(tmp_path):
+    for data, alpha in (("cifar10", 0.2), ("digits", 0.2), ("svhn", 0.4)):
+        make_arm(tmp_path, "baseline", BASE, data=data, settings={"trainer.max_epochs": 12 + len(data)})
+        for arm in ("mixup", "sam"):
+            options = {"model.mixup_alpha": alpha} if arm == "mixup" else {"model.sam_rho": 0.05}
+            make_arm(
+                tmp_path, arm, BETTER, data=data, techniques={arm: options},
+                settings={"trainer.max_epochs": 12 + len(data), **options},
+            )  # fmt: skip
+    assert report.main([f"runs={tmp_path}"]) == 0
+    text = general(tmp_path)[1].replace("\\", "")
+    said = "mixup is not the same in all settings: model.mixup_alpha (cifar10: 0.2; digits: 0.2; svhn: 0.4)"
+    assert said in text and "sam is not the same" not in text and "max_epochs (" not in text
+
+
 def test_two_settings_are_too_few(tmp_path):
     make_settings(tmp_path, {"cifar10": 0.010, "digits": 0.011})
     assert report.main([f"runs={tmp_path}"]) == 0
@@ -1165,10 +1180,12 @@ def test_an_arm_of_another_network_than_the_baselines_names_it(tmp_path):
     assert {"lr=0.2 VGG", "lr=0.4 VGG"} < {arm for _, arm in rows_of(tmp_path)}
 
 
-def test_a_run_typed_by_hand_belongs_to_the_setting_that_it_differs_least_from(tmp_path):
+@pytest.mark.parametrize("recorded", ["sam", "sam trainer.max_epochs=30"])
+def test_a_run_typed_by_hand_belongs_to_the_setting_that_it_differs_least_from(tmp_path, recorded):
     make_study(tmp_path, "first1", drawn(1, mixup=0.02), SHORT)
     make_study(tmp_path, "second2", drawn(2, mixup=0.02), LONG)
-    make_run(tmp_path, "sam", 0, 0.9, settings=LONG, techniques={"sam": {"model.sam": True}})
+    run = make_run(tmp_path, recorded, 0, 0.9, settings=LONG, techniques={"sam": {"model.sam": True}})
+    (run / "overrides.yaml").write_text("[technique=sam, trainer.max_epochs=30]")
     rows = rows_of(tmp_path)
     assert ("digits, trainer.max_epochs=30", "sam") in rows
     assert ("digits, trainer.max_epochs=4", "sam") not in rows
