@@ -48,6 +48,7 @@ class Step(NamedTuple):
         wanted: seeds up to which it is asked to go now; 0: it has all that is asked for.
         runs: that the plan has asked for so far, the baseline's included.
         decides: a sweep of `until=decided` goes by it; else each arm is read when it has the seeds.
+        closed: the arm's seeds were decided upon by something else, another metric say, so that none follow for this.
     """
 
     found: str
@@ -61,6 +62,7 @@ class Step(NamedTuple):
     wanted: int
     runs: int
     decides: bool
+    closed: bool = False
 
     @property
     def ended(self) -> bool:
@@ -436,7 +438,11 @@ def _as_they_come(table: Table, arms: Sequence[Arm], moderate: s.Shared | None) 
             if unit in arm.runs and unit in base.runs:
                 d[i, j] = table.metric.sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
     steps = replay(d, looks, [len(units) for units in tried], shared=moderate)
-    return _as_steps(looks, [arm.name for arm in arms], tried, steps, decides=False)
+    found = _as_steps(looks, [arm.name for arm in arms], tried, steps, decides=False)
+    led = {
+        arm.name for arm in arms if (own := first_sweep(arm.all_runs)) is not None and own.decides is not None
+    }
+    return {name: step._replace(closed=name in led) for name, step in found.items()}
 
 
 def _as_steps(
@@ -559,6 +565,8 @@ def _at_a_look(c: Comparison, step: Step, table: Table) -> tuple[str, str]:
         text = f"stopped at {step.seeds} seeds: {between}; chance of a decision by {last} seeds {step.chance:.0%}"
     elif step.found == "undecided" and step.look == len(step.looks):
         text = f"undecided at the last look ({step.seeds} seeds): {between}"
+    elif step.found == "undecided" and step.closed:
+        text = f"undecided: {between} ({where})"
     elif step.found == "undecided":
         following = step.looks[step.look]
         ahead = f"next look at {following} seeds (chance of a decision {step.chance:.0%})"

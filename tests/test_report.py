@@ -1043,6 +1043,7 @@ def test_a_report_of_another_metric_says_that_no_look_was_planned_for_it(tmp_pat
         "The sweep decided by test/acc, which says how many seeds each arm got"
         in text.split("### Verdicts")[0]
     )
+    assert "(look 1 of 4, 5 seeds)" in text and "next look" not in text, "no seeds follow for this metric"
 
 
 # Several sweeps in one report: each against its own baseline, at its own looks
