@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reporting import comparison, page, records, rendering
-from reporting.answer import answer
+from reporting import comparison, general, page, records, rendering
+from reporting.answer import Answer, answer, answer_in_general
 from reporting.comparison import Comparison, Table
 from reporting.request import Request, read_arguments
 
@@ -68,8 +68,7 @@ CLOSING = """\
   images.
 - Techniques are at the values of their files, none is tuned; the rate is the baseline's best of those in the plan. A
   technique that wants another rate or more epochs is not treated fairly, as it is not by someone who switches it on.
-- Several studies are not corrected for one another, and settings here are too few and too alike for a word *in
-  general*.
+- Several studies are not corrected for one another.
 - Time ratios are of two CPU cores with two runs at a time, on a machine that is not ours alone.
 
 ## To go on
@@ -79,7 +78,6 @@ With CIFAR-10 as image folders in `data/cifar10`:
     bash docs/findings/run.sh losses dry_run=true      # what is there, and what comes next
     bash docs/findings/run.sh losses                   # trains the seeds that are asked for, and decides
     bash docs/findings/run.sh pages                    # the reports, and this page
-    python report.py 'runs=[docs/findings/runs/losses,docs/findings/runs/digits]' out=PAGE    # studies as settings
 """
 
 
@@ -88,10 +86,33 @@ def findings_page() -> str:
     tables = {study: table_of(study) for study in STUDIES}
     done = {study: found for study, found in tables.items() if found is not None}
     parts = [INTRODUCTION, "## In one table\n", _matrix({s: t for s, (t, _) in done.items()}), ""]
+    parts += _over_settings([study for study in done if study.baseline == "baseline"])
     for study in STUDIES:
         parts += [f"## {study.name}\n", f"*{study.asks}*\n"]
         parts += _section(study, *done[study]) if study in done else ["Not run yet.\n"]
     return "\n".join([*parts, CLOSING])
+
+
+def _over_settings(studies: Sequence[Study]) -> list[str]:
+    """What the studies say of a technique together; nothing where none is in two settings."""
+    folders = ",".join(str(RUNS / study.name) for study in studies)
+    request = read_arguments([f"runs=[{folders}]"])
+    found = general.in_general(comparison.compare(records.read_runs(request)[0], request))
+    if found is None:
+        return []
+    listed = ",".join(study.name for study in studies)
+    return [
+        "## Over the settings\n",
+        "*Not planned, and settings as few and as alike as these are no sample of any: a description.*\n",
+        _rendered(answer_in_general(found)),
+        "![Each technique over the settings](findings/settings/plots/all-settings-forest.png)\n",
+        "The page of all of them together, in docs/findings/runs:\n",
+        f"    python report.py 'runs=[{listed}]' out=PAGE\n",
+    ]
+
+
+def _rendered(said: Answer) -> str:
+    return rendering.to_markdown(page.Page("", [page.Lead(said)])).split("\n", 2)[2]
 
 
 def table_of(study: Study) -> tuple[Table, Request] | None:
@@ -141,7 +162,7 @@ def _cell(c: Comparison, table: Table) -> str:
 
 
 def _section(study: Study, table: Table, request: Request) -> Sequence[str]:
-    lead = rendering.to_markdown(page.Page("", [page.Lead(answer(table, request))])).split("\n", 2)[2]
+    lead = _rendered(answer(table, request))
     picture = next(
         (f for f in sorted((PAGE.parent / "findings" / study.name).glob("plots/*-differences.png"))), None
     )
@@ -150,11 +171,14 @@ def _section(study: Study, table: Table, request: Request) -> Sequence[str]:
         f"![Differences to {study.baseline}](findings/{study.name}/plots/{picture.name})\n",
     ]  # fmt: skip
     stopped = [c.arm for c in _techniques(table) if c.finding == "stopped"]
-    undecided = [c.arm for c in _techniques(table) if c.step is not None and not c.step.ended]
-    lines = [f"**Not decided yet**: {', '.join(undecided)}.\n"] if undecided else []
-    lines += (
-        [f"**Given up without a decision**, as one was unlikely: {', '.join(stopped)}.\n"] if stopped else []
-    )
+    open_ = [c for c in _techniques(table) if c.step is not None and not c.step.ended]
+    at_the_end = [c.arm for c in open_ if c.step is not None and c.step.look == len(c.step.looks)]
+    said = {
+        "**Not decided yet**": [c.arm for c in open_ if c.arm not in at_the_end],
+        "**Not decided by the last look**": at_the_end,
+        "**Given up without a decision**, as one was unlikely": stopped,
+    }
+    lines = [f"{title}: {', '.join(arms)}.\n" for title, arms in said.items() if arms]
     return [lead, *link, _grid(table), "", *(lines or ["All of it is decided.\n"])]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -156,6 +157,11 @@ def _short(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def _in_lines(name: str, length: int = 22) -> str:
+    """A row's name in at most two lines: names of one kind differ at their end."""
+    return "\n".join(textwrap.wrap(name, length, max_lines=2, placeholder="…", break_on_hyphens=False))
+
+
 def _unit(table: Table) -> str:
     return f"{table.metric.name}, %" if table.metric.is_fraction else table.metric.name
 
@@ -185,7 +191,7 @@ def _differences(table: Table) -> Drawn | None:
         said = c.finding.startswith(("helps", "hurts"))
         face = colour if said else PAPER
         axes.plot(c.t.mean * scale, row, "o", color=colour, markerfacecolor=face, markersize=6)
-    axes.set_yticks(range(len(shown)), [_short(c.arm) for c in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [_in_lines(c.arm) for c in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.4)
     _clear(axes, "y")
     better = "higher" if metric.higher_is_better else "lower"
@@ -220,7 +226,7 @@ def _boxes(table: Table) -> Drawn | None:
             )  # fmt: skip
         spread = np.linspace(-0.13, 0.13, len(values)) if len(values) > 1 else np.zeros(1)
         axes.plot(values, row + spread, "o", color=colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
-    axes.set_yticks(range(len(arms)), [_short(arm.name) for arm in reversed(arms)])
+    axes.set_yticks(range(len(arms)), [_in_lines(arm.name) for arm in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.4)
     _clear(axes, "y")
     axes.set_xlabel(_unit(table))
@@ -272,8 +278,9 @@ def draw_forest(found: InGeneral) -> Plot | None:
         return None
     scale = found.metric.scale
     rows = [len(one.used) + 1 for one in shown]
+    height = 0.32 if any("\n" in _in_lines(name) for one in shown for name in one.used) else 0.23
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.6 + sum(0.42 + 0.23 * n for n in rows)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.6 + sum(0.42 + height * n for n in rows)), layout="constrained")
         grid = figure.subplots(
             len(shown), 1, sharex=True, squeeze=False, height_ratios=[n + 0.8 for n in rows]
         )[:, 0]
@@ -295,7 +302,7 @@ def draw_forest(found: InGeneral) -> Plot | None:
                 axes.fill([low, mean, high, mean], [0, 0.3, 0, -0.3], color=INK, linewidth=0)
             else:
                 axes.plot(mean, 0, "D", color=INK, markerfacecolor=PAPER, markersize=5)
-            axes.set_yticks(range(len(names)), [_short(n) for n in reversed(names)])
+            axes.set_yticks(range(len(names)), [_in_lines(n) for n in reversed(names)])
             axes.set_ylim(-0.6, len(names) - 0.4)
             axes.set_title(_short(one.arm, 60), fontsize=9.5, loc="left")
             _clear(axes, "y")
@@ -507,7 +514,7 @@ def _error_dots(
             markeredgewidth=0,
         )
         axes.plot(errors.mean(), row, "|", color=drawn_as[name].colour, markersize=13, markeredgewidth=2.2)
-    axes.set_yticks(range(len(with_error)), [_short(name, 24) for name, _ in reversed(with_error)])
+    axes.set_yticks(range(len(with_error)), [_in_lines(name, 24) for name, _ in reversed(with_error)])
     axes.set_xlim(left=0)
     _clear(axes, "y")
     axes.set_xlabel("test/ece")

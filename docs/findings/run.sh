@@ -52,6 +52,11 @@ pages)
         [ "$name" = norms ] && baseline=online_norm
         python report.py "runs=docs/findings/runs/$name" "out=docs/findings/$name" baseline=$baseline > /dev/null
     done
+    studies=()
+    for name in losses without_norm digits residual residual_losses; do
+        if [ -d "docs/findings/runs/$name" ]; then studies+=("docs/findings/runs/$name"); fi
+    done
+    python report.py "runs=[$(IFS=,; echo "${studies[*]}")]" out=docs/findings/settings > /dev/null
     python -m docs.generate
     ;;
 *)
