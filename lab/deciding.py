@@ -353,10 +353,19 @@ class Deciding:
                 return asked
 
     def _missing(self, wanted: Mapping[str, int]) -> list[Planned]:
-        """Jobs up to the wanted seeds that are not known yet to have ended, all arms of a seed together."""
+        """Jobs up to the wanted seeds that are not known yet to have ended, all arms of a seed together.
+
+        Of these the longest first, so that at the end of a look nobody waits for one that was begun last.
+        """
         arms = {self.facts["baseline"]: max(wanted.values()), **wanted}
         seeds = enumerate(self.facts["decides"]["seeds"])
-        jobs = [self._job(arm, seed) for number, seed in seeds for arm, most in arms.items() if number < most]
+        jobs = [
+            one
+            for number, seed in seeds
+            for one in sorted(
+                (self._job(arm, seed) for arm, most in arms.items() if number < most), key=_shortness
+            )
+        ]
         found, ended = [], self._runs()
         for one in jobs:
             assert one.job is not None
@@ -458,6 +467,10 @@ class Deciding:
         for warning in remarks.before_more_seeds(table):
             say(f"  look at this: {warning}")
         say()
+
+
+def _shortness(one: Planned) -> float:
+    return -float(one.job.facts.get("passes") or 1.0) if one.job is not None else 0.0
 
 
 def _pairs(facts: Mapping[str, Any]) -> set[tuple[str, str]]:
