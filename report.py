@@ -26,8 +26,9 @@ Options
   checkpoint=last           last: the last epoch's weights are scored; best: those that were best on validation,
                             of all arms alike (checkpoint.keep=best keeps them; python main.py run=RUN task=test
                             scores them)
-  networks=settings|arms    several networks of one data set: settings of their own where techniques were tried on each
-                            (left out, that decides), or arms to be compared
+  networks=settings|arms    settings: a table for each network of a data set; arms: one table of all that is there.
+                            Left out: a table for each baseline that a sweep was run against, and for each network
+                            that techniques were tried on
   variance=own              own: each arm's; shared: moderated over 3 techniques or more, for few seeds
   out=PATH                  where report.md, report.html, results.csv and plots/ go; default: report/ in the
                             folder of the runs
