@@ -215,7 +215,7 @@ def test_a_hangup_is_no_stop_where_it_is_ignored_as_under_nohup() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", [[], ["-m", "technique=baseline,mixup", "n_jobs=1"]])
+@pytest.mark.parametrize("sweep", [[], *nightly(["-m", "technique=baseline,mixup", "n_jobs=1"])])
 def test_a_training_and_a_sweep_outlast_their_reader(sweep: list[str], tmp_path: Path) -> None:
     command = [
         sys.executable,
