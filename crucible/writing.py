@@ -74,9 +74,20 @@ def outlast_readers() -> None:
     """Let standard output and error outlast whoever reads them: `| head`, a closed terminal, a log on a full disk.
 
     A training must not end because a line about it could not be shown; main.log has what the console has. For the
-    program's start, before anything has taken hold of the streams.
+    program's start, before anything has taken hold of the streams. A stream that was closed (`>&-`) goes nowhere: else
+    the next file that is opened would have its number, and what libraries print would be written into it.
     """
-    for name in ("stdout", "stderr"):
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
         stream = getattr(sys, name)
         try:
             raw = _Outlasting(stream.fileno(), "w", closefd=False)

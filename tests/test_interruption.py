@@ -214,6 +214,19 @@ def test_a_hangup_is_no_stop_where_it_is_ignored_as_under_nohup() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_closed_streams_go_nowhere_and_no_file_gets_their_numbers(tmp_path: Path) -> None:
+    says = (
+        "import os, sys; from crucible.writing import outlast_readers; outlast_readers()\n"
+        "with open('first', 'w') as file:\n"
+        "    print('said'); print('said', file=sys.stderr); os.system('echo said; echo said >&2')\n"
+        "    file.write(str(file.fileno() > 2))"
+    )
+    shell = f'exec {sys.executable} -c "$SAYS" <&- >&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SAYS": says}
+    assert subprocess.run(["sh", "-c", shell], cwd=tmp_path, env=environment, timeout=60).returncode == 0
+    assert (tmp_path / "first").read_text() == "True"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [[], *nightly(["-m", "technique=baseline,mixup", "n_jobs=1"])])
 def test_a_training_and_a_sweep_outlast_their_reader(sweep: list[str], tmp_path: Path) -> None:
