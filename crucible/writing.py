@@ -60,10 +60,8 @@ class _Outlasting(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno in (
-                errno.EPIPE,
-                errno.EIO,
-            ):  # for good: a pipe without a reader, a closed terminal
+            # for good: a pipe without a reader, a closed terminal
+            if error.errno in (errno.EPIPE, errno.EIO):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())  # what this process starts inherits it
                 os.close(nowhere)

@@ -158,14 +158,16 @@ def _names_of(bases: Sequence[Run]) -> list[str]:
     networks = [str(base.settings.get("model._target_")) for base in bases]
     short = {network: network.rpartition(".")[2] for network in networks}
     named = short if len({*short.values()}) == len(short) else {network: network for network in networks}
-    if len(short) > 1:  # what only one of them has goes with its name
-        differing = [
-            n for n in differing
-            if n != "model._target_" and not (n.startswith("model.") and any(n not in b.settings for b in bases))
-        ]  # fmt: skip
     names = []
     for base, network in zip(bases, networks, strict=True):
-        on = [(n, base.settings.get(n)) for n in differing if _tells_arms_apart(n, base.settings.get(n))]
+        typed = {o.lstrip("+~").partition("=")[0] for o in base.overrides}
+        # what only one network has goes with its name, unless somebody asked for it
+        told = (
+            n for n in differing
+            if n != "model._target_"
+            and (n in typed or not n.startswith("model.") or all(n in other.settings for other in bases))
+        )  # fmt: skip
+        on = [(n, base.settings.get(n)) for n in told if _tells_arms_apart(n, base.settings.get(n))]
         parts = [f"{name.removeprefix('model.')}={as_text(value)}" for name, value in on[:3]]
         names.append(" ".join([named[network], *parts] if len(short) > 1 else parts))
     return [

@@ -370,19 +370,13 @@ def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
 def members(sweep: Sweep, arms: Mapping[str, Arm], baseline: str | None = None) -> dict[str, str]:
     """Which arms a plan's are, by its names for them; none where its baseline is not this one (None: any).
 
-    By the identities of their runs, as a report over several sweeps may name their arms otherwise, and has others of
-    the same name; of what a plan recorded without identities, or before they were made otherwise, by name and plan.
+    See `Sweep.arm_of`.
     """
-    by_identity = {run.identity: arm.name for arm in arms.values() for run in (*arm.all_runs, *arm.dropped)}
-    found = {}
-    for name in (sweep.baseline or "baseline", *sorted(sweep.techniques)):
-        named = arms.get(name, Arm(name))
-        listed = [
-            r for r in (*named.all_runs, *named.dropped) if r.sweep is not None and r.sweep.plan == sweep.plan
-        ]
-        held = by_identity.get(sweep.identities.get(name, "none"), name if listed else None)
-        if held is not None:
-            found[name] = held
+    found: dict[str, str] = {}
+    for arm in arms.values():
+        for run in (*arm.all_runs, *arm.dropped):
+            if (planned := sweep.arm_of(run)) is not None:
+                found.setdefault(planned, arm.name)
     return found if baseline in (None, found.get(sweep.baseline or "baseline")) else {}
 
 
@@ -638,9 +632,10 @@ def _label_costs(table: Table, runs: Sequence[Run]) -> None:
 
 
 def _rival_arms(arms: Iterable[str], baseline: str, runs: Sequence[Run]) -> frozenset[str]:
-    """The arms that a sweep recorded as such, or that have such a name."""
+    """The arms that a sweep recorded as such (with what was added to their names), or that have such a name."""
     recorded = {name for r in runs if r.sweep is not None for name in r.sweep.rivals.values()}
-    return frozenset(a for a in arms if a in recorded or _times_longer(a, baseline) is not None)
+    named = {a for a in arms if any(a == name or a.startswith(f"{name} ") for name in recorded)}
+    return frozenset(named | {a for a in arms if _times_longer(a, baseline) is not None})
 
 
 def _times_longer(arm: str, baseline: str) -> float | None:

@@ -366,13 +366,8 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     assert decides is not None
     baseline, metric = sweep.baseline or "baseline", Metric(decides.metric)
     names = {baseline, *sweep.techniques}
-    by_identity = {identity: name for name, identity in sweep.identities.items()}
-    own = []
-    for r in runs:
-        listed = r.arm if r.arm in names and r.sweep is not None and r.sweep.plan == sweep.plan else None
-        name = by_identity.get(r.identity, listed)
-        if name is not None:
-            own.append(replace(r, arm=name, value=r.final.get(metric.name)))
+    of_plan = ((r, name) for r in runs if (name := sweep.arm_of(r)) is not None)
+    own = [replace(r, arm=name, value=r.final.get(metric.name)) for r, name in of_plan]
     arms: Mapping[str, Arm] = sort_into_arms(own)
     margin = None if sweep.margin_points is None else sweep.margin_points / metric.scale
     steps = steps_of_sweep(sweep, arms, baseline, metric.sign, margin)

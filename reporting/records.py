@@ -69,6 +69,18 @@ class Sweep:
         known = frozenset(self.identities.items())
         return self.planned, self.techniques, self.decides, self.baseline, known
 
+    def arm_of(self, run: Run) -> str | None:
+        """The arm of this plan that a run is of, as the plan calls it; None: of none.
+
+        By the run's identity, as a report over several sweeps may name arms otherwise, and has others of the same name;
+        of what a plan recorded without identities, or before they were made otherwise, by name and plan.
+        """
+        for name, identity in self.identities.items():
+            if identity == run.identity:
+                return name
+        planned = run.arm in self.techniques or run.arm == (self.baseline or "baseline")
+        return run.arm if planned and run.sweep is not None and run.sweep.plan == self.plan else None
+
 
 class Correctness(NamedTuple):
     """Which test examples a run got right: packed bits in the order of the samples' numbers."""

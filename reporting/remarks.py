@@ -150,10 +150,10 @@ def _planned_against_another(table: Table) -> Iterable[str]:
             there = members(own, table.arms).get(own.baseline or "baseline")
             found[f"baseline={there}" if there else "a report of its runs alone"].append(arm.name)
     for way, names in found.items():
-        theirs, are = ("their looks were", "they are") if len(names) > 1 else ("its looks were", "it is")
+        whose, who = ("their looks were", "them") if len(names) > 1 else ("its looks were", "it")
         yield (
-            f"{', '.join(names)}: {theirs} planned against another baseline than {table.baseline}, against which {are} "
-            f"read at the seeds that there are; {way} shows what was decided"
+            f"{', '.join(names)}: {whose} planned against another baseline than {table.baseline}, against which "
+            f"nothing was planned for {who}; {way} shows what was decided"
         )
 
 

@@ -1124,9 +1124,34 @@ def test_in_one_table_no_arm_has_the_finding_of_another_sweeps_arm_of_that_name(
     text = (tmp_path / "together" / "report" / "report.md").read_text()
     assert (
         "mixup trainer.max_epochs=30, trainer.max_epochs=30: their looks were planned against another baseline than "
-        "baseline, against which they are read at the seeds that there are; baseline=trainer.max_epochs=30 shows what "
+        "baseline, against which nothing was planned for them; baseline=trainer.max_epochs=30 shows what "
         "was decided" in text.replace("\\", "")
     )
+
+
+def test_in_one_table_the_longer_baseline_of_another_sweep_is_no_technique_either(tmp_path):
+    arms = drawn(1, mixup=0.02)
+    arms["baseline_x2.00"] = [value + 0.02 for value in arms["baseline"]]
+    for name, settings in (("first1", SHORT), ("second2", LONG)):
+        make_study(tmp_path, name, arms, settings, rivals={"mixup": "baseline_x2.00"})
+    rows = rows_of(tmp_path, "networks=arms")
+    longer = [row["verdict"] for (_, arm), row in rows.items() if arm.startswith("baseline_x2.00")]
+    assert len(longer) == 2 and all(verdict.startswith("no technique") for verdict in longer)
+
+
+def test_a_setting_of_another_network_names_what_was_typed_of_it(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, mixup=0.02), {"model._target_": "models.laptop.Laptop"})
+    wide = {
+        "model._target_": "models.wide_resnet.WRN2810",
+        "model.depth": 10,
+        "model.widen_factor": 2,
+        "model.x": 3,
+    }
+    make_study(tmp_path, "second2", drawn(2, mixup=0.02), wide)
+    for run in (tmp_path / "digits").glob("2*"):
+        (run / "overrides.yaml").write_text("[model=wide_resnet, model.depth=10, model.widen_factor=2]")
+    settings = {data for data, _ in rows_of(tmp_path)} - {"all settings"}
+    assert settings == {"digits, Laptop", "digits, WRN2810 depth=10 widen_factor=2"}
 
 
 def test_another_baseline_than_the_planned_one_has_no_planned_looks(tmp_path):
@@ -1137,8 +1162,8 @@ def test_another_baseline_than_the_planned_one_has_no_planned_looks(tmp_path):
     rows = rows_of(tmp_path, "baseline=sam")
     text = (tmp_path / "report" / "report.md").read_text()
     assert (
-        "baseline, mixup: their looks were planned against another baseline than sam, against which they are read at "
-        "the seeds that there are; baseline=baseline shows what was decided" in text
+        "baseline, mixup: their looks were planned against another baseline than sam, against which nothing was "
+        "planned for them; baseline=baseline shows what was decided" in text
     )
     means = {arm: float(row["mean"]) for (_, arm), row in rows.items()}
     assert float(rows["digits", "baseline"]["difference"]) == pytest.approx(means["baseline"] - means["sam"])
