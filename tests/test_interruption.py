@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,20 @@ def test_kill_minus_9_loses_nothing(
     assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2"]
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP as a terminal has it, for this process and what it starts: the tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, *nightly(signal.SIGINT), signal.SIGUSR1, signal.SIGHUP])
 def test_a_polite_stop_saves_the_state_says_so_and_the_same_command_goes_on(
-    launch, shell, tmp_path: Path, uninterrupted: Path, number: int
+    launch, shell, tmp_path: Path, uninterrupted: Path, number: int, hangups: None
 ) -> None:
-    process = launch(*STATEFUL)
+    process = launch(*STATEFUL, real=number == signal.SIGHUP)
     run = wait_for_step(tmp_path, process, 3)
     os.kill(process.pid, number)
     assert process.outcome(60).status == 128 + number
@@ -212,13 +221,10 @@ def test_what_a_program_says_outlasts_its_reader(kind: str, unbuffered: str, tmp
     assert program.returncode == 0 and (tmp_path / "ended").exists()
 
 
-def test_a_hangup_is_no_stop_where_it_is_ignored_as_under_nohup() -> None:
+def test_a_hangup_is_no_stop_where_it_is_ignored_as_under_nohup(hangups: None) -> None:
     assert signal.SIGHUP in stopping_signals()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert signal.SIGHUP not in stopping_signals()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signal.SIGHUP not in stopping_signals()
 
 
 def test_closed_streams_go_nowhere_and_no_file_gets_their_numbers(tmp_path: Path) -> None:
