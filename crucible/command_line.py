@@ -163,7 +163,9 @@ def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if name not in _FLAGS:
             follows = value if equals else next(iter(rest), "-")
             if here := flag_here(name, None if follows.startswith("-") or "=" in follows else follows):
-                raise ConfigError(f"{name}: no flag of Crucible's; here it is {here}", see="README.md")
+                raise ConfigError(
+                    f"{name}: no flag of Crucible's; here it is {here}", see="cli_configs/train.yaml"
+                )
             bare = argument.lstrip("-")
             way = (
                 f"options are written without dashes: {bare}"

@@ -132,7 +132,7 @@ def settle(trainer: Mapping[str, Any], wanted: int) -> None:
         raise ConfigError(
             f"trainer.num_nodes={trainer['num_nodes']}: nothing has started the other nodes; start it by srun or "
             "torchrun, or on each node with NODE_RANK, MASTER_ADDR and MASTER_PORT",
-            "README.md",
+            "docs/clusters.md",
         )
 
 

@@ -158,6 +158,11 @@ class Step:
     weights: list[Weights] = field(default_factory=list)
     networks: dict[str, TrainedNetwork] = field(default_factory=dict)
 
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes of a step with its techniques, on average."""
+        return 1 + sum(t.passes - 1 for t in self.setting.techniques.values() if t.on)
+
 
 @dataclass(frozen=True)
 class Technique:

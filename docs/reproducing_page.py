@@ -16,7 +16,10 @@ RECIPES = ROOT / "cli_configs" / "recipe"
 KEYS = ("Source", "Published", "Hardware", "Differs", "Command")
 TABLE = ("| recipe | what | source | published | ours | date |", "| --- | --- | --- | --- | --- | --- |")
 FAMILIES = {
-    ".": ("General", "Schedules for any network and data."),
+    ".": (
+        "General",
+        "Schedules without a source of their own; `cifar_laptop` is for `model=laptop` and small images.",
+    ),
     "bag_of_tricks": (
         "Bag of tricks",
         "[arXiv 1812.01187](https://arxiv.org/abs/1812.01187) and its reconstruction in PyTorch, whose rows of "

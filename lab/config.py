@@ -617,6 +617,45 @@ _LOGGERS = {
 }
 
 
+_ANY_CLASS = "<class>"
+
+
+def logged_values(config: Config, split: Literal["val", "test"], groups: Sequence[str] = ()) -> list[str]:
+    """What a run logs of its evaluations on a split; `test/f1_per_class/<class>` stands for those of all classes.
+
+    Args:
+        config: plain.
+        split: of the evaluations.
+        groups: of its samples.
+
+    Raises:
+        ConfigError: for a metric that there is not, or that the task does not have.
+    """
+    data = config["data"]
+    measured = build_metrics(config["metrics"], data["task"], data["num_classes"])
+    by_class = [
+        f"{name}/{_ANY_CLASS}" if str(name).endswith("_per_class") else str(name) for name in measured
+    ]
+    names = ["loss", *by_class]
+    splits = ["val", "val_raw"] if split == "val" and step_of(config).weights else [split]
+    splits += [f"{one}_{group}" for group in groups for one in splits]
+    return [f"{one}/{name}" for one in splits for name in names]
+
+
+def is_among(name: str, values: Sequence[str]) -> bool:
+    """Whether a logged name is one of `logged_values`."""
+    of_all = [v.removesuffix(_ANY_CLASS) for v in values if v.endswith(_ANY_CLASS)]
+    return name in values or any(name.startswith(v) and name != v for v in of_all)
+
+
+def group_of(name: str, split: Literal["val", "test"]) -> list[str]:
+    """The group of samples that a logged name is of (`in` of `val_in/acc`), if it is of the split."""
+    if not of_split(name, split):
+        return []
+    group = name.partition("/")[0].removeprefix(split).removeprefix("_raw").removeprefix("_")
+    return [group] if group else []
+
+
 def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None:
     """Settle which value says what the best epoch is, in place.
 
@@ -628,25 +667,20 @@ def resolve_monitor(config: Config, groups: Sequence[str] | None = None) -> None
         ConfigError: for one that is never logged, which would keep no best.ckpt.
     """
     checkpoint, task = config["checkpoint"], config["data"]["task"]
-    names = ["loss", *build_metrics(config["metrics"], task, config["data"]["num_classes"])]
     if checkpoint["monitor"] is None:
-        checkpoint["monitor"] = "val/acc" if task == "classification" and "acc" in names else "val/loss"
+        accuracy = task == "classification" and "acc" in config["metrics"]
+        checkpoint["monitor"] = "val/acc" if accuracy else "val/loss"
     monitor = checkpoint["monitor"]
-    splits = ["val", "val_raw"] if step_of(config).weights else ["val"]
-    if groups is None and of_split(monitor, "val"):
-        groups = [monitor.partition("/")[0].removeprefix("val_raw_").removeprefix("val_")]
-    splits += [f"{split}_{group}" for group in groups or () for split in splits]
-    known = [f"{split}/{name}" for split in splits for name in names]
+    known = logged_values(config, "val", group_of(monitor, "val") if groups is None else groups)
     others = [
         name for name, node in config["callbacks"].items() if node and name not in ("progress", "plots")
     ]
 
     def logged(monitor: str, others: Sequence[str]) -> bool:
-        of_a_class = monitor.rpartition("/")[0] in known
         logging = [
             n for n in others if not str(config["callbacks"][n].get("_target_")).endswith("EarlyStopping")
         ]
-        return monitor in known or of_a_class or (bool(logging) and monitor.startswith("val"))
+        return is_among(monitor, known) or (bool(logging) and monitor.startswith("val"))
 
     if not logged(monitor, others):
         raise ConfigError(f"checkpoint.monitor={monitor}: this run never logs it{suggest(monitor, known)}")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
@@ -28,6 +28,8 @@ from crucible.files import write_atomically
 from crucible.masking import masked_in
 from crucible.metrics import find_metric, of_split
 from crucible.options import ConfigError, suggest
+from crucible.run import RunDirectory
+from lab.config import group_of, is_among, logged_values
 from lab.experiment import Examiner
 from lab.planning import SEE, Compose, Grid, Planned, SweepOptions, examine, expand, plan
 from reporting import remarks
@@ -39,6 +41,7 @@ from reporting.request import Metric, Request
 from reporting.statistics import RULE
 
 METRIC = "test/acc"
+ONE_DATA_SET = "until=decided compares on one data set; give each a command of its own"
 OF_UNTIL = ("looks", "decided_by", "budget_hours", "budget_runs", "drop_failed")
 
 
@@ -97,6 +100,8 @@ def looks_and_seeds(
     seeds, others = list(range(looks[-1])), []
     for override in overrides:
         name = override.get_key_element()
+        if name == "data" and override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: {ONE_DATA_SET}", see=SEE)
         if name == "data.module.fold" and override.is_sweep_override():
             raise ConfigError(
                 "data.module.fold: until=decided pairs the arms by their seeds; take one fold", see=SEE
@@ -126,15 +131,24 @@ def _check_metric(name: str, composed: DictConfig, option: str) -> None:
         raise ConfigError(
             f"decided_by={name}: not a metric of the last epoch{suggest(name, logged)}", see=SEE
         )
-    if row.task is not None and row.name not in composed.metrics:
-        raise ConfigError(
-            f"{option}: {name} decides, and metrics={list(composed.metrics)} does not log it; decided_by=NAME is one",
-            see=SEE,
-        )
     if of_split(name, "test") and not composed.test_after_training:
         raise ConfigError(
             f"test_after_training=false: {name} decides; decided_by=val/{row.logged} does without", see=SEE
         )
+
+
+def _check_logged(name: str, config: Mapping[str, Any], arm: str, option: str) -> None:
+    """Refuse a metric that an arm's runs never log, before the first of them is trained."""
+    split: Literal["val", "test"] = "test" if of_split(name, "test") else "val"
+    values = logged_values(dict(config), split, group_of(name, split))
+    if not is_among(name, values):
+        raise ConfigError(
+            f"{option}: {name} decides, and a run of {arm}, with metrics={config['metrics']}, does not log it; "
+            f"decided_by=NAME is one that all log{suggest(name, values)}",
+            see=SEE,
+        )
+    if config["trainer"].get(f"limit_{split}_batches") == 0:
+        raise ConfigError(f"trainer.limit_{split}_batches=0: {option}, and {name} decides", see=SEE)
 
 
 def _budget(options: SweepOptions) -> str | None:
@@ -163,6 +177,8 @@ class Deciding:
     _read: dict[Path, Run] = field(default_factory=dict)
     _told: dict[str, tuple[str, int]] = field(default_factory=dict)
     _examiner: Examiner = field(default_factory=Examiner)
+    _dropped: set[Path] = field(default_factory=set)  # by this command
+    _recorded: bool = False
     _stands: str = ""  # why the budget ends it
 
     @classmethod
@@ -201,6 +217,12 @@ class Deciding:
             raise ConfigError(
                 f"until=decided needs a technique beside {baseline}: technique={baseline},A,B", see=SEE
             )
+        by_arm = {one.arm: one.job.config for one in planned if one.job}
+        data = list(dict.fromkeys(str(config["data"]["module"]["name"]) for config in by_arm.values()))
+        if len(data) > 1:
+            raise ConfigError(f"data.module.name={','.join(data)}: {ONE_DATA_SET}", see=SEE)
+        for arm, config in by_arm.items():
+            _check_logged(metric.name, config, arm, "decided_by" if options.decided_by else "until=decided")
         facts = {
             "arms": list(identities), "baseline": baseline, "planned_seeds": list(looks),
             "margin_points": options.margin_points if metric.default_margin is not None else None,
@@ -232,6 +254,7 @@ class Deciding:
             ConfigError: in one line, what differs from which plan.
         """
         seeds, pairs = set(self.facts["decides"]["seeds"]), _pairs(self.facts)
+        planned = False
         for file in sorted(self.file.parent.glob("plan-*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 known = json.loads(file.read_text(encoding="utf-8"))
@@ -239,7 +262,9 @@ class Deciding:
                     continue
                 self._refuse_other(known, file)
                 self.facts |= {"created": known["created"]}
-                return
+                planned = True
+        if planned:
+            return
         for one in self.planned:  # records that came without their plan carry it
             if one.job is None or one.arm == self.facts["baseline"] or one.state == "new":
                 continue
@@ -259,7 +284,7 @@ class Deciding:
     def _refuse_other(self, known: Mapping[str, Any], file: Path) -> None:
         mine = self.facts
         shown = {
-            "technique": lambda f: ",".join(f["arms"]),
+            "technique": lambda f: Names(f["arms"]),
             "baseline": lambda f: f["baseline"],
             "looks": lambda f: f["planned_seeds"],
             "margin_points": lambda f: f["margin_points"],
@@ -271,7 +296,7 @@ class Deciding:
         }
         for name, value in shown.items():
             here, there = value(mine), value(known)
-            if (set(here) != set(there)) if name == "technique" else (here != there):
+            if here != there:
                 raise ConfigError(
                     f"{name}: {here} here, but the plan of these runs, made before the first of them, has {there} "
                     f"({file}); seeds that nobody has seen make a plan of their own",
@@ -287,23 +312,31 @@ class Deciding:
         """Write the plan, unless it is there.
 
         Raises:
-            ConfigError: where another machine has come first, with another plan.
+            ConfigError: where another machine has planned otherwise; both may be told so, and neither plan is left.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {**self.facts, "command": command(*sys.argv[1:])}
         text = json.dumps(masked_in(content), indent=2) + "\n"
         mine = self.file.with_name(f".{self.file.stem}-{socket.gethostname()}-{os.getpid()}")
         write_atomically(mine, text)
+        ours = not self.file.exists()
         try:
             os.link(mine, self.file)  # the first one stays
         except FileExistsError:
-            pass
+            ours = False
         except OSError:  # a file system without links
-            if not self.file.exists():
+            if ours:
                 write_atomically(self.file, text)
         finally:
             mine.unlink()
-        self._agree()
+        try:
+            self._agree()
+        except ConfigError:
+            if ours:
+                self.file.unlink(missing_ok=True)
+            raise
+        self._recorded = True
+        self._write_drops()
 
     @property
     def looks(self) -> list[int]:
@@ -335,7 +368,8 @@ class Deciding:
     def asked(self) -> list[Planned]:
         """The jobs that the rule asks for and that have not come to an end; none: the sweep is over.
 
-        It reads the records, and prints what a look has found that has been reached.
+        It reads the records, and prints what a look has found that has been reached. What `drop_failed` drops is
+        written once the plan is: until then it is assumed.
         """
         while True:
             steps = self._replay()
@@ -344,13 +378,27 @@ class Deciding:
             if not wanted or not self._affordable(steps, wanted):
                 return []
             asked = self._missing(wanted)
-            failed = [one for one in asked if one.state == "failed" and self.options.drop_failed]
+            failed = [one for one in asked if self.options.drop_failed and self._can_be_dropped(one)]
             for one in failed:
                 assert one.job is not None
-                one.job.run.update_summary(dropped=True)
-                say(f"dropped: {one.name()}: {one.reason}")
+                self._dropped.add(one.job.run.path)
+                self._read.pop(one.job.run.path, None)
+                say(f"{'to be ' * self.options.dry_run}dropped: {one.name()}: {one.reason}")
+            self._write_drops()
             if asked and not failed:  # else there is more to read than before
                 return asked
+
+    @staticmethod
+    def _can_be_dropped(one: Planned) -> bool:
+        """Not what never began, as where a cluster takes no job."""
+        known = one.job.run.known() if one.job is not None else {}
+        return one.state == "failed" and known.get("status") in ("failed", "finished")
+
+    def _write_drops(self) -> None:
+        if self._recorded:
+            for path in self._dropped:
+                if not (run := RunDirectory(path)).known().get("dropped"):
+                    run.update_summary(dropped=True)
 
     def _missing(self, wanted: Mapping[str, int]) -> list[Planned]:
         """Jobs up to the wanted seeds that are not known yet to have ended, all arms of a seed together.
@@ -442,7 +490,7 @@ class Deciding:
                 continue
             if run.known().get("status") not in ("finished", "failed"):
                 continue
-            read = read_run(run.path, request, ())
+            read = read_run(run.path, request, (), dropped=run.path in self._dropped)
             if not isinstance(read, LeftOut):
                 self._read[run.path] = replace(read, arm=arm, sweep=sweep, path=run.path)
         return self._read
@@ -467,6 +515,13 @@ class Deciding:
         for warning in remarks.before_more_seeds(table):
             say(f"  look at this: {warning}")
         say()
+
+
+class Names(frozenset[str]):
+    """Names in no order, which a message shows as they are typed."""
+
+    def __str__(self) -> str:
+        return ",".join(sorted(self))
 
 
 def _shortness(one: Planned) -> float:

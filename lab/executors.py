@@ -278,6 +278,8 @@ class Work:
                 for slot, (planned, handle) in list(self._running.items()):
                     if handle.ended(POLL_S):
                         planned.state, planned.reason = handle.outcome()
+                        if planned.state not in ("finished", "held"):
+                            planned.ended_here = planned.state, planned.reason
                         del self._running[slot]
                         self.ended(planned)
 

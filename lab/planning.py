@@ -134,6 +134,8 @@ class Planned:
             `same`.
         reason: why it is not finished.
         trial: the trial of a search that it is.
+        ended_here: state and reason of the run's end without a result, where this sweep has run it: it is not run
+            again.
         seen: the last attempt at the run when its state was looked at first; what other processes have attempted
             since is not this sweep's to put aside or to retry.
     """
@@ -144,6 +146,7 @@ class Planned:
     state: str
     reason: str = ""
     trial: dict[str, Any] | None = None
+    ended_here: tuple[str, str] | None = None
     seen: tuple[Any, ...] | None = None
 
     @property
@@ -184,6 +187,8 @@ class Planned:
             self.reason = str(summary.get("reason"))
         else:
             self.state = "resume"
+        if self.state in TO_RUN and self.ended_here is not None:
+            self.state, self.reason = self.ended_here
         if self.state in TO_RUN:
             self.seen = attempt
 

@@ -334,7 +334,7 @@ def print_summary(config: Config) -> None:
     batch = data["module"]["batch_size"]
     costs = network_costs(built.model, input_shape(config, batch))
     _print_table(costs, config["summary_depth"])
-    passes = 1 + sum(t.passes - 1 for t in built.step.setting.techniques.values() if t.on)
+    passes = built.step.passes
     kept = costs.saved_bytes
     lines = {
         "network": f"{model['_target_']}, input {_shape(costs.input[1:])} ({data['module']['name']})",

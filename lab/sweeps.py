@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from crucible.command_line import command, option
 from crucible.configuration import select
-from crucible.console import print_table, say
+from crucible.console import lasting, print_table, say
 from crucible.files import write_atomically
 from crucible.handover import pass_on
 from crucible.liveness import this_process
@@ -59,14 +60,6 @@ from reporting.arms import ranges
 from reporting.statistics import RULE, SAME_COST, paired_t
 
 WAIT_S = 5.0
-
-
-def clock(seconds: float) -> str:
-    """A duration for the reader."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 _COLUMNS = {
@@ -105,7 +98,7 @@ def print_plan(
                 arm,
                 ranges(sorted({one.unit[0] for one in group if one.job})),
                 *(str(counts[s] or "") for s in states),
-                "" if not times else clock(sum(known)) if len(known) == len(times) else "?",
+                "" if not times else lasting(sum(known)) if len(known) == len(times) else "?",
             ]
         )
     print_table(["arm", "seeds", *(_COLUMNS[s] for s in states), "time"], rows, words=("arm",))
@@ -118,7 +111,7 @@ def print_plan(
     elif len(known) < len(todo):
         duration = "how long is unknown until one of its kind has finished"
     else:
-        duration = f"about {clock(sum(known) / at_once)} as runs of their kind took"
+        duration = f"about {lasting(sum(known) / at_once)} as runs of their kind took"
     say(f"{len(todo)} of {count(planned)} runs to do, {executor.describe()}: {duration}")
     sizes = [measured.bytes(one) for one in todo if one.state == "new"]
     if options.dry_run and sizes:
@@ -154,6 +147,7 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
     pass_on(alone=True)  # a sweep is none of several ranks, whatever started it
     fixed = [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
     composed = compose(fixed)
+    _leave_to_the_command(compose, fixed, composed)
     values = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(SWEEP_OPTIONS)), resolve=True)
     assert isinstance(values, dict)
     options = read_options(SweepOptions, values, prefix="")  # type: ignore[arg-type]
@@ -232,6 +226,21 @@ def _of_the_job(overrides: Sequence[str]) -> list[str]:
 
 def _option(override: str) -> str:
     return override.lstrip("+~").split("=", 1)[0].split(".")[0]
+
+
+def _leave_to_the_command(compose: Compose, fixed: list[str], composed: DictConfig) -> None:
+    """An engine or a search is asked for by the command, not by what cli_configs/local says of this machine's."""
+    given = [name for name in ("cluster", "ray", "search") if composed[name] is not None]
+    if not given:
+        return
+    try:
+        elsewhere = compose([*(o for o in fixed if not o.startswith("local=")), "local=[]"])
+    except ConfigCompositionException as error:
+        if "Could not override 'local'" in str(error):
+            return  # this machine says nothing
+        raise
+    with open_dict(composed):
+        composed.update({name: None for name in given if elsewhere[name] is None})
 
 
 def _executor(options: SweepOptions, composed: DictConfig) -> Executor:
@@ -357,7 +366,7 @@ class Sweep:
         return self._report()
 
     def _decide(self, deciding: Deciding) -> None:
-        """Run what the looks ask for, until they ask for nothing more or what they ask for has failed."""
+        """Run what the looks ask for, each run once, until they ask for nothing more or for what has no result."""
         told = False
         while asked := deciding.asked():
             todo = [one for one in asked if one.state in TO_RUN]
@@ -374,17 +383,24 @@ class Sweep:
                 time.sleep(WAIT_S)
             else:
                 self.record.write()
-                print("\npaused before the next look: these runs of it have failed", file=sys.stderr)
-                for one in asked:
-                    print(f"  {one.name()}: {one.reason}", file=sys.stderr)
-                print(
-                    "retry_failed=true runs them again, from their last state; drop_failed=true goes on without their "
-                    "pairs, for good",
-                    file=sys.stderr,
-                )
+                self._pause(asked)
                 return
         self.record.write()
         say(deciding.ending())
+
+    @staticmethod
+    def _pause(asked: Sequence[Planned]) -> None:
+        """Say which runs of a look have no result, and what can be done about it."""
+        print("\npaused before the next look: these runs of it have no result", file=sys.stderr)
+        for one in asked:
+            print(f"  {one.name()}: {one.reason or one.state}", file=sys.stderr)
+        status = [one.job.run.known().get("status") for one in asked if one.job is not None]
+        if any(one.state != "failed" for one in asked) or None in status:
+            print("the same command goes on with what was interrupted, or never began", file=sys.stderr)
+        if "failed" in status:
+            print("retry_failed=true runs what failed again, from its last state", file=sys.stderr)
+        if "failed" in status or "finished" in status:
+            print("drop_failed=true goes on without the pairs of what failed, for good", file=sys.stderr)
 
     def _others(self, wait: bool) -> None:
         """What became of the runs that were in progress elsewhere; those lost there are run here.
@@ -436,7 +452,7 @@ class Sweep:
         words = {"held": "left alone", "finished": "finished"}.get(planned.state, planned.state)
         times = [self.measured.seconds(one) for one in self._todo if one.state in TO_RUN]
         left = [t for t in times if t is not None]  # the run that has just ended is one of their kind
-        remaining = f"; {len(times)} to do, about {clock(sum(left) / self.executor.slots)}" if left else ""
+        remaining = f"; {len(times)} to do, about {lasting(sum(left) / self.executor.slots)}" if left else ""
         say(f"{planned.name()}: {words} ({values}){remaining}")
 
     def _report(self) -> int:
@@ -460,7 +476,7 @@ class Sweep:
             for one in failures:
                 where = f"  ({one.job.run.path})" if one.job else ""
                 print(f"  {one.name()}: {one.reason or one.state}{where}", file=sys.stderr)
-            if any(one.state == "failed" for one in failures):
+            if any(one.job is not None and one.job.run.known().get("status") == "failed" for one in failures):
                 print(
                     "retry_failed=true runs those that failed again, from their last state", file=sys.stderr
                 )

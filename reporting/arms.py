@@ -43,8 +43,13 @@ class Arm:
         return [*self.runs.values(), *self.diverged, *self.incomplete]
 
     @property
+    def recorded(self) -> list[Run]:
+        """And those that their sweep went on without."""
+        return [*self.all_runs, *self.dropped]
+
+    @property
     def techniques(self) -> frozenset[str]:
-        return next((run.techniques for run in self.all_runs), frozenset())
+        return next((run.techniques for run in self.recorded), frozenset())
 
     def spread(self) -> dict[str, float]:
         """Mean, sd, median, min and max of the runs that count, as logged; NaN where there are none."""
@@ -326,7 +331,8 @@ def _typed_name(run: Run, runs: Sequence[Run]) -> str:
         part = f"{name.removeprefix('model.')}={value}"
         if "." not in name or not is_setting(name):
             continue
-        if len({as_text(other.settings.get(name)) for other in runs}) == 1:
+        mine = run.settings.get(name)
+        if all(other.settings.get(name) == mine for other in runs):
             parts = [p for p in parts if p != part]
         elif part not in parts:
             parts.append(part)
@@ -528,9 +534,9 @@ def settings_of(arms: Mapping[str, Arm], baseline: str) -> Settings:
 
 
 def usual(arm: Arm) -> dict[str, str]:
-    """Each option's most frequent value in the arm, as text."""
+    """Each option's most frequent value in the arm, as text; of an arm that lost all its runs, in those."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for run in arm.all_runs:
+    for run in arm.all_runs or arm.dropped:
         for name, value in run.settings.items():
             counts[name][as_text(value)] += 1
     return {name: values.most_common(1)[0][0] for name, values in counts.items() if is_setting(name)}

@@ -341,7 +341,7 @@ def _steps(table: Table, moderate: s.Shared | None) -> dict[str, Step]:
     for arm in table.arms.values():
         if arm.name in (table.baseline, *table.rivals):
             continue
-        own = first_sweep(arm.all_runs)
+        own = first_sweep(arm.recorded)
         if (
             own is not None
             and own.decides is not None
@@ -374,7 +374,7 @@ def members(sweep: Sweep, arms: Mapping[str, Arm], baseline: str | None = None) 
     """
     found: dict[str, str] = {}
     for arm in arms.values():
-        for run in (*arm.all_runs, *arm.dropped):
+        for run in arm.recorded:
             if (planned := sweep.arm_of(run)) is not None:
                 found.setdefault(planned, arm.name)
     return found if baseline in (None, found.get(sweep.baseline or "baseline")) else {}
@@ -434,7 +434,7 @@ def _as_they_come(table: Table, arms: Sequence[Arm], moderate: s.Shared | None) 
     steps = replay(d, looks, [len(units) for units in tried], shared=moderate)
     found = _as_steps(looks, [arm.name for arm in arms], tried, steps, decides=False)
     led = {
-        arm.name for arm in arms if (own := first_sweep(arm.all_runs)) is not None and own.decides is not None
+        arm.name for arm in arms if (own := first_sweep(arm.recorded)) is not None and own.decides is not None
     }
     return {name: step._replace(closed=name in led) for name, step in found.items()}
 
@@ -517,10 +517,10 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
         return "cannot say", f"cannot say ({metric.name} is not in all runs)"
     if c.step is not None and not c.step.look:
         return "waiting", f"no look yet: {c.seeds} of {c.step.looks[0]} seeds"
+    if c.n < 3 and not is_copied(c.differences, base):
+        return "cannot say", f"cannot say ({pairs})"
     if is_copied(c.differences, base) or (c.step is not None and c.step.found == "cannot say"):
         return "cannot say", f"cannot say ({pairs}, all with the same difference)"
-    if c.n < 3:
-        return "cannot say", f"cannot say ({pairs})"
     if c.step is not None:
         return _at_a_look(c, c.step, table)
     shown = "" if margin is None else f"{metric.formatted(margin)}{metric.unit}"

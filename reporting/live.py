@@ -113,6 +113,7 @@ class Watcher:
         self._stamps: dict[Path, Any] = {}
         self._sweeps: list[Sweep] = []
         self._made: tuple[list[Run], Made] | None = None
+        self._written: Any = None  # what the files say
         self._seen: Any = None
         self._looked = self._took = self._asked = 0.0
         self._alive: list[str] = []  # the states of the runs under way
@@ -127,6 +128,7 @@ class Watcher:
             request = read_arguments(self._arguments)
             stamps = self._stamp(request)
         except (ConfigError, OSError) as error:  # the folder has gone, say
+            self._seen = None  # when it is back, nothing in it need have changed
             return self._say(str(error))
         passed = began - self._looked
         if passed < REST * self._took or (
@@ -220,12 +222,13 @@ class Watcher:
             or len(self._made[0]) != len(runs)
             or any(a is not b for a, b in zip(self._made[0], runs, strict=True))
         ):
-            made = made_of(runs, request)
-            self._made = runs, made
-            if request.watching is not None and request.watching.writes:
-                left_out = [one for _, one in self._fresh.values() if isinstance(one, LeftOut)]
-                files.write(made.page(left_out, request), made.tables, made.plots, request.out, made.over_all)
-        return self._made[1]
+            self._made, self._written = (runs, made_of(runs, request)), None
+        made = self._made[1]
+        left_out = [one for _, one in self._fresh.values() if isinstance(one, LeftOut)]
+        if request.watching is not None and request.watching.writes and left_out != self._written:
+            files.write(made.page(left_out, request), made.tables, made.plots, request.out, made.over_all)
+            self._written = left_out
+        return made
 
 
 def _status(path: Path) -> tuple[int, ...]:

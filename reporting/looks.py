@@ -54,8 +54,8 @@ class Steps(NamedTuple):
 
     Attributes:
         found: `helps`, `helps by more`, `helps by less` (than the margin), the same of `hurts`, `no difference`,
-            `stopped` (a decision is unlikely), `unstable` (a run diverged), `cannot say` (differences do not vary),
-            `undecided`, `waiting` (before the first look).
+            `stopped` (a decision is unlikely), `unstable` (a run diverged), `cannot say` (differences do not vary, or
+            too few pairs are left in a plan that stops arms), `undecided`, `waiting` (before the first look).
         seeds: planned seeds of the look that this was found at; 0 before the first.
         number: of that look, from 1; 0 before the first.
         pairs: that existed there.
@@ -231,6 +231,8 @@ class _Walk:
     def _judge(self, moving: Any) -> None:
         pairs, mean, error = self._here(self.pairs), self._here(self.mean), self._here(self.error)
         self.found[moving & (self.diverged <= self._seeds(self.place))] = _UNSTABLE
+        if self.plan.futility:  # runs are started for it: one that loses most of them gets no more
+            self.found[moving & (self.found == _OPEN) & (pairs < FEWEST)] = _STUCK
         varies = self._here(self.sd) > COPIED * np.abs(mean)
         enough = moving & (self.found == _OPEN) & (pairs >= FEWEST)
         self.found[enough & ~varies] = _STUCK

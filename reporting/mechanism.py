@@ -91,7 +91,8 @@ def mechanism_of(table: Table, request: Request) -> Mechanism | None:
     remarks = remarks if len(kinds) > 1 else []
     for remark, count in Counter(r for record in records.values() for r in record.remarks).items():
         remarks.append(f"{count} run{'' if count == 1 else 's'}: {remark}.")
-    values = {path: {**record.values, **_ece(path, counted)} for path, record in records.items()}
+    by_path = {run.path: run for _, run in counted}
+    values = {path: {**record.values, **_ece(by_path[path])} for path, record in records.items()}
     base = table.arms[table.baseline]
     spreads: dict[str, dict[str, Spread]] = {}
     differences: dict[str, dict[str, s.PairedT]] = {}
@@ -149,9 +150,8 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.mean(values)) if len(values) else math.nan, sd, len(values))
 
 
-def _ece(path: Path, counted: Sequence[tuple[Arm, Run]]) -> dict[str, float]:
+def _ece(run: Run) -> dict[str, float]:
     """The calibration error on the test set, of the bins that the run's test recorded."""
-    run = next(run for _, run in counted if run.path == path)
     if run.correctness is None:
         return {}
     count, confidence, hits = run.correctness.calibration

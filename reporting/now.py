@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
+from crucible.console import lasting
 from reporting.page import Block, Grid, Heading, Items, Picture, Text
 from reporting.plots import BASELINE_COLOUR, COLOURS, Plot
 from reporting.progress import AtWork, Look, Progress
@@ -44,16 +45,6 @@ def clock(at: float, now: float) -> str:
     """A time of day on this machine; with the day where it is another one."""
     same = time.localtime(at)[:3] == time.localtime(now)[:3]
     return time.strftime("%H:%M" if same else "%a %d %b, %H:%M", time.localtime(at))
-
-
-def lasting(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 05 min`; `-` for NaN."""
-    if math.isnan(seconds):
-        return "-"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _in_a_line(progress: Progress) -> str:

@@ -135,8 +135,9 @@ def compose(
 
 
 def plot_file(data: str, plot: Plot) -> str:
-    """The name of the plot's file."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', data)}-{plot.name}.png"
+    """The name of the plot's file; letters of any script stay as they are."""
+    name = re.sub(r"[^\w.-]+", "-", data)
+    return f"{name}-{plot.name}.png"
 
 
 def _add_table(page: Page, table: Table, pictures: Mapping[str, Picture], request: Request) -> None:

@@ -355,7 +355,7 @@ def _band(axes: Axes, block: NDArray[np.float64], look: Look, scale: float, labe
 
 
 def _panels(table: Table, curves: Curves, column: str, scale: float) -> Figure | None:
-    arms = [n for n in _ranked(table) if column in curves.get(n, {})][:MOST_PANELS]
+    arms = _with_curve(table, curves, column)[:MOST_PANELS]
     base = curves[table.baseline].get(column)
     if not arms:
         arms = [table.baseline] if base is not None else []
@@ -396,8 +396,6 @@ def _zoom(axes: Axes, blocks: Sequence[NDArray[np.float64]]) -> None:
 
 def _learning_curves(table: Table, curves: Curves) -> list[Drawn]:
     metric, drawn = table.metric, []
-    left_out = max(0, len(table.comparisons) - MOST_PANELS)
-    more = f" The {left_out} arms with the lowest results are not shown." if left_out else ""
     for name, column, scale, title, unit in (
         (
             "curves_val",
@@ -409,11 +407,17 @@ def _learning_curves(table: Table, curves: Curves) -> list[Drawn]:
         ("curves_loss", "train/loss", 1.0, "Learning curves: training loss", ""),
     ):
         figure = _panels(table, curves, column, scale)
+        beyond = len(_with_curve(table, curves, column)) - MOST_PANELS
+        more = f" The {beyond} arms with the worst differences are not shown." if beyond > 0 else ""
         if figure is not None:
             figure.supylabel(f"{column}, {unit}" if unit else column, fontsize=9.5)
             caption = f"Mean over seeds, band: ±1 sd of a run; grey, dashed: {table.baseline}.{more}"
             drawn.append((name, title, caption, figure))
     return drawn
+
+
+def _with_curve(table: Table, curves: Curves, column: str) -> list[str]:
+    return [name for name in _ranked(table) if column in curves.get(name, {})]
 
 
 def _overlay(table: Table) -> list[str]:

@@ -142,6 +142,8 @@ def progress_of(runs: Sequence[Run], left_out: Sequence[LeftOut], folders: Seque
     planned = {facts.path: facts for sweep, _ in records for facts in sweep.runs}
     sweeps = [sweep for sweep, record in records if _is_at_work(sweep, record, alive)]
     paces = _Paces(runs)
+    for path in alive:
+        paces.add(path)
     running = [_at_work(path, planned.get(path), paces, now) for path in sorted(alive)]
     ended = {run.path.resolve() for run in runs}
     failed = {one.path.resolve(): one for one in left_out if one.status in FAILED}
@@ -201,9 +203,15 @@ class _Paces:
                     _pace(run.path.resolve(), run.kind, run.passes, run.elapsed / run.steps)
                 )
 
-    def add(self, path: Path, kind: str, passes: float, step_s: float) -> None:
-        """Of a run that is under way."""
-        self._known[1].append(_pace(path, kind, passes, step_s))
+    def add(self, path: Path) -> None:
+        """That of a run which is under way, once it has recorded steps."""
+        known = RunDirectory(path).known()
+        elapsed, steps = _positive(known.get("elapsed_s")), _positive(known.get("steps"))
+        if not math.isnan(elapsed / steps):
+            passes = _positive(known.get("passes"))
+            self._known[1].append(
+                _pace(path, str(known.get("kind")), 1.0 if math.isnan(passes) else passes, elapsed / steps)
+            )
 
     def of(self, path: Path, kind: str, passes: float) -> float:
         """Of a run at `path`, begun or not; NaN where nothing of its kind is known."""
@@ -240,7 +248,7 @@ def _at_work(path: Path, facts: Facts | None, paces: _Paces, now: float) -> AtWo
     pace = (
         elapsed / steps if steps else paces.of(path, str(summary.get("kind")), summary.get("passes") or 1.0)
     )
-    left = max(0.0, pace * whole - (elapsed + now - seen if steps else now - since))
+    left = pace * whole - (elapsed + now - seen if steps else now - since)
     known = summary.get("arm", "?"), int(summary.get("seed") or 0)
     where = [f"{claim.get('host', '?')}, process {claim.get('pid', '?')}"]
     where += [str(claim["job"])] if claim.get("job") else []
@@ -259,7 +267,7 @@ def _at_work(path: Path, facts: Facts | None, paces: _Paces, now: float) -> AtWo
         epochs=epochs,
         of=most if math.isnan(bound) or math.isnan(a_epoch) else math.ceil(whole / a_epoch),
         share=min(1.0, done / whole) if whole > 0 else math.nan,
-        left=left,
+        left=left if math.isnan(left) else max(0.0, left),
         images_per_s=float(summary.get("images_per_s") or math.nan),
         curves=curves_of(path),
     )
@@ -367,7 +375,7 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     baseline, metric = sweep.baseline or "baseline", Metric(decides.metric)
     names = {baseline, *sweep.techniques}
     of_plan = ((r, name) for r in runs if (name := sweep.arm_of(r)) is not None)
-    own = [replace(r, arm=name, value=r.final.get(metric.name)) for r, name in of_plan]
+    own = [replace(r.scored_by(metric), arm=name) for r, name in of_plan]
     arms: Mapping[str, Arm] = sort_into_arms(own)
     margin = None if sweep.margin_points is None else sweep.margin_points / metric.scale
     steps = steps_of_sweep(sweep, arms, baseline, metric.sign, margin)
@@ -375,10 +383,7 @@ def _look(sweep: Sweep, runs: Sequence[Run]) -> Look:
     together = decides.order == "together"  # then arms that have their seeds wait for the others
     wanted = [arm for arm, step in steps.items() if step.wanted or (seeds and together and not step.ended)]
     units = [(seed, decides.fold) for seed in decides.seeds[:seeds]]
-    ended = {
-        arm: {r.unit for r in (*arms[arm].all_runs, *arms[arm].dropped)} if arm in arms else set()
-        for arm in names
-    }
+    ended = {arm: {r.unit for r in arms[arm].recorded} if arm in arms else set() for arm in names}
     of_look = (baseline, *wanted)
     number = next((k for k, n in enumerate(sweep.planned, 1) if n >= seeds), len(sweep.planned))
     return Look(

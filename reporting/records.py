@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +146,12 @@ class Run:
     passes: float = 1.0
     steps: int = 0
     elapsed: float | None = None  # seconds, with all that is not training
+    broke: str = ""  # why its training did not go on, if it diverged
+
+    def scored_by(self, metric: Metric) -> Run:
+        """The run as another report has it that reads this metric of the last epoch."""
+        value = self.final.get(metric.name)
+        return replace(self, value=value, diverged=self.broke or _why_diverged(value, metric, self.settings))
 
     @property
     def compiled(self) -> bool:
@@ -233,17 +239,25 @@ def find_runs(folder: Path) -> Iterable[Path]:
             folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
 
 
-def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | LeftOut:
-    """One run directory; `sweeps` are those recorded beside it."""
+def read_run(path: Path, request: Request, sweeps: Sequence[Sweep], dropped: bool = False) -> Run | LeftOut:
+    """One run directory.
+
+    Args:
+        path: of the run.
+        request: says by which metric.
+        sweeps: those recorded beside it.
+        dropped: whether its sweep is to go on without it, which its summary need not say yet.
+    """
     try:
         summary, config = _read_record(path)
     except ConfigError as error:
         return LeftOut(path, "unreadable", str(error).removeprefix(f"run={path}: "))
     status, reason = str(summary.get("status", "unfinished")), str(summary.get("reason") or "")
-    diverged = ""
+    broke = ""
     if status == "failed" and reason.startswith("diverged"):
-        diverged = reason.removeprefix("diverged").lstrip(": ") or "stopped"
-    if status != "finished" and not diverged and not summary.get("dropped"):
+        broke = reason.removeprefix("diverged").lstrip(": ") or "stopped"
+    dropped = dropped or bool(summary.get("dropped"))
+    if status != "finished" and not broke and not dropped:
         return _left_out(path, status, reason)
     settings = {**_defaults(), **masked_in(flatten(config))}
     module = (config.get("data") or {}).get("module") or {}
@@ -252,8 +266,7 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Lef
     tested = read_tests(path, summary.get("data_fingerprint"))
     final = _numbers(summary.get("final")) | _means_of("last", tested)
     value, remark = _scored(path, summary, final, tested, request)
-    if value is not None and not diverged:
-        diverged = _why_diverged(value, request.metric, settings.get("data.num_classes"))
+    diverged = broke or _why_diverged(value, request.metric, settings)
     correctness = None
     if value is not None and not diverged and request.metric.name == "test/acc":
         correctness, remark = _read_correctness(path, value, request.best)
@@ -288,12 +301,13 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep]) -> Run | Lef
         nonfinite=_nonfinite(summary),
         unreadable=_unreadable(summary),
         ended_early=_ended_early(summary),
-        dropped=bool(summary.get("dropped")),
+        dropped=dropped,
         tested=tested,
         kind=str(summary.get("kind") or ""),
         passes=_positive(summary.get("passes")) or 1.0,
         steps=int(_positive(summary.get("steps")) or 0),
         elapsed=_positive(summary.get("elapsed_s")),
+        broke=broke,
     )
 
 
@@ -458,10 +472,13 @@ def _means_of(weights: str, tested: Mapping[str, Tested]) -> dict[str, float]:
     return {f"test/{k}": v for k, v in values.items() if not k.startswith("clean_")}
 
 
-def _why_diverged(value: float, metric: Metric, classes: Any) -> str:
-    """Why the final value says that training failed: not a number, or no better than guessing."""
+def _why_diverged(value: float | None, metric: Metric, settings: Mapping[str, Any]) -> str:
+    """Why the final value, if there is one, says that training failed: not a number, or no better than guessing."""
+    if value is None:
+        return ""
     if not math.isfinite(value):
         return f"{metric.name} is {value}"
+    classes = settings.get("data.num_classes")
     if metric.base == "acc" and isinstance(classes, int) and classes > 1:
         chance = 1 / classes
         if value < chance + 0.02 * (1 - chance):

@@ -39,7 +39,7 @@ def before_more_seeds(table: Table) -> list[str]:
 
 def _repeated(table: Table) -> Iterable[str]:
     for name, arm in sorted(table.arms.items()):
-        counted = {run.unit: run for run in arm.all_runs}
+        counted = {run.unit: run for run in arm.recorded}
         for unit in sorted({run.unit for run in arm.superseded}):
             others = [run.path.name for run in arm.superseded if run.unit == unit]
             yield (

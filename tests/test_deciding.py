@@ -21,8 +21,13 @@ from lab.executors import LocalExecutor
 from lab.experiment import Job
 from lab.planning import Planned, SweepOptions
 
-NOISE = 0.001 * np.random.default_rng(5).normal(size=(3, 40))
-EFFECTS = {"baseline": 0.0, "mixup": 0.03, "powergrad": 0.0012}  # clear at once, and near the noise
+NOISE = 0.001 * np.random.default_rng(5).normal(size=(4, 40))
+EFFECTS = {
+    "baseline": 0.0,
+    "mixup": 0.03,
+    "powergrad": 0.0012,
+    "sam": 0.0,
+}  # clear at once, and near the noise
 DECIDED = ["sweep=ablation", "technique=baseline,mixup,powergrad", "until=decided", "looks=[3,5,7]"]
 
 
@@ -47,6 +52,8 @@ class Bench:
     def __init__(self) -> None:
         self.started: list[tuple[str, int]] = []
         self.fails: dict[tuple[str, int], str] = {}
+        self.status = "failed"  # of those that fail; absent: they never begin
+        self.lacks: set[tuple[str, int]] = set()  # they finish without the metric
         self.dies_after: int | None = None
 
     def accuracy(self, arm: str, seed: int) -> float:
@@ -55,11 +62,14 @@ class Bench:
     def start(self, executor: LocalExecutor, planned: Planned, slot: int, facts: Mapping[str, Any]) -> Ended:
         if len(self.started) == self.dies_after:
             raise KeyboardInterrupt
-        run, (seed, _) = planned.record(facts), planned.unit
-        self.started.append((planned.arm, seed))
-        reason = self.fails.get((planned.arm, seed), "")
-        state = "failed" if reason else "finished"
-        final = {} if reason else {"test/acc": self.accuracy(planned.arm, seed)}
+        name = planned.arm, planned.unit[0]
+        self.started.append(name)
+        reason = self.fails.get(name, "")
+        if reason and self.status == "absent":
+            return Ended("failed", reason)
+        run = planned.record(facts)
+        state = self.status if reason else "finished"
+        final = {} if reason or name in self.lacks else {"test/acc": self.accuracy(*name)}
         run.update_summary(status=state, reason=reason, final=final, elapsed_s=3600.0, steps=6)
         return Ended(state, reason)
 
@@ -69,11 +79,14 @@ def examined(examiner: Any, compose: Any, overrides: list[str], swept: Any, opti
     typed = dict(o.split("=", 1) for o in overrides)
     arm, seed = typed["technique"].strip("[]"), int(typed["seed"])
     run = RunDirectory(Path(typed.get("exp_dir", "experiments")).resolve() / "synthetic" / f"{arm}-s{seed}")
+    data = {"num_classes": 10, "task": "classification", "input_dim": 2, "input_channels": 3}
     config = {
         "seed": seed,
         "fresh": False,
-        "data": {"num_classes": 10, "module": {"name": "synthetic"}},
-        "model": {},
+        "metrics": ["acc"],
+        "data": {**data, "module": {"name": "synthetic"}},
+        "model": {"compile": False},
+        "trainer": {"accumulate_grad_batches": 1},
     }
     facts = {
         "arm": arm,
@@ -136,7 +149,8 @@ def test_a_decided_arm_gets_no_more_seeds_and_the_report_says_what_the_sweep_sai
         0.3,
         "test/acc",
     )
-    assert plan["decides"]["seeds"] == list(range(7)) and set(plan["arms"]) == set(EFFECTS)
+    assert plan["decides"]["seeds"] == list(range(7))
+    assert set(plan["arms"]) == {"baseline", "mixup", "powergrad"}
     report = cli("runs=experiments", script="report.py").out
     assert all(f"{arm}: {verdict}" in report for arm, verdict in said.items())
     again = decide()
@@ -180,6 +194,48 @@ def test_another_plan_for_the_same_runs_is_refused_in_one_line(
     assert decide("seed=range(20,27)", "margin_points=0.5", "dry_run=true").status == 0, (
         "seeds that nobody has seen"
     )
+
+
+@pytest.mark.parametrize("other", ["baseline,mixup", "baseline,mixup,sam,powergrad"])
+def test_a_plan_is_of_its_techniques_whatever_they_are_called(
+    decide: Callable[..., Outcome], bench: Bench, tmp_path: Path, other: str
+) -> None:
+    """All letters of sam are in baseline and mixup."""
+    bench.dies_after = 7
+    assert decide("technique=baseline,mixup,sam").status == 130
+    outcome = decide(f"technique={other}")
+    assert outcome.status == 2 and len(bench.started) == 7, outcome.out
+    assert f"technique: {','.join(sorted(other.split(',')))} here" in outcome.err
+    assert "has baseline,mixup,sam" in outcome.err and plan_in(tmp_path)["arms"] == [
+        "baseline",
+        "mixup",
+        "sam",
+    ]
+
+
+def test_two_machines_that_plan_at_once_do_not_both_go_on(
+    decide: Callable[..., Outcome], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dry(*arguments: str) -> str:
+        outcome = decide(*arguments, "dry_run=true")
+        assert outcome.status == 0, outcome.err
+        return outcome.out
+
+    dry("technique=baseline,mixup")
+    prepare = deciding.Deciding.prepare.__func__  # type: ignore[attr-defined]
+
+    def meanwhile(cls: Any, *arguments: Any) -> Any:
+        mine = prepare(cls, *arguments)
+        monkeypatch.setattr(deciding.Deciding, "prepare", classmethod(prepare))
+        bench.dies_after = 1
+        assert decide().status == 130
+        return mine
+
+    monkeypatch.setattr(deciding.Deciding, "prepare", classmethod(meanwhile))
+    outcome = decide("technique=baseline,mixup")
+    assert outcome.status == 2 and "technique: baseline,mixup here" in outcome.err
+    assert set(plan_in(tmp_path)["arms"]) == {"baseline", "mixup", "powergrad"}, "one plan is left"
+    assert len(bench.started) == 1
 
 
 def test_runs_from_before_the_plan_are_not_looked_at(
@@ -256,6 +312,67 @@ def test_a_technique_that_diverges_is_unstable_and_one_that_fails_is_waited_for(
     assert bench.started.count(("mixup", 1)) == 1 and bench.started.count(("powergrad", 2)) == 2
 
 
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        (
+            "interrupted",
+            "the same command goes on with what was interrupted",
+        ),  # as where it is killed for its memory
+        ("absent", "or never began"),  # as where a cluster takes no job
+        ("failed", "retry_failed=true"),
+    ],
+)
+def test_a_run_is_started_once_and_what_has_no_result_pauses_the_sweep(
+    decide: Callable[..., Outcome], bench: Bench, tmp_path: Path, status: str, advice: str
+) -> None:
+    bench.status, bench.fails["mixup", 1] = status, "no reason in particular"
+    outcome = decide(*["drop_failed=true"] * (status != "failed"))
+    assert outcome.status == 1 and len(bench.started) == 9, outcome.out
+    assert "mixup, seed 1: no reason in particular" in outcome.err and advice in outcome.err
+    assert "dropped" not in outcome.out, "what may still end well is not given up"
+    bench.fails.clear()
+    outcome = decide(*["retry_failed=true"] * (status == "failed"))
+    assert outcome.status == 0 and bench.started.count(("mixup", 1)) == 2
+    assert verdicts(outcome)["mixup"].startswith("helps by more")
+
+
+def test_a_dry_run_drops_nothing(decide: Callable[..., Outcome], bench: Bench, tmp_path: Path) -> None:
+    bench.fails["powergrad", 2] = "the roof is on fire"
+    assert decide().status == 1
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    outcome = decide("drop_failed=true", "dry_run=true")
+    assert outcome.status == 0, outcome.err
+    assert "to be dropped: powergrad, seed 2" in outcome.out and "look at 3 seeds" in outcome.out
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.json")} == before
+    outcome = decide("drop_failed=true")
+    assert outcome.out.startswith("dropped: powergrad, seed 2")
+    assert sum(bool(summary_of(run).get("dropped")) for run in runs_in(tmp_path / "experiments")) == 1
+
+
+def test_a_finished_run_without_the_metric_is_dropped_as_well_and_not_to_be_retried(
+    decide: Callable[..., Outcome], bench: Bench
+) -> None:
+    bench.lacks.add(("powergrad", 2))
+    outcome = decide("looks=[4,6]")
+    assert outcome.status == 1 and "powergrad, seed 2: it has no test/acc" in outcome.err
+    assert "retry_failed" not in outcome.err and "drop_failed=true" in outcome.err
+    outcome = decide("looks=[4,6]", "drop_failed=true")
+    assert outcome.status == 0 and outcome.out.count("dropped: powergrad, seed 2") == 1
+    assert "powergrad" in verdicts(outcome)
+
+
+def test_an_arm_that_always_fails_ends_at_the_first_look_and_takes_nobody_along(
+    decide: Callable[..., Outcome], bench: Bench, cli: Callable[..., Outcome]
+) -> None:
+    bench.fails |= {("sam", seed): "it never works" for seed in range(7)}
+    outcome = decide("technique=baseline,mixup,sam", "drop_failed=true")
+    assert outcome.status == 0 and len(bench.started) == 9, "no seed beyond the first look"
+    assert verdicts(outcome)["sam"] == "cannot say (0 pairs)"
+    page = cli("runs=experiments", script="report.py").out
+    assert "sam: cannot say (0 pairs)" in page and "differs from baseline also in" not in page
+
+
 BAD = {
     "until=decide technique=baseline,mixup": ["until", "decided"],
     "looks=[5,8] technique=baseline,mixup": ["looks=[5, 8] is an option of until=decided", "planned_seeds"],
@@ -274,6 +391,25 @@ BAD = {
     "until=decided metrics=[f1] technique=baseline,mixup": [
         "until=decided: test/acc decides",
         "metrics=['f1']",
+    ],
+    **{
+        f"until=decided decided_by={name} technique=baseline,mixup": [
+            f"decided_by: {name} decides",
+            "does not log it",
+        ]
+        for name in ("test/mce", "test/acc_corrupted", "val_raw/acc", "test/acc_top5")
+    },
+    "until=decided metrics=[f1_per_class] decided_by=test/f1_per_class technique=baseline,mixup": [
+        "decided_by: test/f1_per_class decides"
+    ],
+    "until=decided trainer.limit_test_batches=0 technique=baseline,mixup": ["trainer.limit_test_batches=0"],
+    "until=decided looks=[3,4] data=synthetic,digits technique=baseline,mixup": [
+        "data=synthetic,digits",
+        "one data set",
+    ],
+    "until=decided looks=[3,4] data.module.name=a,b technique=baseline,mixup baseline='data.module.name=a'": [
+        "data.module.name=a,b",
+        "one data set",
     ],
     "until=decided test_after_training=false technique=baseline,mixup": ["decided_by=val/acc"],
     "until=decided budget_runs=30 budget_hours=2 technique=baseline,mixup": ["one budget"],

@@ -548,6 +548,24 @@ def test_of_two_runs_with_one_seed_the_later_counts(tmp_path):
     assert "baseline, seed 0: 2 runs; new-s0 counts, not old-s0" in text
 
 
+def test_a_run_that_its_sweep_dropped_may_be_one_of_several_of_its_seed(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    make_run(tmp_path, "mixup", 3, None, name="again-s3", status="failed", dropped=True)
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["pairs"] == "4"
+    assert "mixup, seed 3: 2 runs; again-s3 counts, not mixup-s3" in text
+
+
+def test_an_arm_that_lost_all_its_runs_has_their_settings(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_arm(tmp_path, "mixup", BETTER)
+    for seed in range(3):
+        make_run(tmp_path, "sam", seed, None, status="failed", dropped=True)
+    _, text = run_report(tmp_path)
+    assert "sam, cannot say (0 pairs)" in text and "differs from baseline also in" not in text
+
+
 def test_folds_of_one_seed_are_pairs_of_their_own(tmp_path):
     for fold in range(3):
         for arm, values in (("baseline", BASE), ("mixup", BETTER)):

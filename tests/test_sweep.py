@@ -412,6 +412,28 @@ def test_a_missing_extra_is_named(
     assert len(outcome.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["n_jobs=2"], "2 at once"),
+        (["sweep=submitit", "cluster.executor=local"], "jobs of this machine"),
+        (["cluster.partition=other"], "cluster.partition=other: no such option"),
+    ],
+)
+def test_what_a_machine_says_of_its_cluster_makes_no_sweep_one_of_it(
+    cli: Callable[..., Outcome], tmp_path: Path, typed: list[str], told: str
+) -> None:
+    if "sweep=submitit" in typed:
+        pytest.importorskip("submitit")
+    local = tmp_path / "mine" / "cli_configs" / "local" / "default.yaml"
+    local.parent.mkdir(parents=True)
+    local.write_text(
+        "# @package _global_\ncluster: {partition: gpu}\nray: {address: auto}\nsearch: {study: mine}\n"
+    )
+    outcome = cli("-m", f"user_dir={tmp_path}/mine", "model.lr=0.1,0.2", *TINY, "dry_run=true", *typed)
+    assert told in outcome.out + outcome.err
+
+
 @pytest.mark.slow
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
     cli: Callable[..., Outcome], tmp_path: Path

@@ -134,6 +134,8 @@ LIGHTNINGS = "lightning.pytorch.callbacks.EarlyStopping"
         (["technique=early_stopping", "callbacks.early_stopping.monitor=train/loss"], "never logs it"),
         (["technique=early_stopping", "checkpoint.monitor=val/los"], "checkpoint.monitor=val/los"),
         (["technique=early_stopping", "trainer.limit_val_batches=0"], "leaves nothing to validate on"),
+        (["metrics=[acc,f1_per_class]", "checkpoint.monitor=val/f1_per_class"], "mean val/f1_per_class/<class>?"),
+        (["checkpoint.monitor=val/acc/cat"], "checkpoint.monitor=val/acc/cat: this run never logs it"),
         (["model.scheduler=Plateau", "model.lr_monitor=val/los"], "model.lr_monitor=val/los: this run never logs it"),
         ([f"+callbacks.stop={{_target_:{LIGHTNINGS},monitor:trainloss}}"], "callbacks.stop.monitor=trainloss"),
     ],

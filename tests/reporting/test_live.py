@@ -279,6 +279,62 @@ def test_the_end_is_what_is_left_at_the_pace_of_its_kind_over_the_workers(folder
     assert found.end - found.time == pytest.approx(190, abs=1)
 
 
+def test_what_a_run_has_left_is_not_known_before_any_of_its_kind_has_steps(folder: Path) -> None:
+    """And it is as soon as one that is under way has: in 30 s it makes 250 of 1,000 steps."""
+    for path in (folder / "cifar10").iterdir():
+        change(path, elapsed_s=None)
+    first = begin(folder, 7, steps=0, epochs=0, elapsed_s=None)
+    waiting = folder / "cifar10" / "00000001-s9"
+    plan(folder, {first: "mixup", waiting: "mixup"})
+    found = read(folder)
+    assert math.isnan(found.running[0].left) and math.isnan(found.end)
+    watcher = live.Watcher([f"runs={folder}"])
+    watcher.look()
+    shown = now_of(watcher.shown.content.decode())
+    assert "all will have ended is not known" in shown and "0 s" not in shown
+    begin(folder, 8, elapsed_s=30.0)
+    found = read(folder)
+    assert [one.left for one in found.running] == pytest.approx([120, 90], abs=1)
+    assert found.end - found.time == pytest.approx(210, abs=1)
+
+
+def test_trouble_that_is_over_is_no_longer_shown(folder: Path) -> None:
+    watcher = live.Watcher([f"runs={folder}"])
+    watcher.look()
+    away = folder.rename(folder.with_name("away"))
+    watcher.look()
+    assert "cannot be read" in watcher.shown.content.decode()
+    away.rename(folder)
+    watcher.look()
+    assert "cannot be read" not in watcher.shown.content.decode()
+
+
+def test_the_files_follow_the_runs_that_are_left_out_as_well(folder: Path, tmp_path: Path) -> None:
+    run = begin(folder, 8)
+    watcher = live.Watcher([f"runs={folder}", "watch=true", "port=9", f"out={tmp_path}/out"])
+    watcher.look()
+    page = tmp_path / "out" / "report.md"
+    assert f"{run} | running" in page.read_text()
+    (run / "claim").unlink()
+    change(run, status="failed", reason="the roof is on fire")
+    watcher.look()
+    assert f"{run} | failed | the roof is on fire" in page.read_text()
+
+
+def test_the_next_look_is_judged_by_the_metric_that_decides(folder: Path) -> None:
+    """A run that guesses is none of the pairs, whatever metric the page is read by."""
+    decides = {"seeds": list(range(8)), "fold": 0, "metric": "test/acc", "futility": 0.1, "order": "together"}
+    facts: dict[str, Any] = {"arms": ["baseline", "mixup"], "planned_seeds": [3, 8], "margin_points": 0.3}
+    carried = {**facts, "decides": decides, "baseline": "baseline", "created": 1.0, "rule": 3, "folder": "1"}
+    for path in (folder / "cifar10").iterdir():
+        final = json.loads((path / "summary.json").read_text())["final"]
+        guesses = {"test/acc": 0.1} if path.name == "00000001-s1" else {}
+        change(path, sweep=carried, final={**final, "test/loss": 1.0, **guesses})
+    request = read_arguments([f"runs={folder}", "metric=test/loss"])
+    (look,) = progress_of(*read_runs(request), request.folders).looks
+    assert look.steps["mixup"].found == "unstable"
+
+
 def test_a_sweep_that_was_left_asks_for_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan(folder, {folder / "cifar10" / "00000001-s7": "mixup"})
     assert len(read(folder).waiting) == 1

@@ -16,6 +16,7 @@ from scipy import stats
 
 import report
 from benchmarks.report_speed import write_runs
+from reporting import plots
 from reporting.records import parse_config
 
 EFFECTS = {"baseline": 0.0, "cutmix": 0.02, "mixup": 0.012, "cutmix+mixup": 0.035, "a<b|c": -0.02}
@@ -131,6 +132,21 @@ def test_names_cannot_break_the_pages(folder, page):
 def test_the_markdown_links_to_its_plots(folder):
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (folder / "report.md").read_text())
     assert len(links) == len(FIGURES) and all((folder / link).is_file() for link in links)
+
+
+def test_data_of_any_script_have_plots_of_their_own(tmp_path, monkeypatch):
+    def of_its_data(table):
+        return [plots.Plot("runs", "Runs", "", table.data.encode(), "<svg></svg>")]
+
+    monkeypatch.setattr("reporting.plots.draw_all", of_its_data)
+    names = ("данные", "картинки")
+    for data in names:
+        write_runs(tmp_path, {"baseline": 0.0, "mixup": 0.01}, range(3), data=data, epochs=3, images=0)
+    assert report.main([f"runs={tmp_path}"]) == 0
+    for name in names:
+        assert (tmp_path / "report" / "plots" / f"{name}-runs.png").read_bytes() == name.encode()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(f"plots/{name}-runs.png" in text for name in names)
 
 
 def test_the_numbers_are_those_of_the_records(folder):
