@@ -342,12 +342,13 @@ class Sweep:
             SystemExit: where a signal ended it.
         """
         self._all = planned
+        paused = False
         if self.deciding is not None:
-            self._decide(self.deciding)
+            paused = not self._decide(self.deciding)
         else:
             self._work([one for one in planned if one.state in TO_RUN])
             self._others(wait=self.options.equal_time)
-        if self.options.equal_time:
+        if self.options.equal_time and not paused:
             found = rivals(self.compose, planned, self.options)
             added: list[Planned] = []
             for arm, group in found.items():
@@ -365,8 +366,8 @@ class Sweep:
                 self._others(wait=False)
         return self._report()
 
-    def _decide(self, deciding: Deciding) -> None:
-        """Run what the looks ask for, each run once, until they ask for nothing more or for what has no result."""
+    def _decide(self, deciding: Deciding) -> bool:
+        """Run what the looks ask for, each run once, until they ask for no more; False: it has no result."""
         told = False
         while asked := deciding.asked():
             todo = [one for one in asked if one.state in TO_RUN]
@@ -384,9 +385,10 @@ class Sweep:
             else:
                 self.record.write()
                 self._pause(asked)
-                return
+                return False
         self.record.write()
         say(deciding.ending())
+        return True
 
     @staticmethod
     def _pause(asked: Sequence[Planned]) -> None:

@@ -281,8 +281,9 @@ def test_a_baseline_that_failed_pauses_the_sweep_and_can_be_dropped(
     decide: Callable[..., Outcome], bench: Bench, cli: Callable[..., Outcome]
 ) -> None:
     bench.fails["baseline", 1] = "diverged: train/loss is nan"
-    outcome = decide("looks=[4,6]")
+    outcome = decide("looks=[4,6]", "equal_time=true")
     assert outcome.status == 1 and len(bench.started) == 12, "no seed is spent beyond the look"
+    assert "equal_time" not in outcome.out, "nor on a rival of what is not decided"
     assert (
         "paused before the next look" in outcome.err
         and "baseline, seed 1: the baseline's run diverged" in outcome.err
