@@ -37,12 +37,12 @@ def option_is(option: str, *values: Any) -> Callable[[Mapping[str, Any]], bool]:
     return concerns
 
 
-def rounded_targets(option: str) -> Correction:
+def rounded_targets(option: str, version: int = 2) -> Correction:
     """Of the float targets that an option brings in, or a value of it: they had the precision of the weights."""
     name, _, value = option.partition("=")
     is_on = option_is(name, value) if value else option_is(name)
     return Correction(
-        "trainer.precision", 2,
+        "trainer.precision", version,
         lambda config: select(config, "trainer.precision") in HALF_PRECISION and is_on(config),
         "float targets were rounded to the weights' dtype",
     )  # fmt: skip

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, nightly, runs_in, summary_of
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from sklearn import metrics as sk
 from tiny_networks import TinyResNet
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
 import report
@@ -291,20 +292,20 @@ def test_only_runs_whose_metrics_were_wrong_are_other_runs(
 
 
 @pytest.mark.parametrize(
-    ("model", "task", "precision", "concerned"),
+    ("model", "task", "precision", "version"),
     [
-        ({}, "classification", "bf16-true", False),
-        ({"mixup": True}, "classification", "bf16-true", True),
-        ({"mixup": True}, "classification", "bf16-mixed", False),
-        ({}, "regression", "bf16-true", True),
-        ({}, "regression", "32-true", False),
+        ({}, "classification", "bf16-true", None),
+        ({"mixup": True}, "classification", "bf16-true", 2),
+        ({"mixup": True}, "classification", "bf16-mixed", None),
+        ({}, "regression", "bf16-true", 3),
+        ({}, "regression", "32-true", None),
     ],
 )
-def test_only_runs_whose_targets_were_rounded_are_other_runs(model, task, precision, concerned) -> None:
+def test_only_runs_whose_targets_were_rounded_are_other_runs(model, task, precision, version) -> None:
     config = {"model": model, "data": {"task": task}, "trainer": {"precision": precision}}
     corrections = [*checking.CORRECTIONS, *(c for kind in TECHNIQUES for c in kind.corrections)]
     own = [c for c in corrections if c.option == "trainer.precision"]
-    assert versions_of(own, config) == ({"trainer.precision": 2} if concerned else {})
+    assert versions_of(own, config) == ({"trainer.precision": version} if version else {})
 
 
 # In runs
@@ -344,6 +345,36 @@ def test_targets_are_not_rounded_to_the_precision_of_the_weights(precision: str)
         assert torch.equal(batch.target, target.to(batch.target.dtype)) and torch.equal(
             batch.target.to(target.dtype), target
         )
+
+
+class SeenTargets(Callback):
+    """What the steps of each loop are handed."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.seen.append(batch.target)
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        self.seen.append(batch.target)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_no_loop_of_the_trainer_rounds_targets(precision: str) -> None:
+    target = torch.tensor([1.001, 1999.3])
+    batches = [Batch(torch.zeros(2, 3, 8, 8), target, torch.arange(2))]
+    seen = SeenTargets()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    trainer = Trainer(precision=precision, accelerator="cpu", callbacks=[seen], **options)  # type: ignore[arg-type]
+    model = TinyResNet(task="regression")
+    loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(model, loader, loader)
+    trainer.test(model, loader, verbose=False)
+    assert len(seen.seen) == 4  # the check before training, training, validation, test
+    assert all(torch.equal(each.to(target.dtype), target) for each in seen.seen)
 
 
 class BrokenNetwork(TinyResNet):
