@@ -51,6 +51,7 @@ class ManifoldMixup(Technique):
         mixing = _ManifoldMixing(self, step.setting.num_classes)
         step.network.append(mixing.prepare)
         step.batch.append(BatchStage("mixing", mixing))
+        step.inside.append(mixing)
 
 
 class _ManifoldMixing:
@@ -58,6 +59,7 @@ class _ManifoldMixing:
         self.options = options
         self.num_classes = num_classes
         self.seams: list[Seam] = []
+        self._labels = Seam()  # of the batch, wherever its features are mixed
 
     def prepare(self, network: nn.Module) -> nn.Module:
         self.seams = insert_seams(network, self.options.manifold_mixup_layers)
@@ -78,6 +80,14 @@ class _ManifoldMixing:
         partner = mixing_partners(input.shape[0], pairs, input.device)
         for number, seam in enumerate(self.seams):
             seam.set(weight if number == place else 1.0, partner)
-        wide = torch.full((), weight, dtype=torch.float32, device=input.device)
-        probabilities: Tensor = class_probabilities(target, self.num_classes)
-        return Batch(input, torch.lerp(probabilities[partner], probabilities, wide), index)
+        self._labels.set(weight, partner)
+        return Batch(input, self.mix(class_probabilities(target, self.num_classes)), index)
+
+    def mix(self, values: Tensor) -> Tensor:
+        """Values (N, ...) of the batch's samples, mixed as its targets are."""
+        return self._labels.mix(values)
+
+    def rest(self) -> None:
+        """Leave the features as they are, until the next training batch."""
+        for seam in self.seams:
+            seam.rest()

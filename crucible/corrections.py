@@ -37,6 +37,12 @@ def option_is(option: str, *values: Any) -> Callable[[Mapping[str, Any]], bool]:
     return concerns
 
 
+def both_are(option: str, other: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Concerns the configurations in which two dotted options are on."""
+    first, second = option_is(option), option_is(other)
+    return lambda config: first(config) and second(config)
+
+
 def rounded_targets(option: str, version: int = 2) -> Correction:
     """Of the float targets that an option brings in, or a value of it: they had the precision of the weights."""
     name, _, value = option.partition("=")

@@ -32,6 +32,10 @@ class Seam:
         self.weight.fill_(weight)
         self.partner.copy_(partner)
 
+    def rest(self) -> None:
+        """Leave the features as they are, until the next `set`."""
+        self.weight.fill_(1.0)
+
     def mix(self, x: Tensor) -> Tensor:
         """The features (N, ...) of any floating dtype, mixed; as they are where no batch of N was set."""
         if self.partner.shape[0] != x.shape[0]:

@@ -113,6 +113,18 @@ class Setting:
         return found if isinstance(found, kind) else kind()
 
 
+class InnerMixing(Protocol):
+    """What mixes the samples of a training batch inside of the network, so that its input is not mixed."""
+
+    def mix(self, values: Tensor) -> Tensor:
+        """Values (N, ...) of the batch's samples, mixed as its targets were."""
+        ...
+
+    def rest(self) -> None:
+        """Leave what the network is given as it is, until the next training batch."""
+        ...
+
+
 @dataclass
 class Step:
     """The stages of a training step, in the order in which they act. What is off adds nothing to any of them.
@@ -126,6 +138,7 @@ class Step:
         network: `network -> network`, before weights are drawn or loaded.
         raw: changes of the batch before the data's policy normalises it.
         batch: and after.
+        inside: what of them mixes the samples inside of the network: of its input others know no mixed samples.
         ready: see the batch as the network will, in the trainer's precision; nothing comes back.
         input_gradient: the input requires a gradient, for a term of the loss that looks at it.
         loss: `(loss, logits, batch) -> loss`, plain tensor functions.
@@ -144,6 +157,7 @@ class Step:
     network: list[Callable[[nn.Module], nn.Module]] = field(default_factory=list)
     raw: list[BatchStage] = field(default_factory=list)
     batch: list[BatchStage] = field(default_factory=list)
+    inside: list[InnerMixing] = field(default_factory=list)
     ready: list[Callable[[Batch], None]] = field(default_factory=list)
     input_gradient: bool = False
     loss: list[Callable[[Tensor, Tensor, Batch], Tensor]] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crucible.batch import Batch
+from crucible.corrections import Correction, both_are
 from crucible.options import ConfigError
-from crucible.technique import Setting, Step, Technique, TrainedNetwork
+from crucible.technique import InnerMixing, Setting, Step, Technique, TrainedNetwork
 
 KINDS = "a run, a run's checkpoint, timm:NAME, or timm:NAME@FILE with weights of your own"
 
@@ -21,6 +23,12 @@ class Distil(Technique):
     """Learn from a trained network's class probabilities too."""
 
     networks: ClassVar = ("teacher",)
+    corrections: ClassVar = (
+        Correction(
+            "model.teacher", 2, both_are("model.teacher", "model.manifold_mixup"),
+            "the teacher's probabilities were not mixed where the student's features were",
+        ),
+    )  # fmt: skip
     needs: ClassVar = {"distillation_weight": ("teacher",), "temperature": ("teacher",)}
 
     teacher: Annotated[
@@ -41,7 +49,7 @@ class Distil(Technique):
             )
 
     def attach(self, step: Step) -> None:
-        distillation = Distillation(self)
+        distillation = Distillation(self, step.inside)
         step.networks[self.networks[0]] = distillation
         step.ready.append(distillation.observe)
         step.loss.append(distillation.loss)
@@ -75,22 +83,28 @@ class Distillation(TrainedNetwork):
     """The teacher's part in a training step: it looks at each batch once, and its term joins the loss.
 
     The loss is `(1 - w) loss + w T^2 KL(teacher || student)`. The teacher takes (N, C, *spatial) to logits (N, K);
-    it is in eval mode, without gradients.
+    it is in eval mode, without gradients. Where the student mixes samples inside of itself, the teacher sees them
+    unmixed, and its probabilities are mixed as the targets are.
 
     Args:
         options: weight w and temperature T.
+        inside: what mixes samples inside of the student; of the step, which may get it later.
     """
 
-    def __init__(self, options: Distil) -> None:
+    def __init__(self, options: Distil, inside: Sequence[InnerMixing] = ()) -> None:
         self.weight = 0.5 if options.distillation_weight is None else options.distillation_weight
         self.temperature = 4.0 if options.temperature is None else options.temperature
+        self.inside = inside
         self._log_probabilities: Tensor | None = None
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> None:
-        """Let the teacher look at the batch of the step to come, as the student will see it: mixed."""
+        """Let the teacher look at the batch of the step to come, whose input is as the student's."""
         assert self.network is not None, "no teacher was handed in"
-        self._log_probabilities = _soft(self.network(batch.input), self.temperature)
+        found = _soft(self.network(batch.input), self.temperature)
+        for mixing in self.inside:
+            found = mixing.mix(found.exp()).clamp(min=torch.finfo(found.dtype).tiny).log()
+        self._log_probabilities = found
 
     def loss(self, loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
         """The scalar `loss` of `logits` (N, K) on the batch last observed, with the teacher's term."""

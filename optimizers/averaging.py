@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crucible.configuration import select
-from crucible.corrections import Correction
+from crucible.corrections import Correction, both_are
 from crucible.machine import world_size
 from crucible.options import ConfigError
 from crucible.private import storage_identity
@@ -67,6 +67,12 @@ class Averaging(Technique):
         Correction(
             "model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"
         ),
+        Correction(
+            "model.swa_start",
+            3,
+            both_are("model.swa_start", "model.manifold_mixup"),
+            "norm statistics of the average were of features mixed as those of the last batch",
+        ),  # fmt: skip
     )
 
     ema_decay: Annotated[
@@ -371,4 +377,6 @@ def refresh_norms(module: Any, epoch: int) -> None:
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
     with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():
+        for mixing in module.step.inside:
+            mixing.rest()
         refresh_statistics(module.model, inputs())

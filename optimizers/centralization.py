@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from crucible.corrections import Correction, both_are
 from crucible.options import ConfigError
 from crucible.private import AnyConvolution
 from crucible.technique import Step, Technique
@@ -26,6 +27,13 @@ Which = Literal["all", "conv"]
 @dataclass(frozen=True)
 class GradientCentralization(Technique):
     """Gradients of weights lose their mean per output."""
+
+    corrections: ClassVar = (
+        Correction(
+            "model.gradient_centralization", 2, both_are("model.gradient_centralization", "model.unfreeze_at"),
+            "weights that were frozen at first kept the mean of their gradients",
+        ),
+    )  # fmt: skip
 
     gradient_centralization: Annotated[
         Which | None,
@@ -46,18 +54,27 @@ class _Centralisation:
         self.weights: list[nn.Parameter] = []
 
     def find(self, module: Any, optimizer: Any) -> None:
-        self.weights = centralised_weights(module, self.which)
+        learnt = [p for group in optimizer.param_groups for p in group["params"]]
+        self.weights = centralised_weights(module, self.which, learnt)
 
     def act(self) -> None:
         centralise_gradients(self.weights)
 
 
-def centralised_weights(module: nn.Module, which: Which) -> list[nn.Parameter]:
+def centralised_weights(
+    module: nn.Module, which: Which, learnt: Iterable[nn.Parameter] | None = None
+) -> list[nn.Parameter]:
     """The trainable weights in `module` whose gradients are centralised.
 
     Those of convolutions and, with `which="all"` as in the paper, of linear layers and attention projections,
     told by module type: embeddings, norms and channel scales have more than one dimension in some networks
     and no mean to lose. A weight with one input per output is left out, as its gradient would be zero.
+
+    Args:
+        module: whose weights.
+        which: kinds of layers.
+        learnt: the weights that an optimizer has, among them those that are frozen for some epochs only; None: those
+            that require a gradient.
 
     Raises:
         ConfigError: where there is none.
@@ -68,7 +85,8 @@ def centralised_weights(module: nn.Module, which: Which) -> list[nn.Parameter]:
             found.append(part.weight)  # type: ignore[arg-type]
         elif which == "all" and isinstance(part, nn.MultiheadAttention) and part.in_proj_weight is not None:
             found.append(part.in_proj_weight)
-    weights = [w for w in dict.fromkeys(found) if w.requires_grad and w.numel() > w.shape[0]]
+    trainable = {p for p in module.parameters() if p.requires_grad} if learnt is None else set(learnt)
+    weights = [w for w in dict.fromkeys(found) if w in trainable and w.numel() > w.shape[0]]
     if not weights:
         kind = "convolution" if which == "conv" else "convolution or linear layer"
         raise ConfigError(f"model.gradient_centralization={which}: the network has no trainable {kind}")

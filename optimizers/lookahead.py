@@ -30,7 +30,7 @@ class Lookahead(Technique):
     def attach(self, step: Step) -> None:
         def follow(module: Any, optimizer: Optimizer) -> None:
             lookahead = attach_lookahead(optimizer, self.lookahead_k, self.lookahead_alpha)
-            step.kept.append(lambda: [*lookahead.slow, *(p.detach() for p in _parameters(optimizer))])
+            step.kept.append(lambda: [*lookahead.slow, *_parameters(optimizer)])
 
         step.optimizer.append(follow)
 

@@ -74,7 +74,8 @@ class UndoneSteps:
     Args:
         optimizer: before its first step, and before anything else hangs on its steps.
         buffers: the network's, by name.
-        others: further tensors that hang on the steps (averages, say), as they are at the time.
+        others: further tensors that hang on the steps (averages, say), those that there are at the time, and
+            always the same ones.
     """
 
     def __init__(
@@ -87,6 +88,9 @@ class UndoneSteps:
         self.at_the_start = Copies()  # buffers, as they were before the first forward of the step
         self._buffers, self._others = buffers, others
         self._step, self._after = Copies(), Copies()
+        self._known: list[
+            Tensor
+        ] = []  # the others that are copied, held so that no new one gets the number of an old
         self._finite: Tensor | None = None
         optimizer.register_step_post_hook(self._undo)
 
@@ -106,7 +110,8 @@ class UndoneSteps:
         """
         self._finite = finite
         self._step.take(self._moved())
-        self._after.take(dict(enumerate(self._others())))
+        self._known = list(self._others())
+        self._after.take({id(tensor): tensor for tensor in self._known})
 
     def end(self) -> None:
         """After the step, which a loss scaler may have left out: then no hook was called."""
@@ -138,7 +143,8 @@ class UndoneSteps:
 
     def _undo_others(self, *_: Any) -> None:
         if self._finite is not None:
-            self._after.put_back(dict(enumerate(self._others())), self._finite)
+            # under a loss scaler some of them begin after the decision, of the weights as they were
+            self._after.put_back({id(tensor): tensor for tensor in self._others()}, self._finite)
 
 
 def _by_kind(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[list[tuple[Tensor, Tensor]]]:

@@ -327,6 +327,18 @@ def test_under_a_loss_scaler_its_own_skipping_is_counted_apart(tmp_path: Path) -
     assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
 
 
+def test_under_a_loss_scaler_the_guard_changes_no_step_that_stands(tmp_path: Path) -> None:
+    """There an average's and Lookahead's tensors begin between the gradient and the step."""
+
+    def state(guarded: bool) -> dict[str, torch.Tensor]:
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=16.0))
+        return trained(tmp_path / str(guarded), ("ema", "lookahead"), (), Poison(-1), guarded, plugin)[0]
+
+    ours, theirs = state(True), state(False)
+    different = [name for name in theirs if not torch.equal(theirs[name], ours[name])]
+    assert ours.keys() == theirs.keys() and not different, different[:5]
+
+
 @pytest.mark.slow
 def test_an_open_window_of_accumulation_is_resumed_with_what_a_skip_puts_back(cli, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()

@@ -189,6 +189,29 @@ def test_a_step_is_that_of_the_definition(teacher: Tiny, techniques: dict[str, A
         torch.testing.assert_close(a, b)
 
 
+def test_where_features_are_mixed_the_teachers_probabilities_are_mixed_as_the_targets(teacher: Tiny) -> None:
+    model = make(teacher=teacher, distillation_weight=1.0, temperature=3.0, manifold_mixup=True)
+    expected: list[float] = []
+
+    class Mixed(Watch):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+            (mixing,) = module.step.inside
+            probabilities = mixing.mix((self.network(batch.input) / 3).softmax(1))
+            assert not torch.equal(probabilities, (self.network(batch.input) / 3).softmax(1))
+            expected.append(
+                9 * float(F.kl_div((logits[-1] / 3).log_softmax(1), probabilities, reduction="batchmean"))
+            )
+
+    logits: list[Tensor] = []
+    model.model.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
+    watch = Mixed()
+    fit(model, watch, limit_val_batches=0)
+    assert watch.losses == pytest.approx(expected, rel=1e-4) and len(expected) > 1
+
+
 @pytest.mark.parametrize("options", [{}, {"sam": True}, {"mixup": True}], ids=str)
 def test_the_teacher_sees_each_batch_once_as_the_student_does(teacher: Tiny, options: dict[str, Any]) -> None:
     watch = Watch()

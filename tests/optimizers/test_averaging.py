@@ -386,8 +386,11 @@ def test_test_and_predictions_are_of_the_average(cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_swas_norm_statistics_are_those_of_a_pass_with_the_averaged_weights(cli, tmp_path: Path) -> None:
-    outcome = cli(*TINY, "technique=swa", "model.swa_start=0.4", "trainer.max_epochs=3")
+@pytest.mark.parametrize("techniques", ["swa", "[swa,manifold_mixup]"])
+def test_swas_norm_statistics_are_those_of_a_pass_with_the_averaged_weights(
+    cli, tmp_path: Path, techniques: str
+) -> None:
+    outcome = cli(*TINY, f"technique={techniques}", "model.swa_start=0.4", "trainer.max_epochs=3")
     assert outcome.status == 0, outcome.err
     (run,) = runs_in(tmp_path)
     content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)

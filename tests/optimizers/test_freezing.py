@@ -96,6 +96,15 @@ def test_a_part_is_frozen_until_its_epoch_and_learns_from_then_on(tmp_path: Path
     assert all(int(norm.num_batches_tracked) == 4 for norm in norms)  # of the second epoch
 
 
+def test_the_gradients_of_what_learns_later_are_centralised_too(tmp_path: Path) -> None:
+    """Then SGD leaves the mean of an output's weights alone, where nothing decays."""
+    options = {"freeze": "backbone", "unfreeze_at": 1, "weight_decay": 0.0, "optimizer": "SGD", "lr": 0.1}
+    _, (_, before, after) = trained(tmp_path, "gradient_centralization", **options)
+    name = "layer1.0.conv1.weight"
+    assert not torch.equal(before[name], after[name])
+    torch.testing.assert_close(before[name].mean((1, 2, 3)), after[name].mean((1, 2, 3)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", [(), ("sam",)])
 def test_dropped_gradients_give_the_numbers_of_none(
