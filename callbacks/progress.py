@@ -99,7 +99,7 @@ class Progress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._enabled:
-            self._images += len(batch.index)
+            self._images += watched(pl_module).batch_samples
             self._steps += 1
             if self._due():
                 self._first_step = batch_idx + 1 - self._steps

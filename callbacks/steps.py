@@ -110,7 +110,7 @@ class StepRecorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch.index) * trainer.world_size
+        self._images += watched(pl_module).batch_samples * trainer.world_size
         step = trainer.global_step
         if step != self._step and step % self.every == 0:
             self._add_row(trainer, pl_module)

@@ -20,6 +20,7 @@ class Training(Protocol):
         model: the network.
         step: the stages of a step.
         optimizer_options: a dataclass with `lr`, the rate that the schedule scales.
+        batch_samples: of the training batch under way, as it was read: views of one are one.
         steps_per_epoch: optimizer steps of an epoch.
         skips_nonfinite: whether batches of a loss that is not finite are left out of the epoch's means.
         hands_on_rows: whether a callback gives the loggers whole rows, so that what is logged shall not go there too.
@@ -30,6 +31,7 @@ class Training(Protocol):
     model: nn.Module
     step: Step
     optimizer_options: Any
+    batch_samples: int
     steps_per_epoch: int
     skips_nonfinite: bool
     hands_on_rows: bool

@@ -369,6 +369,8 @@ def _check_step(config: Config) -> None:
             most = max(node["scheduling"].values(), default=1)
             try:
                 step_of({**config, "trainer": {**trainer, "accumulate_grad_batches": most}})
+                if most > 1:
+                    read_options(ScheduleOptions, config["model"]).check_changing_steps(trainer["max_steps"])
             except ConfigError as error:
                 raise ConfigError(f"callbacks.{name}.scheduling: {error}", error.see) from None
 

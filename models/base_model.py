@@ -10,6 +10,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 
@@ -138,6 +139,7 @@ class BaseModel(EvaluatedModel):
         # what callbacks have of a training epoch, asked for once, at its end
         self.epoch_values: list[Callable[[], Mapping[str, Tensor]]] = []
         self.steps_per_epoch = 0
+        self.batch_samples = 0  # of the training batch under way, as it was read: views of one are one
         self.step_pass = 1  # forward passes of the step so far, with this one
         self.skips_nonfinite = (
             False  # whether steps that are not finite are left out, of the epoch's means too
@@ -184,6 +186,7 @@ class BaseModel(EvaluatedModel):
         trainer, step = self.trainer, self.step
         training = trainer.training
         if training:
+            self.batch_samples = len(batch.index)
             batch = self._changed(batch, step.raw)
         transform = getattr(getattr(trainer, "datamodule", None), "batch_transform", None)
         if transform is not None:
@@ -355,6 +358,8 @@ class BaseModel(EvaluatedModel):
         trainer, step = self.trainer, self.step
         accumulated = trainer.accumulate_grad_batches
         check_techniques(step.setting.techniques, replace(step.setting, accumulate_grad_batches=accumulated))
+        if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            self.schedule_options.check_changing_steps(trainer.max_steps)
         options = self.optimizer_options
         if self.schedule_options.lr_scale_batch is not None:
             batch = trainer.datamodule.batch_size * trainer.world_size * accumulated  # type: ignore[attr-defined]

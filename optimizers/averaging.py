@@ -59,21 +59,15 @@ class Averaging(Technique):
     needs: ClassVar = {"ema_warmup": ("ema_decay",), "swa_lr": ("swa_start",)}
     corrections: ClassVar = (
         Correction(
-            "model.ema_decay",
-            2,
-            _ema_had_other_numbers,
+            "model.ema_decay", 2, _ema_had_other_numbers,
             "a slow average in half precision did not move, and processes evaluated with statistics of their own",
         ),
+        Correction("model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"),
         Correction(
-            "model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"
-        ),
-        Correction(
-            "model.swa_start",
-            3,
-            both_are("model.swa_start", "model.manifold_mixup"),
+            "model.swa_start", 3, both_are("model.swa_start", "model.manifold_mixup"),
             "norm statistics of the average were of features mixed as those of the last batch",
-        ),  # fmt: skip
-    )
+        ),
+    )  # fmt: skip
 
     ema_decay: Annotated[
         float | None, "(0, 1)", "decay a step of an exponential moving average of the weights; null: none"

@@ -127,6 +127,31 @@ class ScheduleOptions:
         if any(later <= earlier for earlier, later in pairwise(self.lr_restarts or ())):
             raise ConfigError(f"model.lr_restarts must be in rising order, got {self.lr_restarts}")
 
+    def check_changing_steps(self, max_steps: int) -> None:
+        """Refuse what counts on epochs of equally many steps, where a callback changes the batches of a step.
+
+        Args:
+            max_steps: of the trainer.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        problem = None
+        if self.lr_scale_batch is not None:
+            problem = f"model.lr_scale_batch={self.lr_scale_batch} scales the rate with one batch size for all steps"
+        elif self.lr_interval == "step" and (self.scheduler is not None or self.warmstart):
+            problem = "model.lr_interval=step counts the steps of an epoch once (epoch goes)"
+        elif max_steps > 0 and self.scheduler is not None:
+            problem = (
+                f"trainer.max_steps={max_steps} is so many epochs only where all have the same number of steps "
+                "(trainer.max_epochs goes)"
+            )
+        if problem:
+            raise ConfigError(
+                f"{problem}: it does not go with a GradientAccumulationScheduler; for steps of several batches "
+                "throughout, trainer.accumulate_grad_batches"
+            )
+
     def for_batch(self, options: OptimizerOptions, global_batch: int) -> OptimizerOptions:
         """The optimizer's options for B = `global_batch` samples a step; l, m: rate, momentum; B0: `lr_scale_batch`.
 

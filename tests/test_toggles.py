@@ -149,6 +149,28 @@ def test_sam_refuses_a_callback_that_accumulates_before_anything_runs() -> None:
         check(config(**{"model.sam": True}), [])
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model.lr_interval": "step"}, r"model\.lr_interval=step"),
+        ({"model.lr_scale_batch": 128}, r"model\.lr_scale_batch=128"),
+        ({"trainer.max_steps": 100}, r"trainer\.max_steps=100"),
+    ],
+    ids=str,
+)
+def test_lengths_in_steps_refuse_a_callback_that_accumulates(changes: dict[str, Any], named: str) -> None:
+    def config(scheduling: dict[int, int]) -> Config:
+        changed = {"model.scheduler": "CosineAnneal", **changes}
+        return configured(**changed, callbacks={"own": {"_target_": SCHEDULER, "scheduling": scheduling}})
+
+    check(config({0: 1}), [])
+    for scheduling in ({0: 2}, {0: 1, 4: 2}):
+        with pytest.raises(
+            ConfigError, match=rf"^callbacks\.own\.scheduling: {named}.*accumulate_grad_batches"
+        ):
+            check(config(scheduling), [])
+
+
 def test_sam_refuses_a_callback_that_accumulates_without_saying_so(cli, tmp_path: Path) -> None:
     own = f"+callbacks.own._target_={__name__}.Accumulating"
     outcome = cli(*TINY, own, "model.sam=true", "trainer.limit_train_batches=2", f"exp_dir={tmp_path}")

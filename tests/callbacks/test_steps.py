@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,3 +230,22 @@ def test_the_option_makes_the_file_and_changes_no_identity(cli: Any, tmp_path: P
     assert [row["step"] for row in rows(run)] == [2, 4]
     again = cli(*TINY)
     assert "finished before" in again.out and runs_in(tmp_path / "experiments") == [run]
+
+
+DIGITS = [
+    "trainer.log_every_n_steps=1", "trainer.max_epochs=1", "trainer.limit_train_batches=3",
+    "trainer.limit_val_batches=1", "test_after_training=false", "logger.wandb=null", "callbacks.plots=null",
+    "trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+def test_views_of_a_sample_are_one_image(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("callbacks.steps.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    per_s = []
+    for arm in ("baseline", "augmix"):
+        outcome = cli(*DIGITS, f"technique={arm}", f"exp_dir={arm}")
+        assert outcome.status == 0, outcome.err
+        (run,) = runs_in(tmp_path / arm)
+        per_s.append([row["images_per_s"] for row in rows(run)])
+    assert per_s[0] == per_s[1] and len(per_s[0]) > 1
