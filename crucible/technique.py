@@ -52,6 +52,9 @@ class Weights(Protocol):
     def start(self, module: Any, optimizer: Optimizer) -> None:
         """Follow the steps of `optimizer`; called once, before the first."""
 
+    def after_step(self, module: Any) -> None:
+        """A step was done, or left out by a loss scaler."""
+
     def applied(self) -> AbstractContextManager[None]:
         """The network holds them inside, and its own again afterwards."""
 

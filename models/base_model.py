@@ -320,6 +320,8 @@ class BaseModel(EvaluatedModel):
         for wrap in self.step.closure:
             optimizer_closure = wrap(self, optimizer_closure)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for weights in self.step.weights:
+            weights.after_step(self)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         # unscaled, after the callbacks' statistics, before clipping; of the last pass

@@ -251,29 +251,19 @@ def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
-def attach_average(
-    optimizer: Optimizer, average: WeightAverage, is_due: Callable[[], bool] | None = None
-) -> None:
-    """Feed `average` after the steps that `optimizer` performs; one that a loss scaler skips is no step.
+def attach_average(optimizer: Optimizer, average: WeightAverage) -> None:
+    """Feed `average` after each step that `optimizer` performs; one that a loss scaler skips is no step.
 
-    Attach it after Lookahead, whose weights it is to average.
-
-    Args:
-        optimizer: of the network's parameters.
-        average: an EMA or SWA.
-        is_due: whether the step just done is one to average after; None: every step, and the average starts
-            at the weights before the first one.
+    The average starts at the weights before the first step. Attach it after Lookahead, whose weights it is to average.
     """
 
     def before_step(*_: Any) -> None:
         average.start()
 
     def after_step(*_: Any) -> None:
-        if is_due is None or is_due():
-            average.update()
+        average.update()
 
-    if is_due is None:
-        optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
 
 
@@ -283,7 +273,8 @@ class AveragedWeights:
     Args:
         decay: as of `WeightAverage`.
         warmup: as of `WeightAverage`.
-        is_due: whether the step just done is one to average after, asked with the model; None: every step.
+        is_due: whether the step just done is one to average after, asked with the model, also of a step that a loss
+            scaler skips; None: every one that is performed.
         refresh_norms: take the norms' statistics anew before they are evaluated or saved; None: for an average of
             equal weights, as an EMA's statistics are EMAs too.
     """
@@ -299,7 +290,7 @@ class AveragedWeights:
         self._decay, self._warmup, self._is_due = decay, warmup, is_due
         self._refreshes = decay is None if refresh_norms is None else refresh_norms
         self._saved: tuple[Mapping[str, Tensor], int, Mapping[str, Tensor]] | None = None
-        self._epoch = 0  # of the last update
+        self._seen, self._epoch = 0, 0  # updates, and the epoch of the last one
         self._refreshed: int | None = None  # updates at the last refresh
         self.average: WeightAverage | None = None
 
@@ -316,15 +307,19 @@ class AveragedWeights:
         if self._saved is not None:
             average.load_state_dict(*self._saved)
             self._refreshed = average.updates  # a saved one is
-        is_due, seen = self._is_due, average.updates
-        attach_average(optimizer, average, None if is_due is None else lambda: is_due(module))
+        self._seen = average.updates
+        if self._is_due is None:
+            attach_average(optimizer, average)
 
-        def note_epoch(*_: Any) -> None:
-            nonlocal seen
-            if average.updates != seen:
-                seen, self._epoch = average.updates, module.current_epoch
-
-        optimizer.register_step_post_hook(note_epoch)
+    def after_step(self, module: Any) -> None:
+        """A step was done, or left out by a loss scaler: an epoch's weights are due whatever became of its last."""
+        average = self.average
+        if average is None:
+            return
+        if self._is_due is not None and self._is_due(module):
+            average.update()
+        if average.updates != self._seen:
+            self._seen, self._epoch = average.updates, module.current_epoch
 
     def applied(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
@@ -366,8 +361,11 @@ def refresh_norms(module: Any, epoch: int) -> None:
             raise ConfigError("model: the norms of averaged weights need trainer.fit(model, datamodule=...)")
         for batch in data.training_batches(epoch, NORM_BATCHES):
             batch = module.transfer_batch_to_device(batch, module.device, 0)
-            if module.skips_nonfinite and not bool(batch.input.isfinite().all()):
-                continue
+            if module.skips_nonfinite:
+                # left out by all processes or by none: some norms exchange their statistics in the forward pass
+                finite = bool(batch.input.isfinite().all())
+                if not module.trainer.strategy.reduce_boolean_decision(finite, all=True):
+                    continue
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
     with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import TINY, nightly, runs_in, summary_of
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from stages import assembled
-from technique_runs import built, composed
+from technique_runs import QUICK, built, composed
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -72,12 +73,11 @@ def test_without_warmup_ema_is_torchs() -> None:
 def test_swa_is_the_plain_mean_of_what_was_due() -> None:
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    average, due, taken = WeightAverage(net), [False], []
-    attach_average(optimizer, average, lambda: due[0])
+    average, taken = WeightAverage(net), []
     for t in range(1, 21):
-        due[0] = t % 4 == 0
         step(net, optimizer, t)
-        if due[0]:
+        if t % 4 == 0:
+            average.update()
             taken.append({k: v.clone() for k, v in net.state_dict().items()})
     assert average.updates == 5
     for k, v in average.state_dict().items():
@@ -154,9 +154,9 @@ def test_a_tensor_under_two_names_is_averaged_and_shown_once() -> None:
     net.third.weight = nn.Parameter(net.first.weight.data)
     optimizer = torch.optim.SGD([net.first.weight, net.first.bias, *net.norm.parameters()], lr=0.5)
     average, taken = WeightAverage(net), []
-    attach_average(optimizer, average, lambda: True)
     for t in range(1, 9):
         step(net, optimizer, t)
+        average.update()
         taken.append(copy.deepcopy(net).state_dict())
     own = {k: v.clone() for k, v in net.state_dict().items()}
     with average.applied():
@@ -402,6 +402,16 @@ def test_swas_norm_statistics_are_those_of_a_pass_with_the_averaged_weights(
     update_bn((data.batch_transform(b, "train", 2).input for b in data.training_batches(2, 100)), model.model)
     for name, value in model.model.state_dict().items():
         torch.testing.assert_close(kept[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_an_epochs_weights_are_averaged_where_a_loss_scaler_leaves_its_last_step_out(tmp_path: Path) -> None:
+    config = composed("swa", options=(*QUICK, "trainer.max_steps=-1", "trainer.max_epochs=2"))
+    config["model"]["swa_start"] = 0.0
+    model, data, trainer = built(config, tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)  # too large for any step of this length
+    trainer.strategy._precision_plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer.fit(model, datamodule=data)
+    assert [weights.updates for weights in model.step.weights] == [2]
 
 
 def test_swa_holds_the_rate_from_its_start_on(cli, tmp_path: Path) -> None:
