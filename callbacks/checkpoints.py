@@ -228,6 +228,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if (
             self.every_steps
+            and step  # several batches may come before the first one
             and step % self.every_steps == 0
             and step != self._written_at
             and not trainer.is_last_batch

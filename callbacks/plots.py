@@ -22,7 +22,9 @@ from torchmetrics import Metric
 from crucible.cells import cell
 from crucible.console import epoch_named
 from crucible.files import replacing
+from crucible.keyed import scrambled
 from crucible.loggers import log_picture
+from crucible.measures import R2
 from crucible.training import watched
 from crucible.writing import fails_together
 
@@ -81,17 +83,17 @@ class PredictionSample(Metric):
         self.size = size
         self.add_state("keys", torch.full((size,), NO_SAMPLE, dtype=torch.int64), dist_reduce_fx=_join)
         self.add_state("points", torch.zeros(size, 2), dist_reduce_fx=_join)
-        self.add_state("sums", torch.zeros(5, dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(2, dtype=dtype), dist_reduce_fx="sum")
+        self.r2 = R2()
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
         """Add predictions `logits` (N,) float with `target` (N,) float and `index` (N,) int64."""
         prediction, wide = logits.to(self.sums.dtype), target.to(self.sums.dtype)
-        error = prediction - wide
-        terms = [torch.ones_like(wide), error.abs(), error**2, wide, wide**2]
-        self.sums += torch.stack(terms).sum(dim=1)
+        self.sums += torch.stack((torch.ones_like(wide), (prediction - wide).abs())).sum(dim=1)
+        self.r2.update(prediction, wide)
         points = torch.stack((logits, target), dim=1).to(self.points.dtype)
         self.keys, self.points = self._smallest(
-            torch.cat((self.keys, _hash(index))), torch.cat((self.points, points))
+            torch.cat((self.keys, scrambled(index))), torch.cat((self.points, points))
         )
 
     def _smallest(self, keys: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,20 +103,12 @@ class PredictionSample(Metric):
     def compute(self) -> tuple[Tensor, float, float, int]:
         """`(points (n, 2) float32, n <= size; r2; mean absolute error; number of samples)` of all ranks."""
         keys, points = self._smallest(self.keys, self.points)
-        count, absolute, squared, total, total_squared = self.sums.tolist()
-        spread = total_squared - total**2 / max(count, 1)
-        r2 = 1 - squared / spread if spread > 0 else float("nan")
-        return points[keys != NO_SAMPLE].cpu(), r2, absolute / max(count, 1), int(count)
+        count, absolute = self.sums.tolist()
+        return points[keys != NO_SAMPLE].cpu(), float(self.r2.compute()), absolute / max(count, 1), int(count)
 
 
 def _join(of_ranks: Tensor) -> Tensor:
     return of_ranks.flatten(0, 1)
-
-
-def _hash(index: Tensor) -> Tensor:
-    """An int64 permutation that spreads neighbouring indices (odd multiplier, xor shift, odd multiplier)."""
-    key = index.long() * -7046029254386353131
-    return (key ^ (key >> 32)) * -4658895280553007687
 
 
 class ResultPlots(Callback):

@@ -71,6 +71,11 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
+def scrambled(index: Tensor) -> Tensor:
+    """(N,) int64 that look drawn, one for each of the (N,) int64 numbers of samples, and never the same for two."""
+    return _mix(index * _INDEX_STRIDE)
+
+
 def keyed_uniform(key: int | Tensor, index: Tensor, draws: int) -> Tensor:
     """Uniform numbers that depend only on the key, the sample's index and the number of the draw.
 

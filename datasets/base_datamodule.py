@@ -149,6 +149,17 @@ def _refuse_bad_targets(raw: Any, split: str, task: str, classes: int | None) ->
         raise SampleError(f"{name}: its target is {values[index]}; {allowed}")
 
 
+Division = Callable[
+    [np.ndarray], tuple[np.ndarray, np.ndarray]
+]  # of (N,) targets; sorted numbers of two parts
+
+
+def _by_unit(raw: Any, divide: Division) -> Division:
+    """A division that leaves versions of one thing together, where the raw data set says which they are."""
+    units = getattr(raw, "units", None)
+    return divide if units is None else functools.partial(unseparated, np.asarray(units), divide)
+
+
 class BaseDataModule(LightningDataModule):
     """What every data set shares: splits, order, augmentation, workers, checks.
 
@@ -503,7 +514,8 @@ class BaseDataModule(LightningDataModule):
         if self.elsewhere:
             self.test_dataset = raw
         elif fraction > 0:
-            kept, held = hold_out(np.asarray(raw.targets), fraction, self.task, seed=0)
+            divide = _by_unit(raw, functools.partial(hold_out, fraction=fraction, task=self.task, seed=0))
+            kept, held = divide(np.asarray(raw.targets))
             self.train_dataset, self.test_dataset = raw.subset(kept), raw.subset(held)
 
     def setup(self, stage: str) -> None:
@@ -525,13 +537,7 @@ class BaseDataModule(LightningDataModule):
         """The numbers of the samples that train, and of those held out."""
         raw = self.train_dataset
         if self._divided is None or self._divided[0] is not raw:
-            targets, units = self._train_targets(), getattr(raw, "units", None)
-            divide = (
-                self._divide
-                if units is None
-                else functools.partial(unseparated, np.asarray(units), self._divide)
-            )
-            self._divided = (raw, *divide(targets))
+            self._divided = (raw, *_by_unit(raw, self._divide)(self._train_targets()))
         return self._divided[1:]
 
     def _divide(self, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -663,13 +669,10 @@ class BaseDataModule(LightningDataModule):
 
     def training_batches(self, epoch: int, count: int) -> Iterator[Batch]:
         """The first `count` batches of an epoch once more, at most all of them; apart from the training's loader."""
-        samples, (rank, world) = self.samples("train"), self._place()
-        sampler = EpochSampler(
-            len(samples), self.batch_size, self.seed, rank=rank, world_size=world, start=(epoch, 0),
-            left_out=self._places_left_out(samples), chances=self._chances(),
-            drop_last=self.drop_last,
-        )  # fmt: skip
-        return itertools.islice(self._loader(samples, sampler), count)
+        samples = self.samples("train")
+        order = self._training_order(samples, self._place()[0], (epoch, 0))
+        most = batches_within(len(order), getattr(self.trainer, "overfit_batches", 0) or None)
+        return itertools.islice(self._loader(samples, order), min(count, most))
 
     def val_dataloader(self) -> DataLoader:
         """Each validation sample once over all ranks, in order; under `limit_val_batches` a draw of them."""

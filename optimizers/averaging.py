@@ -52,6 +52,11 @@ def _swa_had_other_statistics(config: Mapping[str, Any]) -> bool:
     return not last_validated or other_norms or _in_half_precision(config)
 
 
+def _swa_was_of_another_order(config: Mapping[str, Any]) -> bool:
+    drawn = ("data.module.random_batches", "trainer.overfit_batches")
+    return any(both_are("model.swa_start", option)(config) for option in drawn)
+
+
 @dataclass(frozen=True)
 class Averaging(Technique):
     """One of two averages of the weights, or none."""
@@ -66,6 +71,10 @@ class Averaging(Technique):
         Correction(
             "model.swa_start", 3, both_are("model.swa_start", "model.manifold_mixup"),
             "norm statistics of the average were of features mixed as those of the last batch",
+        ),
+        Correction(
+            "model.swa_start", 3, _swa_was_of_another_order,
+            "norm statistics of the average were of batches in another order than the training's",
         ),
     )  # fmt: skip
 

@@ -39,3 +39,19 @@ def best_of(values: list[float], monitor: str, mode: str | None = None) -> dict[
 def test_the_best_epoch_is_the_highest_or_the_lowest_by_metric_or_mode(monitor, mode, epoch) -> None:
     values = [0.5, 0.2, 0.9, float("nan"), 0.4]
     assert best_of(values, monitor, mode) == {monitor: values[epoch], "epoch": epoch}
+
+
+def test_nothing_is_saved_by_the_step_before_the_first_one() -> None:
+    """Several batches come before it, where gradients are accumulated."""
+    saved: list[int] = []
+
+    class Notes(Checkpoints):
+        def save_last(self, trainer) -> None:
+            saved.append(trainer.global_step)
+            self._written_at = trainer.global_step
+
+    checkpoints = Notes("nowhere", keep="last", every_steps=2)
+    for batch in range(1, 25):
+        trainer = SimpleNamespace(global_step=batch // 4, is_last_batch=False)
+        checkpoints.on_train_batch_end(trainer, None, None, None, batch - 1)  # type: ignore[arg-type]
+    assert saved == [2, 4, 6]

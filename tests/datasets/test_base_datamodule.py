@@ -389,6 +389,20 @@ def test_sample_names_are_of_the_split_asked_for(tmp_path):
     assert module.sample_name(1, "train") == "y/2.png"
 
 
+@pytest.mark.parametrize("options", [{}, {"random_batches": True}, {"balanced_batches": True}], ids=str)
+@pytest.mark.parametrize("overfit", [0, 2])
+def test_training_batches_read_once_more_are_those_that_were_trained_on(
+    options: dict[str, Any], overfit: int
+) -> None:
+    module = Mine(raw=arrays(), **options)
+    module.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, current_epoch=0, overfit_batches=overfit,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    trained = drawn(module, epoch=3)[: overfit or None]
+    assert same(list(module.training_batches(3, 100)), trained)
+
+
 def test_overfitting_repeats_the_order_of_the_first_epoch():
     module = Mine()
     module.trainer = SimpleNamespace(

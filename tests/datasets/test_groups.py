@@ -15,7 +15,7 @@ from datasets.base_datamodule import BaseDataModule
 from datasets.groups import Joint, groups_of
 from datasets.image_folder import class_folders
 from datasets.imagenet import ImagenetDataModule
-from datasets.images import Arrays, Relabelled
+from datasets.images import Arrays, Relabelled, sample_name
 from datasets.sampling import hold_out, unseparated
 
 CLASSES = ["n01", "n02"]
@@ -122,6 +122,24 @@ def test_units_of_one_sample_each_change_no_split() -> None:
 
     for a, b in zip(unseparated(np.arange(50), divide, targets), divide(targets), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_no_picture_is_in_the_training_and_in_the_held_out_test_samples(tmp_path: Path) -> None:
+    write_images(tmp_path, CLASSES, 20, size=(8, 8))
+    one = class_folders(tmp_path, 3)
+
+    class Both(BaseDataModule):
+        def setup(self, stage: str) -> None:
+            self.hold_out_test(Joint({"a": one, "b": one}), 0.3)
+
+    data = Both(name="both", batch_size=2, num_workers=0, val_split=0.2)
+    pictures = {}
+    for split in ("train", "val", "test"):
+        samples = data.samples(split)
+        numbers = range(len(samples.raw)) if samples.indices is None else samples.indices
+        pictures[split] = {sample_name(samples.raw, int(i)).partition("/")[2] for i in numbers}
+    assert not (pictures["train"] | pictures["val"]) & pictures["test"] and len(pictures["test"]) == 12
+    assert not pictures["train"] & pictures["val"]
 
 
 def test_subsets_and_relabelled_ones_keep_their_groups(tmp_path: Path) -> None:

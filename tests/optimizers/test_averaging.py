@@ -439,6 +439,8 @@ def test_swa_holds_the_rate_from_its_start_on(cli, tmp_path: Path) -> None:
         ({"swa_start": 0.5, "norm": "online"}, {}, True),
         ({"swa_start": 0.5}, {"check_val_every_n_epoch": 4}, True),
         ({"swa_start": 0.5}, {"max_steps": 50}, True),
+        ({"swa_start": 0.5}, {"overfit_batches": 2}, True),
+        ({"swa_start": 0.5, "manifold_mixup": True}, {}, True),
         ({}, {"precision": "bf16-true", "devices": 2, "max_steps": 50}, False),
     ],
 )
