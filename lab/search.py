@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -55,41 +56,70 @@ def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseD
     """What the overrides sweep, as Optuna's distributions by option.
 
     Raises:
-        ConfigError: where nothing is swept, or the seed is.
+        ConfigError: where nothing is swept, the seed is, or a sweep has no values to search.
     """
-    from optuna import distributions
-
-    found: dict[str, distributions.BaseDistribution] = {}
+    found: dict[str, optuna.distributions.BaseDistribution] = {}
     for override in overrides:
         if not override.is_sweep_override():
             continue
-        name, value = override.get_key_element(), override.value()
+        name = override.get_key_element()
         if name in ("seed", "data.module.fold"):
             raise ConfigError(
                 f"{name}: a search has no use for it; search first, then compare over seeds", see=SEE
             )
-        distribution: Any
-        if isinstance(value, IntervalSweep):
-            whole = isinstance(value.start, int) and isinstance(value.end, int)
-            distribution = distributions.IntDistribution if whole else distributions.FloatDistribution
-            found[name] = distribution(value.start, value.end, log="log" in value.tags)
-        elif isinstance(value, RangeSweep) and not value.shuffle:
-            steps = [float(v) if "." in str(v) else int(v) for v in value.range()]
-            distribution = (
-                distributions.IntDistribution
-                if isinstance(steps[0], int)
-                else distributions.FloatDistribution
-            )
-            found[name] = distribution(steps[0], steps[-1], step=value.step)
-        else:
-            found[name] = distributions.CategoricalDistribution(
-                [str(v) for v in override.sweep_string_iterator()]
-            )
+        found[name] = _distribution(override)
     if not found:
         raise ConfigError(
             "sweep=optuna: nothing is swept; give a space such as 'model.lr=interval(0.01, 0.1)'", SEE
         )
     return found
+
+
+def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
+    """Raises ConfigError where no value, or no end of values, is swept."""
+    from optuna import distributions
+
+    def refused(allowed: str) -> ConfigError:
+        return ConfigError(f"{override.input_line}: {allowed}", see=SEE)
+
+    value: Any = override.value()
+    logarithmic = isinstance(value, IntervalSweep) and value.tags == {"log"}
+    if getattr(value, "tags", ()) and not logarithmic:
+        raise refused("of tags a search knows log of an interval: tag(log, interval(0.001, 0.1))")
+    if isinstance(value, (IntervalSweep, RangeSweep)):
+        numbers = [value.start, value.end] if isinstance(value, IntervalSweep) else _ends_and_step(value)
+        if not numbers or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
+            raise refused(
+                "no values to search; interval(a, b) takes finite numbers, the smaller one first, and "
+                "range(start, stop, step) steps from start towards stop, which is not reached"
+            )
+        if logarithmic and numbers[0] <= 0:
+            raise refused("a logarithmic interval lies above 0")
+        whole = all(isinstance(number, int) for number in numbers)
+        kind: Any = distributions.IntDistribution if whole else distributions.FloatDistribution
+        if isinstance(value, IntervalSweep):
+            return kind(*numbers, log=logarithmic)
+        if not value.shuffle:
+            return kind(*numbers[:2], step=numbers[2])
+    choices = [str(choice) for choice in override.sweep_string_iterator()]
+    if not choices:
+        raise refused("nothing that there is has such a name")
+    return distributions.CategoricalDistribution(choices)
+
+
+def _ends_and_step(sweep: RangeSweep) -> list[float]:
+    """Least and greatest value of a range, and the step between two; empty where it has none.
+
+    In decimals, as they were typed: with binary ones 0.9 would be in range(0, 0.9, 0.3).
+    """
+    typed = sweep.start, sweep.stop, sweep.step
+    start, stop, step = (Decimal(str(number)) for number in typed)
+    if not all(number.is_finite() for number in (start, stop, step)) or not step:
+        return []
+    count = math.ceil((stop - start) / step)
+    number = int if all(isinstance(one, int) for one in typed) else float
+    low, high = sorted((start, start + (count - 1) * step))
+    return [number(low), number(high), number(abs(step))] if count > 0 else []
 
 
 def typed(values: Mapping[str, Value]) -> list[str]:
