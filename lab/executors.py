@@ -124,7 +124,7 @@ class Errand:
         folder = Path(facts["folder"]) / "jobs"
         folder.mkdir(exist_ok=True)
         # processes that share a search share its folder
-        self.record = folder / f"{number}-{socket.gethostname()}-{os.getpid()}.json"
+        self.record = folder / f"{planned.errand}{number}-{socket.gethostname()}-{os.getpid()}.json"
         told = replace(received(), sweep=carried_by_runs(facts), record=str(self.record), trial=planned.trial)
         named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
         self._command, self._environment = [sys.executable, str(MAIN), *named], told.environment()
