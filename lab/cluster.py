@@ -24,10 +24,10 @@ from crucible.options import ConfigError
 from lab.executors import (
     Errand,
     Handle,
+    check_trainer,
     freshly_listed,
     left_to_the_node,
     options_of,
-    refuse_several_nodes,
 )
 from lab.planning import Planned
 from lab.remote import SAVE_S, WARNING, ClusterJob
@@ -223,14 +223,15 @@ class ClusterExecutor:
         trainer: options of the runs' trainer.
 
     Raises:
-        ConfigError: for options that submitit does not take, or where it is not installed.
+        ConfigError: for options that submitit does not take, a trainer that a job cannot have, or where it is not
+            installed.
     """
 
     def __init__(self, options: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         self._options = options_of(ClusterOptions, options, "cluster", SEE)
+        check_trainer(trainer)
         if importlib.util.find_spec("submitit") is None:
             raise ConfigError("sweep=submitit needs the extra: pip install -e '.[sweeps]'", see="README.md")
-        refuse_several_nodes(trainer)
         o = self._options
         if o.executor == "slurm" and o.signal_delay_s >= 60 * o.timeout_min:
             raise ConfigError(

@@ -89,17 +89,24 @@ def options_of(cls: type[Options], node: Mapping[str, Any], name: str, see: str)
     return read_options(cls, node, prefix=name)
 
 
-def refuse_several_nodes(trainer: Mapping[str, Any]) -> None:
-    """A sweep's job has one machine.
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """A job elsewhere has one machine, and there the devices that its engine gives it.
 
     Raises:
-        ConfigError: where its trainer asks for more.
+        ConfigError: where its trainer asks for more machines, or names devices.
     """
     if trainer["num_nodes"] > 1:
         raise ConfigError(
             f"trainer.num_nodes={trainer['num_nodes']}: a job of a sweep has one node; start the run by srun",
             SEE,
         )
+    devices = trainer["devices"]
+    if isinstance(devices, list) or "," in str(devices):
+        named = str(devices).replace(" ", "")
+        raise ConfigError(
+            f"trainer.devices={named}: a job elsewhere gets devices of its own, whichever are free; give their "
+            f"number (trainer.devices={device_count(trainer)})", SEE,
+        )  # fmt: skip
 
 
 def left_to_the_node(composed: DictConfig) -> DictConfig:
@@ -124,7 +131,7 @@ class Errand:
         folder = Path(facts["folder"]) / "jobs"
         folder.mkdir(exist_ok=True)
         # processes that share a search share its folder
-        self.record = folder / f"{number}-{socket.gethostname()}-{os.getpid()}.json"
+        self.record = folder / f"{planned.errand}{number}-{socket.gethostname()}-{os.getpid()}.json"
         told = replace(received(), sweep=carried_by_runs(facts), record=str(self.record), trial=planned.trial)
         named = [o for o in planned.overrides if not o.startswith("arm=")] + [option("arm", planned.arm)]
         self._command, self._environment = [sys.executable, str(MAIN), *named], told.environment()

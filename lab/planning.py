@@ -134,6 +134,7 @@ class Planned:
             `same`.
         reason: why it is not finished.
         trial: the trial of a search that it is.
+        errand: how the names of its job's files begin, where that is on another machine.
         ended_here: state and reason of the run's end without a result, where this sweep has run it: it is not run
             again.
         seen: the last attempt at the run when its state was looked at first; what other processes have attempted
@@ -146,6 +147,7 @@ class Planned:
     state: str
     reason: str = ""
     trial: dict[str, Any] | None = None
+    errand: str = ""
     ended_here: tuple[str, str] | None = None
     seen: tuple[Any, ...] | None = None
 

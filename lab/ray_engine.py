@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from crucible.console import say
 from crucible.liveness import stopping_signals
 from crucible.options import ConfigError
-from lab.executors import Errand, left_to_the_node, options_of, refuse_several_nodes
+from lab.executors import Errand, check_trainer, left_to_the_node, options_of
 from lab.planning import Planned
 from lab.remote import SAVE_S, watched
 
@@ -132,16 +132,16 @@ class RayExecutor:
         trainer: options of the runs' trainer.
 
     Raises:
-        ConfigError: for options that cannot be, or where Ray is not installed.
+        ConfigError: for options or a trainer that cannot be, or where Ray is not installed.
     """
 
     ray: Any
 
     def __init__(self, options: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
         self.options = options_of(RayOptions, options, "ray", SEE)
+        check_trainer(trainer)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("sweep=ray needs the extra: pip install -e '.[ray]'", see="README.md")
-        refuse_several_nodes(trainer)
         self._trainer = trainer
         self.slots = self.options.jobs_at_once
         self._submitted = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -26,9 +28,10 @@ from crucible.metrics import higher_is_better, of_split
 from crucible.options import ConfigError, read_options
 from crucible.run import LOST_AFTER_S, RunDirectory
 from lab.config import SWEEP_OPTIONS
-from lab.executors import Executor, Work
+from lab.executors import Executor, Work, freshly_listed
 from lab.experiment import Examiner
 from lab.planning import TO_RUN, Compose, Planned, SweepOptions, examine
+from lab.remote import read_record
 
 if TYPE_CHECKING:
     import optuna
@@ -55,41 +58,76 @@ def space(overrides: Sequence[Override]) -> dict[str, optuna.distributions.BaseD
     """What the overrides sweep, as Optuna's distributions by option.
 
     Raises:
-        ConfigError: where nothing is swept, or the seed is.
+        ConfigError: where nothing is swept, the seed is, or a sweep has no values to search.
     """
-    from optuna import distributions
-
-    found: dict[str, distributions.BaseDistribution] = {}
+    found: dict[str, optuna.distributions.BaseDistribution] = {}
     for override in overrides:
         if not override.is_sweep_override():
             continue
-        name, value = override.get_key_element(), override.value()
+        name = override.get_key_element()
         if name in ("seed", "data.module.fold"):
             raise ConfigError(
                 f"{name}: a search has no use for it; search first, then compare over seeds", see=SEE
             )
-        distribution: Any
-        if isinstance(value, IntervalSweep):
-            whole = isinstance(value.start, int) and isinstance(value.end, int)
-            distribution = distributions.IntDistribution if whole else distributions.FloatDistribution
-            found[name] = distribution(value.start, value.end, log="log" in value.tags)
-        elif isinstance(value, RangeSweep) and not value.shuffle:
-            steps = [float(v) if "." in str(v) else int(v) for v in value.range()]
-            distribution = (
-                distributions.IntDistribution
-                if isinstance(steps[0], int)
-                else distributions.FloatDistribution
-            )
-            found[name] = distribution(steps[0], steps[-1], step=value.step)
-        else:
-            found[name] = distributions.CategoricalDistribution(
-                [str(v) for v in override.sweep_string_iterator()]
-            )
+        found[name] = _distribution(override)
     if not found:
         raise ConfigError(
             "sweep=optuna: nothing is swept; give a space such as 'model.lr=interval(0.01, 0.1)'", SEE
         )
     return found
+
+
+def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
+    """What an override sweeps, as Optuna takes it.
+
+    Raises:
+        ConfigError: where that is no value, or no end of values.
+    """
+    from optuna import distributions
+
+    def refused(allowed: str) -> ConfigError:
+        return ConfigError(f"{override.input_line}: {allowed}", see=SEE)
+
+    value: Any = override.value()
+    logarithmic = isinstance(value, IntervalSweep) and value.tags == {"log"}
+    if getattr(value, "tags", ()) and not logarithmic:
+        raise refused("of tags a search knows log of an interval: tag(log, interval(0.001, 0.1))")
+    if isinstance(value, (IntervalSweep, RangeSweep)):
+        numbers: list[Any] = (
+            [value.start, value.end] if isinstance(value, IntervalSweep) else _ends_and_step(value)
+        )
+        if not numbers or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
+            raise refused(
+                "no values to search; interval(a, b) takes finite numbers, the smaller one first, and "
+                "range(start, stop, step) steps from start towards stop, which is not reached"
+            )
+        if logarithmic and numbers[0] <= 0:
+            raise refused("a logarithmic interval lies above 0")
+        whole = all(isinstance(number, int) for number in numbers)
+        kind: Any = distributions.IntDistribution if whole else distributions.FloatDistribution
+        if isinstance(value, IntervalSweep):
+            return kind(*numbers, log=logarithmic)
+        if not value.shuffle:
+            return kind(*numbers[:2], step=numbers[2])
+    choices = [str(choice) for choice in override.sweep_string_iterator()]
+    if not choices:
+        raise refused("nothing that there is has such a name")
+    return distributions.CategoricalDistribution(choices)
+
+
+def _ends_and_step(sweep: RangeSweep) -> list[Any]:
+    """Least and greatest value of a range, and the step between two; empty where it has none.
+
+    In decimals, as they were typed: with binary ones 0.9 would be in range(0, 0.9, 0.3).
+    """
+    given = sweep.start, sweep.stop, sweep.step
+    start, stop, step = (Decimal(str(number)) for number in given)
+    if not all(number.is_finite() for number in (start, stop, step)) or not step:
+        return []
+    kind = int if all(isinstance(number, int) for number in given) else float
+    count = math.ceil((stop - start) / step)
+    low, high = sorted((start, start + (count - 1) * step))
+    return [kind(low), kind(high), kind(abs(step))] if count > 0 else []
 
 
 def typed(values: Mapping[str, Value]) -> list[str]:
@@ -187,7 +225,9 @@ class Search:
         self._trials: dict[
             int, optuna.trial.FrozenTrial | optuna.trial.Trial
         ] = {}  # by id of the planned job
+        self._asked: set[int] = set()  # numbers of the trials that this process asked for
         self._failures: list[str] = []
+        self._interrupted: list[str] = []
 
     def _checked_here(self, overrides: Sequence[str]) -> DictConfig:
         return self.executor.as_checked_here(self.compose(overrides))
@@ -218,16 +258,23 @@ class Search:
 
     def _following(self) -> Iterator[Planned]:
         """Trials that died with their process first, then new ones."""
-        for orphan in self._orphans():
+        looked_at: set[int] = set()
+        # asked for anew each time: another process may have gone on with one meanwhile, or told it
+        while orphan := next((t for t in self._orphans() if t.number not in looked_at), None):
+            looked_at.add(orphan.number)
+            if (result := self._result(orphan)) is not None:
+                self._tell(orphan, result.known()["status"], result.known().get("reason") or "", result)
+                continue
             planned = self._examine(orphan.user_attrs["values"])
             if planned.state in TO_RUN:
                 say(f"\n[trial {orphan.number + 1}, again] {' '.join(planned.differing)}")
                 yield self._of_trial(planned, orphan)
             else:
-                self._tell(planned, orphan)
+                self._tell_as_planned(planned, orphan)
         while len(self.study.get_trials(deepcopy=False)) < self.options.n_trials:
             trial = self.study.ask(self.space)
             values = typed(trial.params)
+            self._asked.add(trial.number)
             trial.set_user_attr("values", values)
             planned = self._examine(values)
             if planned.job is not None:
@@ -236,10 +283,11 @@ class Search:
                 say(f"\n[trial {trial.number + 1}/{self.options.n_trials}] {' '.join(values)}")
                 yield self._of_trial(planned, trial)
             else:  # finished before, impossible, or at work elsewhere
-                self._tell(planned, trial)
+                self._tell_as_planned(planned, trial)
 
     def _of_trial(self, planned: Planned, trial: Any) -> Planned:
         self._trials[id(planned)] = trial
+        planned.errand = _errand(trial)
         if self.options.pruner is not None:
             planned.trial = {**self.spec, "trial": private.trial_in_storage(trial)}
         return planned
@@ -252,41 +300,80 @@ class Search:
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
             starting = time.time() - began < LOST_AFTER_S  # another process may be about to run it
-            run = RunDirectory(trial.user_attrs["run"]) if "run" in trial.user_attrs else None
-            if run is None:
+            runs = self._runs(trial)
+            if not runs:
                 if not starting:
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-            elif run.state() != "running" and not (
-                starting and run.known().get("status", "created") == "created"
+            elif all(run.state() != "running" for run in runs) and not (
+                starting and all(run.known().get("status", "created") == "created" for run in runs)
             ):
                 found.append(trial)
         return found
 
+    def _runs(self, trial: optuna.trial.FrozenTrial) -> list[RunDirectory]:
+        """What may be the run of a trial: what its jobs on other machines say that they are, and what was planned."""
+        jobs = self.folder / "jobs"
+        freshly_listed(jobs)
+        told = [read_record(file).get("run") for file in jobs.glob(f"{_errand(trial)}*.json")]
+        return [RunDirectory(run) for run in dict.fromkeys([*told, trial.user_attrs.get("run")]) if run]
+
+    def _result(self, trial: optuna.trial.FrozenTrial) -> RunDirectory | None:
+        """The run of a trial that has ended as a trial ends, but for its being told."""
+        ended = (run for run in self._runs(trial) if run.known().get("status") in ("finished", "pruned"))
+        return next(ended, None)
+
     def _ended(self, planned: Planned) -> None:
-        self._tell(planned, self._trials.pop(id(planned)))
+        self._tell_as_planned(planned, self._trials.pop(id(planned)))
 
-    def _tell(self, planned: Planned, trial: Any) -> None:
-        from optuna.trial import TrialState
+    def _tell_as_planned(self, planned: Planned, trial: Any) -> None:
+        self._tell(trial, planned.state, planned.reason, planned.job.run if planned.job else None)
 
-        summary = planned.job.run.known() if planned.job else {}
-        value = (summary.get("final") or {}).get(self.metric)
-        number = trial.number
-        if planned.state == "finished" and value is not None:
+    def _tell(self, trial: Any, state: str, reason: str, run: RunDirectory | None) -> None:
+        """Tell the study, and the reader, what became of a trial.
+
+        Args:
+            trial: asked here, or taken over.
+            state, reason: of its run, as of a planned job.
+            run: that it is; on another machine perhaps not the one that was planned.
+        """
+        from optuna.trial import Trial, TrialState
+
+        if run is not None and state != "held":
+            with contextlib.suppress(RuntimeError):  # another process has told the trial
+                in_study = Trial(self.study, private.trial_in_storage(trial))
+                in_study.set_user_attr("run", str(run.path))
+        value = ((run.known() if run else {}).get("final") or {}).get(self.metric)
+        number, named = trial.number, f"trial {trial.number + 1} ({' '.join(trial.user_attrs['values'])})"
+        if state == "finished" and value is not None:
             self.study.tell(number, value, skip_if_finished=True)
             say(f"trial {number + 1}: {self.metric} {value:.4f}")
-        elif planned.state == "pruned":
+        elif state == "pruned":
             self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
-            say(f"trial {number + 1}: {planned.reason}")
-        elif planned.state == "interrupted":
+            say(f"trial {number + 1}: {reason}")
+        elif state == "interrupted":
+            self._interrupted.append(f"{named}: interrupted: {reason}; the same command goes on with it")
             say(f"trial {number + 1}: interrupted; the same command goes on with it")
+        elif state == "held" and not self._is_double(trial):
+            say(f"trial {number + 1}: {reason}; left to the process there")
         else:
-            reason = planned.reason or f"it has no {self.metric}"
+            reason = reason or f"it has no {self.metric}"
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-            if planned.state != "held":  # another process is at the same values
-                values = " ".join(planned.differing)
-                self._failures.append(f"trial {number + 1} ({values}): {planned.state}: {reason}")
-            print(f"trial {number + 1}: {planned.state}: {reason}", file=sys.stderr, flush=True)
+            if state != "held":
+                self._failures.append(f"{named}: {state}: {reason}")
+            print(f"trial {number + 1}: {state}: {reason}", file=sys.stderr, flush=True)
         self._record()
+
+    def _is_double(self, trial: Any) -> bool:
+        """Whether a run that another process holds is another trial's, of the same values: nobody would tell this one.
+
+        Not so of a trial that was taken over: whoever holds its run has taken it over too, or never let it go.
+        """
+        from optuna.trial import TrialState
+
+        return trial.number in self._asked and any(
+            other.number != trial.number and other.user_attrs.get("values") == trial.user_attrs["values"]
+            for other in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+        )
 
     def _record(self) -> None:
         """`search.json`: its trials, their runs named from its own folder, as a sweep's record names them."""
@@ -309,17 +396,27 @@ class Search:
         states = [t.state for t in self.study.get_trials(deepcopy=False)]
         complete, pruned = states.count(TrialState.COMPLETE), states.count(TrialState.PRUNED)
         failed = states.count(TrialState.FAIL)
-        say(f"\nsearch {self.spec['study']}: {complete} complete, {pruned} pruned, {failed} failed")
+        interrupted, running = len(self._interrupted), states.count(TrialState.RUNNING)
+        counts = f"{complete} complete, {pruned} pruned, {failed} failed"
+        counts += f", {interrupted} interrupted" if interrupted else ""
+        counts += f", {running - interrupted} open" if running > interrupted else ""  # elsewhere, or orphans
+        say(f"\nsearch {self.spec['study']}: {counts}")
         if complete:
             best = self.study.best_trial
             say(f"best: {self.metric} {best.value:.4f} with {' '.join(best.user_attrs['values'])}")
             say(f"  ->  {best.user_attrs['run']}")
         say(f"all trials: {self.folder / 'search.json'}")
-        if self._failures:
-            print(f"\n{len(self._failures)} of the trials did not finish:", file=sys.stderr)
-            for failure in self._failures:
-                print(f"  {failure}", file=sys.stderr)
-        return 0 if complete and not self._failures else 1
+        unfinished = [*self._failures, *self._interrupted]
+        if unfinished:
+            print(f"\n{len(unfinished)} of the trials did not finish:", file=sys.stderr)
+            for line in unfinished:
+                print(f"  {line}", file=sys.stderr)
+        return 0 if complete and not unfinished else 1
+
+
+def _errand(trial: Any) -> str:
+    """How the files of its jobs on other machines begin."""
+    return f"trial{trial.number}-"
 
 
 def _first(distribution: Any) -> Value:

@@ -158,6 +158,13 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
     if composed["task"] == "tune":
         return _tune_each(overrides, options, values)  # type: ignore[arg-type]
     executor = _executor(options, composed)
+    if (
+        any(o.get_key_element() == "trainer.devices" and o.is_sweep_override() for o in overrides)
+        and executor.slots > 1
+    ):
+        raise ConfigError(
+            "trainer.devices: runs at once have equally many devices; sweep it with n_jobs=1", see=SEE
+        )
     if values["search"] is not None and options.until is not None:
         raise ConfigError(
             "until=decided: a search has no looks; search first, then decide over seeds", see=SEE
@@ -168,13 +175,6 @@ def sweep(compose: Compose, overrides: Sequence[Override]) -> int:
         return search(compose, overrides, options, values["search"], executor)
     if (options.equal_time or options.until) and options.baseline is None:
         options = replace(options, baseline="baseline")
-    if (
-        any(o.get_key_element() == "trainer.devices" and o.is_sweep_override() for o in overrides)
-        and executor.slots > 1
-    ):
-        raise ConfigError(
-            "trainer.devices: runs at once have equally many devices; sweep it with n_jobs=1", see=SEE
-        )
 
     def checked_here(overrides: Sequence[str]) -> DictConfig:
         return executor.as_checked_here(compose(overrides))

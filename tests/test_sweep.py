@@ -368,6 +368,9 @@ BAD = {
     "-m technique=mixupp,mixupp": ["technique=mixupp", "did you mean mixup"],
     "-m seed=0,1 sweep=submitit cluster.partitoin=x": ["cluster.partitoin"],
     "-m seed=0,1 sweep=submitit trainer.num_nodes=2": ["trainer.num_nodes=2"],
+    "-m seed=0,1 sweep=submitit trainer.devices=[0,1]": ["trainer.devices=[0,1]", "trainer.devices=2"],
+    "-m seed=0,1 sweep=ray trainer.devices=[1]": ["trainer.devices=[1]", "trainer.devices=1"],
+    "-m seed=0,1 sweep=ray trainer.devices='0,1'": ["trainer.devices=0,1", "trainer.devices=2"],
     "-m seed=0,1 sweep=submitit cluster.timeout_min=2": [
         "cluster.signal_delay_s=120",
         "cluster.timeout_min=2",
@@ -380,6 +383,7 @@ BAD = {
     "-m sweep=optuna seed=0,1": ["seed"],
     "-m sweep=optuna model.lr=0.1,0.2 search.metric=test/acc": ["search.metric=test/acc"],
     "-m sweep=optuna model.lr=0.1,0.2 search.pruner=mean": ["search.pruner", "median"],
+    "-m sweep=optuna n_jobs=2 trainer.devices=1,2": ["trainer.devices", "equally many"],
     "-m sweep=optuna model.lr=0.1,0.2 equal_time=true": ["equal_time"],
     "design=pairs": ["design", "-m"],
     "dry_run=true": ["dry_run", "-m"],
