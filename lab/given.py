@@ -24,6 +24,7 @@ from crucible.masking import check_no_secret, masked
 from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
 from crucible.trust import vouch
+from datasets.classes import listed
 from lab import config as checking
 from lab.build import build_data, build_model
 from lab.config import SWEEP_OPTIONS
@@ -126,7 +127,7 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
         if not found:
             raise ConfigError("data.num_classes=null: the weights do not say how many; give it", SEE)
         config["data"]["num_classes"] = module["num_classes"] = model["num_classes"] = len(found)
-    names = _named(names, found, config)
+    borrowed, names = names is None, _named(names, found, config)
     _settle_machine(config, said)
     network = _loaded(config, count)
     source = model["init_from"] or f"timm's weights of {model['type']}"
@@ -145,11 +146,17 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
         "run_id": run.path.name, "identity": full[:8], "identity_hash": full, "seed": config["seed"],
         "data": module["name"], "arm": arm_name(config, overrides), "techniques": sorted(config["techniques"] or {}),
         "given": source, "weights": content, "resolved": said, "transform": described_transform(config),
-        **({"classes": names} if names else {}), **({"data_fingerprint": fingerprint} if fingerprint else {}),
+        **({"classes": names, "classes_borrowed": borrowed} if names else {}),
+        **({"data_fingerprint": fingerprint} if fingerprint else {}),
     }  # fmt: skip
     _record(run, config, [masked(o) for o in overrides], facts, network)
     if network.weights_report:
         said = [*said, *network.weights_report.splitlines()]
+    if names and run.known().get("classes_borrowed"):
+        said = [
+            *said,
+            f"labels are taken by position, the weights name no classes: {listed(names)}, as in the data",
+        ]
     return Given(run, _beside(config, overrides, roots, asked), said, config["checkpoint"]["keep"] != "none")
 
 
@@ -265,6 +272,8 @@ def _record(
 ) -> None:
     """Write the folder, unless it says all of this already.
 
+    Names of classes that are the data's give way to those of other data, and to the weights' own.
+
     Raises:
         Held: where a live process holds it.
     """
@@ -274,16 +283,23 @@ def _record(
         if run.state() == "running":
             raise Held(f"{run.path}: this run is in progress ({run.holder()})")
         known = run.known()
+        if "classes" in known and not known.get("classes_borrowed") and facts.get("classes_borrowed"):
+            facts = {**facts, "classes": known["classes"], "classes_borrowed": False}
         lacking = [name for name in ("classes", "data_fingerprint") if name in facts and name not in known]
+        naming = {n: facts[n] for n in ("classes", "classes_borrowed") if n in facts}
         if lacking or not (run.path / "config.yaml").is_file():
             now = {"status": "tested", "reason": "weights from elsewhere: nothing was trained here"}
             times = {"final": {}, "best": {}, "started": time.time(), "ended": time.time()}
             run.record({**config, "fresh": False}, overrides, **now, **times, **facts)
             file.unlink(missing_ok=True)  # it is to have the names of the classes, too
+        elif known.get("classes_borrowed") and any(known[n] != value for n, value in naming.items()):
+            file.unlink(missing_ok=True)
+            run.update_summary(**naming)
         if sealed.damage(file):
             content = {
                 "state_dict": model.state_dict(), "network": network_facts(config), "run": facts["run_id"],
-                "class_names": facts.get("classes", []), "validated": {}, "given": facts["given"],
+                "class_names": facts.get("classes", []), "classes_borrowed": facts.get("classes_borrowed", False),
+                "validated": {}, "given": facts["given"],
             }  # fmt: skip
             with replacing(file, sync=True) as temporary:
                 sealed.write(content, temporary)

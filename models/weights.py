@@ -59,10 +59,10 @@ def hub_folder(path: str | Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def named_classes(file: str | Path) -> list[str] | None:
-    """The names of the classes that a checkpoint of ours has beside its weights, by output; None: it names none."""
+    """The names of the classes that a checkpoint of ours has beside its weights, by output; None: none of its own."""
     with contextlib.suppress(Exception):  # what it is that cannot be read, loading the weights will say
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if names := content.get("class_names"):
+        if (names := content.get("class_names")) and not content.get("classes_borrowed"):
             return [str(name) for name in names]
     return None
 

@@ -350,6 +350,38 @@ def test_data_of_other_names_than_the_weights_are_refused_and_mapped(
     assert run_of(tmp_path).summary()["classes"] == ["ant", "bee", "cattle"]
 
 
+def test_names_that_are_the_datas_give_way_to_those_of_other_data(place: Path, tmp_path: Path) -> None:
+    for known, other in zip(CLASSES, ("dog", "eel", "fox"), strict=True):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / other).symlink_to(place / "val" / known)
+    unnamed = ["model.type=test_resnet", f"model.init_from={place / 'checkpoint.pth.tar'}"]
+    command = ["task=test", *unnamed, "data.num_classes=3"]
+    first = done(tmp_path, *command, *timm_on(place))
+    assert "the weights name no classes: ant, bee, cow, as in the data" in first
+    run = run_of(tmp_path)
+    accuracy = json.loads((run.path / "test.json").read_text())["metrics"]["test/acc"]
+    done(tmp_path, *command, *timm_on(tmp_path))
+    assert runs_in(tmp_path) == [run.path] and load_run(run.path).classes == ["dog", "eel", "fox"]
+    (second,) = run.path.glob("tests/*/test.json")  # test.json stays that of the first data
+    assert json.loads(second.read_text())["metrics"]["test/acc"] == accuracy
+
+
+def test_names_that_are_the_datas_give_way_to_the_weights_own(place: Path, tmp_path: Path) -> None:
+    command = [
+        "task=test",
+        "model.type=test_resnet",
+        f"model.init_from={place / 'checkpoint.pth.tar'}",
+        "data.num_classes=3",
+    ]
+    assert "name no classes" in done(tmp_path, *command, *timm_on(place))
+    run = run_of(tmp_path)
+    named = with_names(place, tmp_path, ["cow", "bee", "ant"], "checkpoint")
+    assert "name no classes" not in done(tmp_path, "task=test", *named, *timm_on(place))
+    assert runs_in(tmp_path) == [run.path] and load_run(run.path).classes == ["cow", "bee", "ant"]
+    assert "name no classes" not in done(tmp_path, *command, *timm_on(place))
+    assert load_run(run.path).classes == ["cow", "bee", "ant"]
+
+
 # docs/weights.md
 
 
