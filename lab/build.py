@@ -28,6 +28,7 @@ from crucible.machine import world_size
 from crucible.options import ConfigError
 from models.base_model import BaseModel
 from models.weights import load_weights
+from norms import SynchronisedNorms
 
 if TYPE_CHECKING:
     from datasets.base_datamodule import BaseDataModule
@@ -200,14 +201,15 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     options["profiler"] = options.get("profiler") or _NoProfiler()
     # of the process, as Lightning's `deterministic` is: each run of it states its own
     torch.set_float32_matmul_precision(config.get("matmul_precision", "highest"))
-    if world_size(options) == 1:
-        options["sync_batchnorm"] = False
+    plugins: list[Any] = [AtomicCheckpointIO(), _Launched()]
+    if options.pop("sync_batchnorm", None) and world_size(options) > 1:
+        plugins.append(SynchronisedNorms())
     try:
         trainer = Trainer(
             **options,
             callbacks=callbacks,
             logger=loggers or False,
-            plugins=[AtomicCheckpointIO(), _Launched()],
+            plugins=plugins,
             default_root_dir=str(folder),
             use_distributed_sampler=False,
             enable_model_summary=False,

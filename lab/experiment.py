@@ -507,8 +507,8 @@ class Examiner:
     ) -> Job:
         """As `examine(compose(overrides), overrides, swept)`: an arm's seeds are composed and checked once.
 
-        Only where the configuration does nothing with its seed but to have it in some places; where it makes a path
-        of it, or has a teacher or a state to start from, each seed is a case of its own.
+        Only where the configuration does nothing with its seed but to have it in some places that it is not named by;
+        where it makes a path of it, or has a teacher or a state to start from, each seed is a case of its own.
 
         Raises:
             ConfigError: for whatever cannot run.
@@ -699,6 +699,7 @@ def _places_of_seed(
         f"seed={seed}" not in overrides
         or differ(here, there, ())
         or any(configuration.select(examined, ".".join(p)) != seed for p in places)
+        or any(configuration.is_semantic(".".join(p)) for p in places)  # it is named by these
     ):
         return None
     return places

@@ -13,9 +13,11 @@ from timm.layers import DropPath
 from timm.models.resnest import ResNestBottleneck
 from torch import nn
 
+from crucible.corrections import Correction
 from crucible.options import ConfigError, signature_options
 from models.base_model import BaseModel
 from models.weights import hub_folder, stem_words
+from norms import is_synchronised
 
 # arguments of timm's that have an option of their own
 OPTION_OF = {
@@ -177,6 +179,12 @@ class TimmFamily(BaseModel):
         data_config: whether size, mean, std, filter and crop are those that timm gives with the weights.
     """
 
+    corrections: ClassVar = (
+        Correction(
+            "trainer.sync_batchnorm", 2, is_synchronised,
+            "norms with an activation within them lost it, where statistics were those of all processes",
+        ),
+    )  # fmt: skip
     variants: ClassVar[dict[Any, str]] = {}  # this family's names to timm's
 
     @classmethod

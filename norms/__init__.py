@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
-from crucible.corrections import Correction, option_is
+from crucible.corrections import Correction, all_of, option_is
 from crucible.technique import Setting, Step, Technique
 from norms.convert import check_norm_kwargs, convert_norm
 from norms.online import (
@@ -18,14 +18,17 @@ from norms.online import (
     set_own_streams,
 )
 from norms.statistics import refresh_statistics, share_buffers
+from norms.synchronised import SynchronisedNorms, is_synchronised
 
 NormName = Literal["batch", "sync", "ghost", "group", "layer", "instance", "switchable", "online", "none"]
 
 __all__ = [
     "Norm",
     "OnlineNorm",
+    "SynchronisedNorms",
     "convert_norm",
     "exclude_streams_from_broadcast",
+    "is_synchronised",
     "own_streams",
     "recomputation_contexts",
     "refresh_statistics",
@@ -48,6 +51,10 @@ class Norm(Technique):
         Correction(
             "model.norm", 2, option_is("model.norm", "switchable"),
             "switchable norm summed in another order: the last digits differ",
+        ),
+        Correction(
+            "trainer.sync_batchnorm", 2, all_of(is_synchronised, option_is("model.norm", "ghost")),
+            "ghost norms took their statistics over all processes",
         ),
     )  # fmt: skip
 

@@ -142,11 +142,12 @@ def _converted(source: Any, norm: str, kwargs: Mapping[str, Any], like: Tensor |
         target.num_batches_tracked.copy_(source.num_batches_tracked)  # type: ignore[union-attr]
     if isinstance(getattr(source, "act", None), nn.Module):
         target.drop, target.act = getattr(source, "drop", nn.Identity()), source.act
-        target.register_forward_hook(_drop_and_activate)
+        target.register_forward_hook(drop_and_activate)
     return target.train(source.training)
 
 
-def _drop_and_activate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def drop_and_activate(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """The hook of a norm that stands for one with dropout and activation within it."""
     return module.act(module.drop(output))  # type: ignore[operator]
 
 

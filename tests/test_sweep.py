@@ -48,8 +48,12 @@ def grid(*overrides: str, design: str | None = None) -> planning.Grid:
 
 @pytest.mark.slow
 def test_the_seeds_of_an_arm_are_the_runs_that_they_are_one_by_one(tmp_path: Path) -> None:
-    """Composed and checked once where the seed is a number in some places; each where a name is made of it."""
-    arms = [["technique=baseline"], ["technique=[mixup,sam]", "model.lr=0.01"], ["arm=own-${seed}"]]
+    """Composed and checked once where the seed is a number in some places; each where a name is made of it, or
+    a value that the run is named by."""
+    arms = [
+        ["technique=baseline"], ["technique=[mixup,sam]", "model.lr=0.01"], ["arm=own-${seed}"],
+        ["data.module.split_seed=${seed}"],
+    ]  # fmt: skip
     common = [*TINY, f"exp_dir={tmp_path}"]
     jobs = [[f"seed={seed}", *common, *arm] for seed in (0, 3, 11) for arm in arms]
     composed: list[list[str]] = []
@@ -65,7 +69,8 @@ def test_the_seeds_of_an_arm_are_the_runs_that_they_are_one_by_one(tmp_path: Pat
         assert job.run.path == alone.run.path
         assert replace(job, run=alone.run) == alone
     assert [job[-1] for job in composed] == [
-        "technique=baseline", "model.lr=0.01", "arm=own-${seed}", "arm=own-${seed}", "arm=own-${seed}",
+        "technique=baseline", "model.lr=0.01", *(2 * ["arm=own-${seed}", "data.module.split_seed=${seed}"]),
+        "arm=own-${seed}", "data.module.split_seed=${seed}",
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="seed must be"):
         examiner.examine_job(compose, ["seed=99999999999", *common, *arms[0]], swept)
