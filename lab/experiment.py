@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import time
 import warnings
@@ -79,7 +80,8 @@ class Job:
     epochs: float = math.inf
 
     def record(self, seen: tuple[Any, ...] | None = None) -> RunDirectory:
-        """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside.
+        """Write what the run is, unless that has been done; with `fresh` an earlier one is put aside, but for what the
+        same job made before a cluster stopped it and began it again.
 
         What an earlier one's record lacks, because its process was killed or a file is damaged, is made anew.
 
@@ -101,14 +103,27 @@ class Job:
                 raise Changed(f"{self.run.path}: another process has run it meanwhile")
             config = {**self.config, "fresh": False}  # a command, no fact of the run
             overrides = [masked(override) for override in self.overrides]
-            if state == "absent" or self.config["fresh"]:
+            by, again = _asked_for_by()
+            goes_on = again and self.run.known().get("fresh_by") == by
+            if state == "absent" or (self.config["fresh"] and not goes_on):
                 if state != "absent":
                     _archive(self.run)
                 now = {"status": "created", "reason": "", "final": {}, "best": {}, "started": time.time()}
+                if self.config["fresh"] and by:
+                    now["fresh_by"] = by
                 self.run.record(config, overrides, **now, **self.facts)
             else:
                 complete(self.run, config, overrides, self.facts)
         return self.run
+
+
+def _asked_for_by() -> tuple[str, bool]:
+    """The cluster's job that this process is of, empty for none; and whether it may have been begun before."""
+    told, slurm = received(), os.environ.get("SLURM_JOB_ID")
+    if told.record:
+        file = Path(told.record)
+        return f"{file.parents[1].name}/{file.name}", True
+    return f"SLURM job {slurm}" if slurm else "", int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def complete(

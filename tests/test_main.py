@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import yaml
 from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
 from record import command_ids
 
+from crucible.handover import VARIABLE, received
 from lab.config import Task
 from lab.tasks import OF_TRAINED
 
@@ -89,6 +91,27 @@ def test_the_same_command_again_does_not_run_twice_and_fresh_keeps_the_old_folde
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
     assert cli(*TINY, "fresh=true").status == 0
     assert {p.name for p in run.parent.iterdir()} == {run.name, f"{run.name}.old-1"}
+
+
+def test_a_fresh_run_that_a_cluster_stops_and_begins_again_goes_on(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folders(job: str, restarts: int) -> list[str]:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        outcome = cli(*TINY, "fresh=true")
+        assert outcome.status == 0, outcome.err
+        return sorted(run.suffix for run in runs_in(tmp_path))
+
+    assert folders("7", 0) == [""]
+    assert folders("7", 1) == [""]
+    assert folders("8", 0) == ["", ".old-1"]
+    assert folders("8", 0) == ["", ".old-1", ".old-2"], "typed twice in one allocation"
+    (tmp_path / "sweep" / "jobs").mkdir(parents=True)
+    for record, old in [("0-a.json", 3), ("0-a.json", 3), ("1-a.json", 4)]:
+        told = replace(received(), record=str(tmp_path / "sweep" / "jobs" / record))
+        monkeypatch.setenv(VARIABLE, told.environment()[VARIABLE])
+        assert len(folders("8", 0)) == old + 1
 
 
 @pytest.mark.slow
