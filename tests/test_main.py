@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ import yaml
 from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
 from record import command_ids
 
+from crucible.run import RunDirectory
+from lab import tasks
 from lab.config import Task
 from lab.tasks import OF_TRAINED
 
@@ -181,6 +184,41 @@ def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) 
             (float(first[column]) + float(second[column])) / 2, abs=1e-5
         )
     assert cli(f"run={runs[0]},{runs[1]}", "task=test").status == 0
+
+
+def test_an_error_of_one_run_leaves_the_others_their_tests(cli, tmp_path: Path, monkeypatch) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    test = tasks.test
+
+    def failing(run: RunDirectory, *arguments: Any) -> Any:
+        if run.path == first:
+            raise RuntimeError("no such kernel")
+        return test(run, *arguments)
+
+    monkeypatch.setattr(tasks, "test", failing)
+    outcome = cli(f"run={first.parent}/*", "task=test", "each=true")
+    assert outcome.status == 1 and "2 runs, one after the other; not all went well with" in outcome.out
+    name, line = outcome.err.strip().splitlines()
+    assert name == f"{first}:" and "RuntimeError: no such kernel" in line
+    assert not (first / "test.json").exists() and (first.parent / "other" / "test.json").exists()
+
+
+@pytest.mark.slow
+def test_each_of_runs_of_several_devices_is_tested(cli, shell, tmp_path: Path) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    several = ["trainer.devices=2", "trainer.accelerator=cpu"]
+    outcome = shell(f"run={first.parent}/*", "task=test", "each=true", *several, timeout=120)
+    assert outcome.status == 0, outcome.err
+    both = [json.loads((first.parent / n / "test.json").read_text()) for n in (first.name, "other")]
+    assert both[0]["metrics"] == both[1]["metrics"] and both[0]["samples"] == both[1]["samples"]
+
+
+def trained_and_copied(cli, tmp_path: Path) -> Path:
+    """A finished run; beside it is `other`, its copy."""
+    assert cli(*TINY).status == 0
+    run = only_run(tmp_path)
+    shutil.copytree(run, run.parent / "other")
+    return run
 
 
 def test_a_recorded_run_refuses_to_become_another(cli, tmp_path: Path) -> None:
