@@ -52,6 +52,7 @@ from crucible.trust import judge
 from crucible.writing import Unwritable
 from lab import config as checking
 from lab import tasks
+from lab.build import alone
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.given import Given, each_given, record_given
@@ -164,9 +165,14 @@ def _use_given(config: Config, overrides: Sequence[str]) -> int:
         for line in given.said:
             say(line)
         told = _read_arguments([option("run", given.run.path), *given.beside])
-        return _to_evaluate([given.run], told, "test", _asked(told, "test"))
+        found = _to_evaluate([given.run], told, "test", _asked(told, "test"))
+        return [(run, alone(config), checkpoint) for run, config, checkpoint in found]
 
     _take_part(config["trainer"], 1)
+    if world_size(config["trainer"]) > 1:
+        say(
+            f"note: trainer.devices={config['trainer']['devices']}: a list of weights is tested on one device"
+        )
     out = Path(config["out"]).expanduser() if config.get("out") else None
     with quiet_lightning():
         try:

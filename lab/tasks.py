@@ -49,7 +49,7 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
 from datasets.real_labels import real_labels
-from lab.build import build_callback, build_data, build_model, build_trainer
+from lab.build import alone, build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
 from lab.card import write_card
 from lab.export import export
@@ -299,13 +299,8 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, DataToScore]:
     """The weights' scores for the predict split: the test set, or `data.module.predict_dir`."""
-    options = {
-        **config["trainer"],
-        "enable_progress_bar": False,
-        "devices": 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-    }
+    config = alone(config)
+    options = {**config["trainer"], "enable_progress_bar": False}
     found = data_to_score(run, config, checkpoint)
     model, _, read = reader(run, config, checkpoint, found)
     samples = found.data.samples("predict")
