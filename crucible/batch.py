@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 
 
@@ -19,3 +22,16 @@ class Batch(NamedTuple):
     input: Tensor
     target: Tensor
     index: Tensor  # type: ignore[assignment]  # a tuple's method of this name
+
+
+def convert_no_batches(plugin: Any) -> None:
+    """Let the trainer's plugin for bf16-true or 16-true leave a `Batch` to the model.
+
+    Lightning's loops have it round all that floats in one, the targets too, before the model has a say.
+    """
+    if isinstance(plugin, HalfPrecision) and not isinstance(plugin.convert_input, partial):
+        plugin.convert_input = partial(_unless_a_batch, plugin.convert_input)  # type: ignore[method-assign]
+
+
+def _unless_a_batch(convert: Callable[[Any], Any], data: Any) -> Any:
+    return data if isinstance(data, Batch) else convert(data)

@@ -37,10 +37,9 @@ def option_is(option: str, *values: Any) -> Callable[[Mapping[str, Any]], bool]:
     return concerns
 
 
-def both_are(option: str, other: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Concerns the configurations in which two dotted options are on."""
-    first, second = option_is(option), option_is(other)
-    return lambda config: first(config) and second(config)
+def all_of(*conditions: Callable[[Mapping[str, Any]], bool]) -> Callable[[Mapping[str, Any]], bool]:
+    """Concerns the configurations that each of these concerns."""
+    return lambda config: all(concerns(config) for concerns in conditions)
 
 
 def rounded_targets(option: str, version: int = 2) -> Correction:

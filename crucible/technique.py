@@ -227,6 +227,12 @@ class Technique:
         """Add what it does to the stages of the step; called where it is on."""
 
 
+def is_on(kind: type[Technique]) -> Callable[[Mapping[str, Any]], bool]:
+    """Concerns the plain configurations in which a technique is on."""
+    own = {f.name: f.default for f in fields(kind) if f.name not in kind.needs}
+    return lambda config: any(config["model"].get(name, default) != default for name, default in own.items())
+
+
 def _as_typed(name: str, value: Any) -> str:
     """An option and its value as on a command line; of a mapping the first entry."""
     if isinstance(value, Mapping):

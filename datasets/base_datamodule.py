@@ -471,18 +471,41 @@ class BaseDataModule(LightningDataModule):
                     done[id(raw)] = raw, in_memory(raw, self.cache, self.on_error, beside)
                 setattr(self, role, done[id(raw)][1])
 
+    def check_classes_known(self, classes: Sequence[str], class_map: str | None) -> None:
+        """Refuse data of which a trained network does not know a class; labels without names are taken by position.
+
+        Args:
+            classes: the network's.
+            class_map: a file, as the option of this name.
+
+        Raises:
+            ConfigError: for a class that it does not know.
+        """
+        self._load()
+        mapping = read_class_map(class_map)
+        for raw in (self.train_dataset, self.val_dataset, self.test_dataset):
+            if found := list(getattr(raw, "classes", None) or []):
+                self._numbers(raw, found, list(classes), mapping)
+
+    def _numbers(
+        self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]
+    ) -> np.ndarray:
+        """The number in `known` of each class that is found."""
+        where = f"data.module.data_root_dir: {getattr(raw, 'root', self.data_root_dir or self.name)}"
+        numbers = None if class_map else numbered_classes(found, known)
+        if numbers is not None:
+            if NUMBERED not in self.remarks:
+                self.remarks.append(NUMBERED)
+            return numbers
+        try:
+            return match_classes(found, known, where, "the network has", class_map)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; data.module.class_map=FILE says what is called what") from None
+
     def _relabelled(
         self, raw: Any, found: list[str], known: list[str], class_map: dict[str, str | None]
     ) -> Any:
-        where = f"data.module.data_root_dir: {getattr(raw, 'root', self.data_root_dir or self.name)}"
-        numbers = None if class_map else numbered_classes(found, known)
-        if numbers is not None and NUMBERED not in self.remarks:
-            self.remarks.append(NUMBERED)
-        try:
-            if numbers is None:
-                numbers = match_classes(found, known, where, "the network has", class_map)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; data.module.class_map=FILE says what is called what") from None
+        numbers = self._numbers(raw, found, known, class_map)
         if hasattr(raw, "relabelled"):
             return raw.relabelled(numbers, known)
         return Relabelled(raw, _targets(raw), numbers, known)

@@ -382,7 +382,7 @@ class _ModelZoo:
         """Image file and label."""
         value = self.value(str(number).encode())
         if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], bytes)):
-            raise OSError(f"record {number} holds no image and label")
+            raise ValueError(f"record {number} holds no image and label")
         return value[0], int(value[1])
 
 
@@ -449,7 +449,7 @@ class _Table:
         """The bytes of an image file.
 
         Raises:
-            OSError: where the row holds none.
+            ValueError: where the row holds none.
         """
         with self._lock:
             if self._file is None:
@@ -463,7 +463,7 @@ class _Table:
             value = table.column(column)[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise OSError("the row holds no bytes of an image, perhaps the name of a file elsewhere")
+            raise ValueError("the row holds no bytes of an image, perhaps the name of a file elsewhere")
         return data
 
 

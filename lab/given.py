@@ -24,7 +24,7 @@ from crucible.masking import check_no_secret, masked
 from crucible.options import ConfigError
 from crucible.run import Held, RunDirectory
 from crucible.trust import vouch
-from datasets.classes import numbered_classes
+from datasets.classes import listed
 from lab import config as checking
 from lab.build import build_data, build_model
 from lab.config import SWEEP_OPTIONS
@@ -33,7 +33,7 @@ from lab.recorded import EVALUATION_OPTIONS, TASK_OPTIONS
 from lab.summary import check_input
 from lab.use import described_transform, network_facts
 from models.base_model import BaseModel
-from models.weights import hub_folder, load_weights
+from models.weights import hub_folder, load_weights, named_classes
 
 SEE = "docs/weights.md"
 LISTED = ("model.type", "model.init_from")  # options that a test takes a list of, for a table
@@ -121,13 +121,13 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
     if count and "data.num_classes" not in typed:
         config["data"]["num_classes"] = module["num_classes"] = model["num_classes"] = count
     asked = {name: module.get(name) for name in _ASKED}
-    found, fingerprint = _classes_of_data(config, asked)
+    found, fingerprint = _classes_of_data(config, asked, names)
     module.update({name: None for name in _ASKED if name in module})
     if config["data"]["num_classes"] is None and config["data"]["task"] == "classification":
         if not found:
             raise ConfigError("data.num_classes=null: the weights do not say how many; give it", SEE)
         config["data"]["num_classes"] = module["num_classes"] = model["num_classes"] = len(found)
-    names = _named(names, found, config)
+    borrowed, names = names is None, _named(names, found, config)
     _settle_machine(config, said)
     network = _loaded(config, count)
     source = model["init_from"] or f"timm's weights of {model['type']}"
@@ -146,11 +146,17 @@ def record_given(config: Config, overrides: Sequence[str]) -> Given:
         "run_id": run.path.name, "identity": full[:8], "identity_hash": full, "seed": config["seed"],
         "data": module["name"], "arm": arm_name(config, overrides), "techniques": sorted(config["techniques"] or {}),
         "given": source, "weights": content, "resolved": said, "transform": described_transform(config),
-        **({"classes": names} if names else {}), **({"data_fingerprint": fingerprint} if fingerprint else {}),
+        **({"classes": names, "classes_borrowed": borrowed} if names else {}),
+        **({"data_fingerprint": fingerprint} if fingerprint else {}),
     }  # fmt: skip
     _record(run, config, [masked(o) for o in overrides], facts, network)
     if network.weights_report:
         said = [*said, *network.weights_report.splitlines()]
+    if names and run.known().get("classes_borrowed"):
+        said = [
+            *said,
+            f"labels are taken by position, the weights name no classes: {listed(names)}, as in the data",
+        ]
     return Given(run, _beside(config, overrides, roots, asked), said, config["checkpoint"]["keep"] != "none")
 
 
@@ -158,16 +164,24 @@ def _classes_of(config: Config) -> tuple[int, list[str] | None]:
     """How many classes the weights say that they have, 0 where nothing says it, and their names."""
     model = config["model"]
     target = find_target(model["_target_"], "model._target_")
-    if not hasattr(target, "own_data") or not (model.get("pretrained") or hub_folder(model["init_from"])):
-        return 0, None
+    file = model.get("init_from")
+    if not hasattr(target, "own_data") or not (model.get("pretrained") or hub_folder(file)):
+        names = named_classes(file) if file else None
+        return len(names or ()), names
     # what the data are prepared like is settled; that it is not asked for does not change whose weights they are
     own = target.own_data({**model, "data_config": None}, evaluates=True)
     return (0, None) if own is None else (own.num_classes, own.label_names)
 
 
-def _classes_of_data(config: Config, asked: Mapping[str, Any]) -> tuple[list[str], str]:
+def _classes_of_data(
+    config: Config, asked: Mapping[str, Any], names: list[str] | None
+) -> tuple[list[str], str]:
     """The names of the data's classes, and their fingerprint; empty for a prediction of a folder, and an export without
-    data."""
+    data.
+
+    Raises:
+        ConfigError: for classes that are none of the weights' `names`.
+    """
     if asked["predict_dir"] is not None:
         return [], ""
     module = {**config["data"]["module"], **dict.fromkeys(_ASKED)}
@@ -175,6 +189,8 @@ def _classes_of_data(config: Config, asked: Mapping[str, Any]) -> tuple[list[str
         data = build_data({**config, "data": {**config["data"], "module": module}})
         data.score_for(None, elsewhere=True)
         data.prepare_data()
+        if names is not None and config["data"]["task"] == "classification":
+            data.check_classes_known(names, asked["class_map"])
         return data.class_names, data.fingerprint()
     except ConfigError:
         if config["task"] not in ("export", "card"):  # which do without
@@ -183,23 +199,21 @@ def _classes_of_data(config: Config, asked: Mapping[str, Any]) -> tuple[list[str
 
 
 def _named(names: list[str] | None, found: list[str], config: Config) -> list[str]:
-    """The names of the network's classes: those of the weights where the data have them too, else the data's.
+    """The names of the network's classes: those of the weights, where they name none those of as many in the data.
 
     Raises:
-        ConfigError: for data of other classes.
+        ConfigError: for data of another number of classes.
     """
     if config["data"]["task"] != "classification":
         return []
-    count = config["data"]["num_classes"]
-    by_number = names is not None and numbered_classes(found, names) is not None
-    if names is not None and (not found or set(found) <= set(names) or by_number):
+    if names is not None:
         return names
+    count = config["data"]["num_classes"]
     if not found or len(found) == count:
         return found
     raise ConfigError(
         f"data.module.data_root_dir: {config['data']['module']['data_root_dir']} has {len(found)} classes, the "
-        f"weights {count}"
-        + ("" if names is None else f", of which {sorted(set(found) - set(names))[0]} is none"),
+        f"weights {count}",
         SEE,
     )
 
@@ -258,6 +272,8 @@ def _record(
 ) -> None:
     """Write the folder, unless it says all of this already.
 
+    Names of classes that are the data's give way to those of other data, and to the weights' own.
+
     Raises:
         Held: where a live process holds it.
     """
@@ -267,16 +283,23 @@ def _record(
         if run.state() == "running":
             raise Held(f"{run.path}: this run is in progress ({run.holder()})")
         known = run.known()
+        if "classes" in known and not known.get("classes_borrowed") and facts.get("classes_borrowed"):
+            facts = {**facts, "classes": known["classes"], "classes_borrowed": False}
         lacking = [name for name in ("classes", "data_fingerprint") if name in facts and name not in known]
+        naming = {n: facts[n] for n in ("classes", "classes_borrowed") if n in facts}
         if lacking or not (run.path / "config.yaml").is_file():
             now = {"status": "tested", "reason": "weights from elsewhere: nothing was trained here"}
             times = {"final": {}, "best": {}, "started": time.time(), "ended": time.time()}
             run.record({**config, "fresh": False}, overrides, **now, **times, **facts)
             file.unlink(missing_ok=True)  # it is to have the names of the classes, too
+        elif known.get("classes_borrowed") and any(known[n] != value for n, value in naming.items()):
+            file.unlink(missing_ok=True)
+            run.update_summary(**naming)
         if sealed.damage(file):
             content = {
                 "state_dict": model.state_dict(), "network": network_facts(config), "run": facts["run_id"],
-                "class_names": facts.get("classes", []), "validated": {}, "given": facts["given"],
+                "class_names": facts.get("classes", []), "classes_borrowed": facts.get("classes_borrowed", False),
+                "validated": {}, "given": facts["given"],
             }  # fmt: skip
             with replacing(file, sync=True) as temporary:
                 sealed.write(content, temporary)

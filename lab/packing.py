@@ -118,7 +118,8 @@ def pack(config: Config) -> int:
         workers = config["data"]["module"]["num_workers"]
         remote = any("://" in raw.where(0) for raw in raw_sets)  # where each image waits for an answer
         threads = max(core_count(), _REQUESTS * remote) if workers == "auto" else max(1, workers)
-        return _Packing(out, wanted, splits, threads).run()
+        skips = config["data"]["module"].get("on_error") == "skip"
+        return _Packing(out, wanted, splits, threads, skips).run()
 
 
 def _versions() -> dict[str, str]:
@@ -155,7 +156,6 @@ def _splits(config: Config) -> dict[SplitName, _Split]:
             raise ConfigError(
                 f"data.module.data_root_dir: {raw.root}: the {name} split holds no images", _SEE
             )
-        raw.lenient = True  # what cannot be read is a reject, and stops nothing
         found[name] = _Split(raw, first)
         first += len(raw)
     return found
@@ -226,12 +226,19 @@ class _Packing:
         description: of the pack when it is done, but for what is in it.
         splits: what is packed.
         threads: that decode.
+        skips: whether what the file system, or a server, does not give is a reject; else it ends the attempt.
     """
 
     def __init__(
-        self, out: Path, description: Description, splits: Mapping[SplitName, _Split], threads: int
+        self,
+        out: Path,
+        description: Description,
+        splits: Mapping[SplitName, _Split],
+        threads: int,
+        skips: bool,
     ) -> None:
         self.out, self.description, self.splits, self.threads = out, description, splits, threads
+        self.skips = skips
         self.total = sum(description.counts.values())
 
     def run(self) -> int:
@@ -243,7 +250,7 @@ class _Packing:
             try:
                 writer = _Writer(environment)
                 begin = writer.next()
-                if begin:
+                if 0 < begin < self.total:
                     say(f"{self.out}: goes on at image {begin + 1} of {self.total}")
                 with _Shown(f"packing {self.description.source['name']}", self.total, begin) as shown:
                     self._write(writer, begin, shown)
@@ -285,11 +292,21 @@ class _Packing:
             try:
                 return number, checked(repacked(raw, index, size, quality))
             except SampleError as error:
+                if isinstance(error, _NotGiven) and not self.skips:  # which may pass, as a reject does not
+                    raise _NotGiven(
+                        f"{error}; {number} of {self.total} images are done, and the same command goes on there; "
+                        "with data.module.on_error=skip it leaves such images out",
+                        _SEE,
+                    ) from error
                 return number, str(error)
 
-        for number, result in _in_order(work, images(), self.threads):
-            writer.put(number, result)
-            shown.advance()
+        try:
+            for number, result in _in_order(work, images(), self.threads):
+                writer.put(number, result)
+                shown.advance()
+        except _NotGiven:
+            writer.commit()
+            raise
         writer.commit()
 
     def _write_index(self, writer: _Writer, rejects: Mapping[int, str]) -> dict[SplitName, int]:
@@ -297,24 +314,23 @@ class _Packing:
         for name, split in self.splits.items():
             numbers = np.arange(split.first, split.first + len(split.raw))
             kept = np.flatnonzero(~np.isin(numbers, list(rejects)))
-            self._refuse_without_images(name, split.raw, kept, rejects)
+            self._refuse_without_images(name, split, kept, rejects)
             index[name] = (split.raw, kept, numbers[kept])
             samples[name] = len(kept)
         writer.put_all(index_records(index))
         return samples
 
     def _refuse_without_images(
-        self, name: str, raw: ImageFiles, kept: np.ndarray, rejects: Mapping[int, str]
+        self, name: str, split: _Split, kept: np.ndarray, rejects: Mapping[int, str]
     ) -> None:
-        there = set(raw.targets.tolist()) if raw.classes else set()
-        if len(kept) and there == (set(raw.targets[kept].tolist()) if raw.classes else set()):
+        raw = split.raw
+        labels = np.asarray(raw.targets if raw.classes else np.zeros(len(raw), dtype=np.int64))
+        lost = np.setdiff1d(labels, labels[kept])
+        if not len(lost):
             return
-        lost = (
-            "" if not len(kept) else f" of class {raw.classes[min(there - set(raw.targets[kept].tolist()))]}"
-        )
-        raise ConfigError(
-            f"the {name} split: no image{lost} could be read, the first: {next(iter(rejects.values()))}", _SEE
-        )
+        of = f" of class {raw.classes[lost[0]]}" if len(kept) else ""
+        why = rejects[split.first + int(np.flatnonzero(labels == lost[0])[0])]
+        raise ConfigError(f"the {name} split: no image{of} could be read, the first: {why}", _SEE)
 
     def _list_rejects(self, rejects: Mapping[int, str]) -> None:
         if not rejects:
@@ -344,6 +360,29 @@ def _reject_lines(rejects: Mapping[int, str], out: Path) -> list[str]:
     return [f"{len(rejects)} images could not be read and are not in it ({out / REJECTS}):", *shown]
 
 
+class _NotGiven(SampleError):
+    """The bytes of an image were not to be had; of a broken image they are."""
+
+
+def _encoded(raw: ImageFiles, index: int) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        _NotGiven: for an error of the file system or of the server.
+        SampleError: where what is stored is broken.
+    """
+    try:
+        return raw.encoded(index)
+    except SampleError as error:
+        cause = error.__cause__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        reason = cause.strerror or str(cause) or type(cause).__name__
+        raise _NotGiven(f"{raw.where(index)}: cannot be read ({reason})", _SEE) from error
+
+
 def repacked(raw: ImageFiles, index: int, size: int | None, quality: int) -> bytes:
     """An image file as a pack holds it: its own bytes where its short side is at most `size`, else a smaller JPEG.
 
@@ -360,7 +399,7 @@ def repacked(raw: ImageFiles, index: int, size: int | None, quality: int) -> byt
     Raises:
         SampleError: for what cannot be read.
     """
-    content = raw.encoded(index)
+    content = _encoded(raw, index)
     try:
         pixels = decode(content, 3)  # what has no whole picture is no copy either
         if size is None or min(shape_of(content)) <= size:

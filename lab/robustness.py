@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from augmentation.corruptions import COMMON, SEVERITIES, VERSION
-from crucible.configuration import Config
+from crucible.configuration import Config, flatten
 from crucible.console import console, is_live, print_table, say
 from crucible.files import why_not_writable, write_atomically
 from crucible.machine import is_child_rank
@@ -22,9 +23,10 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.corrupted import SEE, Cell, wanted_cells
 from datasets.ready import ReadyCorruptionsDataModule, find_ready
+from datasets.sampling import EvalSampler
 from lab.build import build_data, build_trainer, file_fingerprint, with_weights
 from lab.recorded import completed
-from lab.scoring import data_to_score, trained_classes
+from lab.scoring import data_to_score, of_a_test, trained_classes
 
 SCHEMA = 1
 _WNID = re.compile(r"n\d{8}")
@@ -82,11 +84,13 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
     model = with_weights(config, checkpoint)
     whole = len(found.data.samples("test"))
     classes = found.data.class_names
+    limit = config["trainer"].get("limit_test_batches")
+    sampler = EvalSampler(whole, found.data.batch_size, world_size=trainer.world_size)
     facts = {
         "schema": SCHEMA, "checkpoint": checkpoint.name, "weights": file_fingerprint("ckpt_path", str(checkpoint)),
         "data": found.fingerprint, "own_data": found.own, "ready": found.ready, "folder": module.get("data_root_dir"),
         "version": None if found.ready else VERSION, "metrics_asked": sorted(config["metrics"]),
-        "limit": config["trainer"].get("limit_test_batches"), "samples": whole, "classes": len(classes),
+        "limit": limit, "samples": sampler.seen(limit), "read": _read_as(module), "classes": len(classes),
         "imagenet": len(classes) == 1000 and all(_WNID.fullmatch(name) for name in classes),
     }  # fmt: skip
     record, note = _earlier(path, facts)
@@ -105,7 +109,6 @@ def test_corrupted(run: RunDirectory, config: Config, checkpoint: Path, out: Pat
                 record["clean"] = values
             else:
                 record["cells"].setdefault(cell.corruption, {})[str(cell.severity)] = values
-            record["samples"] = found.data.seen("test")
             record |= {"averages": averages(record), "time": time.time()}
             if trainer.is_global_zero and not why_not:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,17 @@ def _data(run: RunDirectory, config: Config, checkpoint: Path) -> _Corruptible:
     )
 
 
-_MUST_AGREE = ("schema", "weights", "data", "ready", "version", "metrics_asked", "limit")
+# a limit counts batches, whose size and devices may be others: how many images it leaves says which they are
+_MUST_AGREE = {
+    "schema": "schema", "weights": "weights", "data": "data", "ready": "ready", "version": "version",
+    "metrics_asked": "metrics_asked", "samples": "number of images", "read": "reading of the images",
+}  # fmt: skip
+
+
+def _read_as(module: Mapping[str, Any]) -> str:
+    """A digest of the options by which images are drawn and prepared."""
+    options = {n: v for n, v in sorted(flatten(dict(module)).items()) if of_a_test(n)}
+    return hashlib.sha256(json.dumps(options, default=str).encode()).hexdigest()[:8]
 
 
 def _earlier(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -171,7 +184,8 @@ def _earlier(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], str]
     fresh = {**facts, "clean": {}, "cells": {}, "averages": {}}
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        differing = [n for n in _MUST_AGREE if earlier.get(n) != facts[n]]
+        earlier = {"read": facts["read"], **earlier}  # older records do not say it
+        differing = [said for n, said in _MUST_AGREE.items() if earlier.get(n) != facts[n]]
         known = {n: dict(earlier[n]) for n in ("clean", "cells", "averages")}
     except FileNotFoundError:
         return fresh, ""
@@ -179,7 +193,7 @@ def _earlier(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], str]
         return fresh, f"{path.name} was damaged, and is made anew"
     if differing:
         return fresh, f"{path.name} was of another {differing[0]}, and is made anew"
-    return {**facts, **known, "samples": earlier.get("samples", facts["samples"])}, ""
+    return {**facts, **known}, ""
 
 
 def show(record: Mapping[str, Any], cells: list[Cell]) -> None:

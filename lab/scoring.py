@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from crucible.configuration import Config, flatten, is_semantic
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
@@ -20,6 +18,7 @@ from datasets.images import SCHEME, SampleError
 from lab.build import build_data
 from lab.experiment import identity
 from lab.recorded import EVALUATION_OPTIONS, completed
+from models.weights import named_classes
 
 # what of the data's options leaves a test as it is
 _NOT_OF_A_TEST = ("train_transforms", "random_batches", "drop_last", "batch_size", "predict_dir")
@@ -125,11 +124,7 @@ def trained_classes(run: RunDirectory, recorded: Config, checkpoint: Path) -> tu
     """
     if recorded["data"]["task"] != "classification":
         return None, ""
-    with contextlib.suppress(Exception):  # what it is that cannot be read, loading the weights will say
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        if names := content.get("class_names"):
-            return list(names), ""
-    if names := run.summary().get("classes"):
+    if names := named_classes(checkpoint) or run.summary().get("classes"):
         return list(names), ""
     count, folder = recorded["data"]["num_classes"], recorded["data"]["module"].get("data_root_dir")
     with contextlib.suppress(ConfigError, OSError):

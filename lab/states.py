@@ -22,6 +22,7 @@ from crucible.machine import world_size
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
+from datasets.sampling import batches_within, training_batches
 from lab.build import build_model, whole_beside
 from models.base_model import BaseModel
 from optimizers import build_optimizer
@@ -201,11 +202,13 @@ def _check_place(config: Config, data: BaseDataModule, state: Mapping[str, Any])
         )
     if place.get("seed", config["seed"]) != config["seed"]:
         raise ConfigError(f"seed={config['seed']}: {where} in the order of seed {place['seed']}")
-    batches: float = samples // whole
-    if (limit := trainer.get("limit_train_batches")) is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    if batch >= batches:
-        raise ConfigError(f"trainer.limit_train_batches={limit}: {where}; here are {batches} in an epoch")
+    batches = training_batches(samples, data.batch_size, world_size(trainer), data.drop_last)
+    if batch >= batches:  # the state's epoch has one more
+        dropped = str(data.drop_last).lower()
+        raise ConfigError(f"data.module.drop_last={dropped}: {where}; here are {batches} in an epoch")
+    name = "overfit_batches" if trainer.get("overfit_batches") else "limit_train_batches"
+    if batch >= (left := batches_within(batches, trainer.get(name))):
+        raise ConfigError(f"trainer.{name}={trainer[name]}: {where}; here are {left} in an epoch")
     if (window := state.get("accumulation")) is not None:
         problem = window_problem(window, trainer["accumulate_grad_batches"], str(trainer["precision"]))
         if problem and not _sets_accumulation(config):

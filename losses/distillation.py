@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from augmentation.manifold_mixup import ManifoldMixup
 from crucible.batch import Batch
-from crucible.corrections import Correction, both_are
+from crucible.corrections import Correction, all_of, option_is
 from crucible.options import ConfigError
-from crucible.technique import InnerMixing, Setting, Step, Technique, TrainedNetwork
+from crucible.technique import InnerMixing, Setting, Step, Technique, TrainedNetwork, is_on
 
 KINDS = "a run, a run's checkpoint, timm:NAME, or timm:NAME@FILE with weights of your own"
 
@@ -25,7 +26,7 @@ class Distil(Technique):
     networks: ClassVar = ("teacher",)
     corrections: ClassVar = (
         Correction(
-            "model.teacher", 2, both_are("model.teacher", "model.manifold_mixup"),
+            "model.teacher", 2, all_of(option_is("model.teacher"), is_on(ManifoldMixup)),
             "the teacher's probabilities were not mixed where the student's features were",
         ),
     )  # fmt: skip

@@ -6,15 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 
-from crucible.batch import Batch
+from crucible.batch import Batch, convert_no_batches
 from crucible.keyed import seed_generators, stream_key
 from crucible.metrics import build_metrics
 from crucible.options import ConfigError, option_names, read_options, suggest
@@ -48,17 +46,6 @@ def _own_share(sums: list[float], trainer: Any) -> list[float]:
     if len(each) == trainer.world_size:
         return each[trainer.global_rank]
     return [sum(part) for part in zip(*each, strict=True)] if trainer.is_global_zero else [0.0] * 3
-
-
-def _unless_a_batch(convert: Callable[[Any], Any], data: Any) -> Any:
-    return data if isinstance(data, Batch) else convert(data)
-
-
-def _convert_no_batches(plugin: Any) -> None:
-    """Leave batches to `as_the_weights`: Lightning's loops round all that floats in one, its targets too, before the
-    model has a say."""
-    if isinstance(plugin, HalfPrecision) and not isinstance(plugin.convert_input, partial):
-        plugin.convert_input = partial(_unless_a_batch, plugin.convert_input)  # type: ignore[method-assign]
 
 
 class BaseModel(EvaluatedModel):
@@ -231,7 +218,7 @@ class BaseModel(EvaluatedModel):
 
     def setup(self, stage: str) -> None:
         self.convert()  # a model made in a notebook comes here unconverted, and not compiled
-        _convert_no_batches(self.trainer.precision_plugin)
+        convert_no_batches(self.trainer.precision_plugin)
         exclude_streams_from_broadcast(self)  # each rank of DDP streams its own samples
         if self._use_channels_last():
             # before DDP lays out its buckets, and whatever is a copy of the weights: averages, moments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pickle
 import re
@@ -55,6 +56,15 @@ def hub_folder(path: str | Path) -> tuple[Path, dict[str, Any]] | None:
             f"model.init_from={path}: has no weights beside config.json ({', '.join(HUB_WEIGHTS)})"
         )
     return files[0], described
+
+
+def named_classes(file: str | Path) -> list[str] | None:
+    """The names of the classes that a checkpoint of ours has beside its weights, by output; None: none of its own."""
+    with contextlib.suppress(Exception):  # what it is that cannot be read, loading the weights will say
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if (names := content.get("class_names")) and not content.get("classes_borrowed"):
+            return [str(name) for name in names]
+    return None
 
 
 def load_weights(network: nn.Module, file: str | Path) -> str:

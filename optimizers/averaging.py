@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from augmentation.manifold_mixup import ManifoldMixup
 from crucible.configuration import select
-from crucible.corrections import Correction, both_are
+from crucible.corrections import Correction, all_of, option_is
 from crucible.machine import world_size
 from crucible.options import ConfigError
 from crucible.private import storage_identity
-from crucible.technique import Factor, Setting, Step, Technique
+from crucible.technique import Factor, Setting, Step, Technique, is_on
 from norms import refresh_statistics
 
 NORM_BATCHES = 100  # that SWA's norm statistics come from
@@ -54,7 +55,7 @@ def _swa_had_other_statistics(config: Mapping[str, Any]) -> bool:
 
 def _swa_was_of_another_order(config: Mapping[str, Any]) -> bool:
     drawn = ("data.module.random_batches", "trainer.overfit_batches")
-    return any(both_are("model.swa_start", option)(config) for option in drawn)
+    return option_is("model.swa_start")(config) and any(option_is(option)(config) for option in drawn)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Averaging(Technique):
         ),
         Correction("model.swa_start", 2, _swa_had_other_statistics, "norm statistics of the average were stale"),
         Correction(
-            "model.swa_start", 3, both_are("model.swa_start", "model.manifold_mixup"),
+            "model.swa_start", 3, all_of(option_is("model.swa_start"), is_on(ManifoldMixup)),
             "norm statistics of the average were of features mixed as those of the last batch",
         ),
         Correction(

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from crucible.corrections import Correction, both_are
 from crucible.options import ConfigError
 from crucible.private import AnyConvolution
 from crucible.technique import Step, Technique
@@ -27,13 +26,6 @@ Which = Literal["all", "conv"]
 @dataclass(frozen=True)
 class GradientCentralization(Technique):
     """Gradients of weights lose their mean per output."""
-
-    corrections: ClassVar = (
-        Correction(
-            "model.gradient_centralization", 2, both_are("model.gradient_centralization", "model.unfreeze_at"),
-            "weights that were frozen at first kept the mean of their gradients",
-        ),
-    )  # fmt: skip
 
     gradient_centralization: Annotated[
         Which | None,

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 
 from crucible.batch import Batch
 from crucible.console import epoch_named
+from crucible.corrections import Correction, all_of, option_is
 from crucible.options import ConfigError
-from crucible.technique import BatchStage, Closure, Setting, Step, Technique
+from crucible.technique import BatchStage, Closure, Setting, Step, Technique, is_on
 from norms import OnlineNorm
 from norms.statistics import running_statistics
+from optimizers.centralization import GradientCentralization
 from optimizers.groups import LayerDecay, depths
 
 log = logging.getLogger("crucible")
@@ -29,6 +31,12 @@ class Freeze(Technique):
     """A part of the network keeps its weights and its norms' statistics."""
 
     needs: ClassVar = {"unfreeze_at": ("freeze",)}
+    corrections: ClassVar = (
+        Correction(
+            "model.unfreeze_at", 2, all_of(option_is("model.unfreeze_at"), is_on(GradientCentralization)),
+            "gradients of what learns later were not centralised",
+        ),
+    )  # fmt: skip
 
     freeze: Annotated[
         str | Annotated[int, "[1, inf)"] | list[str] | None,

@@ -327,6 +327,77 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
     assert said in line and not runs_in(tmp_path)
 
 
+def with_names(place: Path, folder: Path, names: list[str], kind: str) -> list[str]:
+    """The network of `place`, whose outputs are called so: what is typed of it."""
+    if kind == "hub":
+        described = json.loads((place / "hub" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(described | {"label_names": names}))
+        (folder / "model.safetensors").symlink_to(place / "hub" / "model.safetensors")
+        return [f"model.init_from={folder}"]
+    torch.save({"state_dict": network_of(0).state_dict(), "class_names": names}, folder / "last.ckpt")
+    return ["model.type=test_resnet", f"model.init_from={folder / 'last.ckpt'}"]
+
+
+@pytest.mark.parametrize("kind", ["hub", "checkpoint"])
+def test_labels_are_those_of_the_weights_names_whatever_their_case(
+    place: Path, tmp_path: Path, kind: str
+) -> None:
+    names = ["COW", "Bee", "ant"]  # by position, ants would be cows
+    given = with_names(place, tmp_path, names, kind)
+    done(tmp_path, "task=test", *given, *timm_on(place))
+    run = run_of(tmp_path)
+    assert run.summary()["classes"] == names
+    found = load_run(run.path).predict([place / "val" / n for n in CLASSES]).labels
+    right = np.mean([label.lower() == CLASSES[i // 9] for i, label in enumerate(found)])
+    (record,) = run.path.rglob("test.json")
+    assert json.loads(record.read_text())["metrics"]["test/acc"] == pytest.approx(right)
+
+
+@pytest.mark.parametrize("kind", ["hub", "checkpoint"])
+def test_data_of_other_names_than_the_weights_are_refused_and_mapped(
+    place: Path, tmp_path: Path, kind: str
+) -> None:
+    given = ["task=test", *with_names(place, tmp_path, ["ant", "bee", "cattle"], kind), *timm_on(place)]
+    line = refused(tmp_path, *given)
+    assert "val/cow: the network has no such class; they are ant, bee, cattle" in line
+    assert "class_map=FILE" in line and not runs_in(tmp_path)
+    (tmp_path / "map.yaml").write_text("cow: cattle")
+    done(tmp_path, *given, f"data.module.class_map={tmp_path / 'map.yaml'}")
+    assert run_of(tmp_path).summary()["classes"] == ["ant", "bee", "cattle"]
+
+
+def test_names_that_are_the_datas_give_way_to_those_of_other_data(place: Path, tmp_path: Path) -> None:
+    for known, other in zip(CLASSES, ("dog", "eel", "fox"), strict=True):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / other).symlink_to(place / "val" / known)
+    unnamed = ["model.type=test_resnet", f"model.init_from={place / 'checkpoint.pth.tar'}"]
+    command = ["task=test", *unnamed, "data.num_classes=3"]
+    first = done(tmp_path, *command, *timm_on(place))
+    assert "the weights name no classes: ant, bee, cow, as in the data" in first
+    run = run_of(tmp_path)
+    accuracy = json.loads((run.path / "test.json").read_text())["metrics"]["test/acc"]
+    done(tmp_path, *command, *timm_on(tmp_path))
+    assert runs_in(tmp_path) == [run.path] and load_run(run.path).classes == ["dog", "eel", "fox"]
+    (second,) = run.path.glob("tests/*/test.json")  # test.json stays that of the first data
+    assert json.loads(second.read_text())["metrics"]["test/acc"] == accuracy
+
+
+def test_names_that_are_the_datas_give_way_to_the_weights_own(place: Path, tmp_path: Path) -> None:
+    command = [
+        "task=test",
+        "model.type=test_resnet",
+        f"model.init_from={place / 'checkpoint.pth.tar'}",
+        "data.num_classes=3",
+    ]
+    assert "name no classes" in done(tmp_path, *command, *timm_on(place))
+    run = run_of(tmp_path)
+    named = with_names(place, tmp_path, ["cow", "bee", "ant"], "checkpoint")
+    assert "name no classes" not in done(tmp_path, "task=test", *named, *timm_on(place))
+    assert runs_in(tmp_path) == [run.path] and load_run(run.path).classes == ["cow", "bee", "ant"]
+    assert "name no classes" not in done(tmp_path, *command, *timm_on(place))
+    assert load_run(run.path).classes == ["cow", "bee", "ant"]
+
+
 # docs/weights.md
 
 

@@ -76,6 +76,7 @@ def pack(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Cal
         root: Path = photos,
         out: Path = tmp_path / "pack",
         task: str = "classification",
+        on_error: str = "raise",
         **options: Any,
     ) -> Outcome:
         module = {
@@ -84,6 +85,7 @@ def pack(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Cal
             "data_root_dir": str(root),
             "task": task,
             "num_workers": "auto",
+            "on_error": on_error,
         }
         config = {
             "out": str(out),
@@ -333,10 +335,55 @@ def test_what_cannot_be_read_is_listed_and_left_out(pack, photos: Path, tmp_path
         assert torch.equal(loaded(module, split).target, loaded(folder, split).target)
 
 
+def _unreadable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The network drive does not give one file."""
+    real = os.open
+
+    def opens(path: Any, *rest: Any, **options: Any) -> int:
+        if str(path).endswith(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", opens)
+
+
+def test_what_the_file_system_does_not_give_stops_the_packing_which_goes_on(
+    pack, tmp_path: Path, monkeypatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert pack(out=whole).status == 0
+    with monkeypatch.context() as patch:
+        _unreadable(patch, "bee/3.jpg")
+        outcome = pack(out=stopped)
+    (line,) = outcome.err.strip().splitlines()
+    assert outcome.status == 2 and "bee/3.jpg: cannot be read (Input/output error); 14 of 32 images" in line
+    assert "the same command goes on there" in line and "replace or remove" not in line
+    resumed = pack(out=stopped)
+    assert resumed.status == 0 and "goes on at image 15 of 32" in resumed.out, resumed.err
+    assert not (stopped / "rejects.csv").exists()
+    assert len({tuple(packed.read_description(out).digests.items()) for out in (whole, stopped)}) == 1
+
+
+def test_files_that_cannot_be_opened_are_left_out_where_that_is_asked_for(
+    pack, photos: Path, tmp_path: Path
+) -> None:
+    (photos / "bee" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    outcome = pack()
+    assert outcome.status == 2 and "bee/gone.jpg: cannot be read (No such file or directory)" in outcome.err
+    assert not (tmp_path / "pack").exists()
+    outcome = pack(on_error="skip")
+    assert outcome.status == 1 and "1 images could not be read" in outcome.out, outcome.err
+    assert (tmp_path / "pack" / "rejects.csv").read_text().splitlines()[1] == (
+        f'"train","bee/gone.jpg","{photos}/bee/gone.jpg: cannot be read (No such file or directory)"'
+    )
+
+
 def test_a_class_of_which_nothing_can_be_read_is_refused(pack, photos: Path) -> None:
+    (photos / "ant" / "0.jpg").write_bytes(b"no image")
     for file in (photos / "cat").iterdir():
         file.write_bytes(b"no image")
     outcome = pack()
+    assert "could be read, the first: " in outcome.err and "/cat/0.jpg: cannot be read" in outcome.err
     assert outcome.status == 2 and "the train split: no image of class cat could be read" in outcome.err
 
 

@@ -94,6 +94,29 @@ def test_a_cell_is_tested_recorded_and_not_computed_again(cli, run: Path) -> Non
     assert record["data"] == summary["data_fingerprint"]
 
 
+def test_cells_of_other_images_are_not_put_together(cli, run: Path, tmp_path: Path) -> None:
+    def tested(corruption: str, *typed: str) -> tuple[dict, str]:
+        outcome = cli(
+            f"run={run}", "task=test", "data.module.num_workers=0", "data.module.severity=1",
+            f"data.module.corruption={corruption}", f"out={tmp_path / 'table.json'}", *typed,
+        )  # fmt: skip
+        assert outcome.status == 0, outcome.err
+        return json.loads((tmp_path / "table.json").read_text()), outcome.out
+
+    two = ("trainer.limit_test_batches=2", "data.module.batch_size=20")
+    record, _ = tested("contrast", *two)
+    assert record["samples"] == 40
+    record, said = tested("fog", *two, "data.module.batch_size=10")
+    assert record["samples"] == 20 and list(record["cells"]) == ["fog"]
+    assert "table.json was of another number of images, and is made anew" in said
+    record, said = tested("contrast", "trainer.limit_test_batches=4", "data.module.batch_size=5")
+    assert record["samples"] == 20 and sorted(record["cells"]) == ["contrast", "fog"], "the same images"
+    record, said = tested(
+        "fog", "trainer.limit_test_batches=1", "data.module.batch_size=20", "data.module.split_seed=1"
+    )
+    assert "of another reading of the images" in said and list(record["cells"]) == ["fog"]
+
+
 def test_each_run_is_tested_by_itself_and_several_at_once_are_refused(cli, run: Path, tmp_path: Path) -> None:
     empty = tmp_path / "other" / "x"
     empty.mkdir(parents=True)

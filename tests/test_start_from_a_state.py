@@ -13,6 +13,9 @@ from conftest import TINY, nightly, runs_in
 from lightning.pytorch.callbacks import Callback
 from technique_runs import built, composed
 
+from crucible.options import ConfigError
+from lab.states import check_state
+
 HERE = [
     *TINY,
     "model=resnet",
@@ -92,6 +95,43 @@ def test_inside_an_epoch_what_is_left_of_it_must_be_the_same(
         assert all(part in line for part in said), line
     outcome = cli(*here, "model.lr=0.01")
     assert outcome.status == 0, outcome.err
+
+
+SAMPLES_LEFT = {  # 86 samples are five batches of 16, and one of 6
+    "data.module.drop_last=false": [],
+    "data.module.drop_last=true": ["data.module.drop_last=true", "after 5 batches", "5 in an epoch"],
+    "trainer.limit_train_batches=0.9": ["trainer.limit_train_batches=0.9", "5 in an epoch"],
+    "trainer.overfit_batches=4": ["trainer.overfit_batches=4", "4 in an epoch"],
+}
+
+
+@pytest.fixture(scope="module")
+def before_the_rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training state before the last, smaller batch of an epoch."""
+    folder = tmp_path_factory.mktemp("rest")
+    options = ("data=synthetic", "data.module.num_samples=96", "data.module.drop_last=false")
+    model, data, trainer = built(
+        composed(options=(*options, "trainer.max_epochs=1", "model.warmstart=1")), folder
+    )
+    trainer.callbacks.append(SaveAt(folder / "rest.ckpt", 5))
+    trainer.fit(model, datamodule=data)
+    return folder / "rest.ckpt"
+
+
+@pytest.mark.parametrize("typed", SAMPLES_LEFT)
+def test_before_the_last_smaller_batch_of_an_epoch_a_run_goes_on_with_it(
+    before_the_rest: Path, tmp_path: Path, typed: str
+) -> None:
+    options = ("data=synthetic", "data.module.num_samples=96", "data.module.drop_last=false", typed)
+    config = composed(options=(*options, "trainer.max_epochs=2", "model.warmstart=1"))
+    config["ckpt_path"] = str(before_the_rest)
+    model, data, _ = built(config, tmp_path)
+    if not (said := SAMPLES_LEFT[typed]):
+        check_state(config, model, data)
+        return
+    with pytest.raises(ConfigError) as refused:
+        check_state(config, model, data)
+    assert all(part in str(refused.value) for part in said), refused.value
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ class Tiny(LightningModule):
         self.fail_at: int | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batch_samples = len(batch.index)
         if batch_idx == self.fail_at:
             raise RuntimeError("stop here")
         return nn.functional.cross_entropy(self.net(batch.input), batch.target)
