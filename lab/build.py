@@ -220,6 +220,11 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
     return trainer
 
 
+def alone(config: Config) -> Config:
+    """The configuration for one process on one device: with several it would wait for ranks that nobody starts."""
+    return {**config, "trainer": {**config["trainer"], "devices": 1, "num_nodes": 1, "strategy": "auto"}}
+
+
 class _Launched(ClusterEnvironment):
     """The processes of a run as `crucible.launch` finds them. Lightning starts none, and reads no variable itself."""
 

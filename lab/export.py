@@ -34,7 +34,7 @@ from crucible.run import RunDirectory
 from crucible.writing import Unwritable
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import SampleError
-from lab.build import build_model, file_fingerprint, read_checkpoint, with_weights
+from lab.build import alone, build_model, file_fingerprint, read_checkpoint, with_weights
 from lab.calibration import check_reading, fitted_temperature
 from lab.card import Shipped, card
 from lab.recorded import completed
@@ -453,8 +453,8 @@ def _temperature(
 ) -> tuple[float, str]:  # fmt: skip
     """Of the record, or fitted now and recorded, as `task=test calibrate=true` does."""
     model.views = Views(tuple(asked))
-    alone = {**config, "trainer": {**config["trainer"], "devices": 1, "num_nodes": 1, "strategy": "auto"}}
-    fit, how = fitted_temperature(run, alone, checkpoint, model, "" if found is None else found.fingerprint)
+    of_data = "" if found is None else found.fingerprint
+    fit, how = fitted_temperature(run, alone(config), checkpoint, model, of_data)
     model.views = Views()
     model.to("cpu")  # it may have been fitted on a GPU
     return fit.temperature, how

@@ -34,7 +34,7 @@ from callbacks.pruning import Pruned
 from callbacks.range_test import RangeOptions
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
-from crucible.command_line import as_typed, command, describe, option, parse, unquoted
+from crucible.command_line import as_typed, command, describe, explain, option, parse, unquoted
 from crucible.configuration import Config
 from crucible.console import columns, fitted, say
 from crucible.files import missing, write_atomically
@@ -52,11 +52,12 @@ from crucible.trust import judge
 from crucible.writing import Unwritable
 from lab import config as checking
 from lab import tasks
+from lab.build import alone
 from lab.config import SWEEP_OPTIONS
 from lab.experiment import Examiner, Job, check_goes_on, complete, quiet_lightning
 from lab.given import Given, each_given, record_given
 from lab.packing import pack
-from lab.processes import HELD, MAIN, Process, on_signals
+from lab.processes import HELD, MAIN, Process, on_signals, run_command
 from lab.ranks import (
     FOLLOW_S,
     SAVE_S,
@@ -164,9 +165,14 @@ def _use_given(config: Config, overrides: Sequence[str]) -> int:
         for line in given.said:
             say(line)
         told = _read_arguments([option("run", given.run.path), *given.beside])
-        return _to_evaluate([given.run], told, "test", _asked(told, "test"))
+        found = _to_evaluate([given.run], told, "test", _asked(told, "test"))
+        return [(run, alone(config), checkpoint) for run, config, checkpoint in found]
 
     _take_part(config["trainer"], 1)
+    if world_size(config["trainer"]) > 1:
+        say(
+            f"note: trainer.devices={config['trainer']['devices']}: a list of weights is tested on one device"
+        )
     out = Path(config["out"]).expanduser() if config.get("out") else None
     with quiet_lightning():
         try:
@@ -588,10 +594,10 @@ def run_recorded(arguments: Sequence[str]) -> int:
         raise ConfigError(f"task={task}: must be one of {', '.join(known)}{suggest(task, known)}")
     asked = _asked(given, task)
     runs = [RunDirectory(path) for path in _expand(given["run"])]
-    if given.get("each", "false") != "false":
-        return _each(arguments, given, runs, task)
     if typed := [f"{name}={value}" for name, value in given.items() if _names_a_class(name)]:
         pass_on(typed=list(dict.fromkeys([*received().typed, *typed])))  # its ranks may follow them too
+    if given.get("each", "false") != "false":
+        return _each(arguments, given, runs, task)
     roots = _roots(given, task)
     of_roots = [{**given, _ROOT: root} for root in roots] or [given]
     configs = [{**_with_overrides(run, of_roots[0], task), **asked} for run in runs]
@@ -690,22 +696,42 @@ def _each(arguments: Sequence[str], given: Mapping[str, Any], runs: Sequence[Run
             f"out={given['out']}: one file for each of {len(runs)} runs; leave it out", see="docs/data.md"
         )
     others = [a for a in arguments if a.lstrip("+").partition("=")[0] not in ("run", "each")]
-    worst, passed_over = 0, 0
+    worst, passed_over, failed = 0, 0, []
     for run in runs:
         if not any(run.checkpoints.glob("*.ckpt")):
             passed_over += 1
             say(f"{run.path}: has no weights yet; passed over")
             continue
-        try:
-            status = run_recorded([option("run", str(run.path)), *others])
-        except ConfigError as error:
-            status = 2
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        worst = max(worst, status)
+        if status := _one_of_each(run, [option("run", str(run.path)), *others], given, task):
+            failed.append(run.path.name)
+            worst = max(worst, status)
     done = len(runs) - passed_over
     without = f"; {passed_over} without weights" if passed_over else ""
+    without += f"; not all went well with {', '.join(failed)}" if failed else ""
     say(f"{done} run{'s, one after the other' if done != 1 else ''}{without}")
     return worst
+
+
+def _one_of_each(run: RunDirectory, arguments: Sequence[str], given: Mapping[str, Any], task: str) -> int:
+    """What the command asks for, of one run; the status. What it leaves in this process is not the next run's."""
+    told = received()
+    try:
+        roots = _roots(given, task)
+        first = {**given, _ROOT: roots[0]} if roots else given
+        several = task == "test" and world_size(_with_overrides(run, first, task)["trainer"]) > 1
+        if several and not launch().starts_the_ranks:  # a process that starts ranks stays one of that run's
+            return run_command(arguments)
+        return run_recorded(arguments)
+    except Exception as error:
+        # the other ranks of a launcher have not met it, and wait for this one
+        if launch().starts_the_ranks and launch().world > 1 and not isinstance(error, ConfigError):
+            raise
+        if received().tracebacks:
+            traceback.print_exc()
+        print(f"{run.path}:", file=sys.stderr)
+        return explain(error)
+    finally:
+        pass_on(**vars(told))
 
 
 def _expand(text: str) -> list[str]:

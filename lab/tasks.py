@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gc
+import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import re
 import subprocess
@@ -46,10 +49,11 @@ from crucible.masking import masked_in
 from crucible.metrics import build_metrics, of_split, scalars
 from crucible.options import ConfigError
 from crucible.run import RunDirectory
+from crucible.writing import is_of_the_place
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import sample_name
 from datasets.real_labels import real_labels
-from lab.build import build_callback, build_data, build_model, build_trainer
+from lab.build import alone, build_callback, build_data, build_model, build_trainer
 from lab.calibration import reader
 from lab.card import write_card
 from lab.export import export
@@ -289,23 +293,40 @@ class _Collector(Callback):
 
 
 def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in a file that goes with the tensor."""
+    """Zeros in a file that goes with the tensor.
+
+    Raises:
+        ConfigError: where the temporary folder has no room for them.
+    """
     size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
     file = tempfile.TemporaryFile()  # noqa: SIM115  # the mapping outlives it
     file.truncate(max(1, size))
+    if hasattr(os, "posix_fallocate"):  # a write to a mapping for which there is no room kills the process
+        try:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            if is_of_the_place(error):
+                file.close()
+                raise ConfigError(
+                    f"TMPDIR={tempfile.gettempdir()}: no room for {size} bytes of scores ({error.strerror}); "
+                    "TMPDIR=FOLDER is elsewhere",
+                    see="docs/robustness.md",
+                ) from error
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot allocate
+                raise
     data = np.memmap(file, dtype=np.uint8, mode="r+", shape=(max(1, size),))
     return torch.from_numpy(data)[:size].view(dtype).view(shape)
 
 
 def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, DataToScore]:
-    """The weights' scores for the predict split: the test set, or `data.module.predict_dir`."""
-    options = {
-        **config["trainer"],
-        "enable_progress_bar": False,
-        "devices": 1,
-        "num_nodes": 1,
-        "strategy": "auto",
-    }
+    """The weights' scores for the predict split: the test set, or `data.module.predict_dir`.
+
+    Raises:
+        ConfigError: where not all of it is to be read.
+    """
+    _refuse_limit(config, "limit_predict_batches", "all samples are predicted")
+    config = alone(config)
+    options = {**config["trainer"], "enable_progress_bar": False}
     found = data_to_score(run, config, checkpoint)
     model, _, read = reader(run, config, checkpoint, found)
     samples = found.data.samples("predict")
@@ -314,6 +335,12 @@ def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, 
     trainer = build_trainer({**config, "trainer": options}, run.path, [collector], [])
     trainer.predict(model, datamodule=found.data, return_predictions=False)
     return collector.scores(), found._replace(remarks=[*found.remarks, *read])
+
+
+def _refuse_limit(config: Config, name: str, why: str) -> None:
+    limit = config["trainer"].get(name)
+    if limit is not None and not (isinstance(limit, float) and limit == 1):
+        raise ConfigError(f"trainer.{name}={limit}: {why}; trainer.{name}=null", see="docs/use.md")
 
 
 def predict(runs: Runs, out: Path | None) -> int:
@@ -326,7 +353,7 @@ def predict(runs: Runs, out: Path | None) -> int:
         raise ConfigError("data.module.corruption: only task=test takes it", see="docs/data.md")
     if any(config["data"]["module"].get("real_labels") for _, config, _ in runs):
         raise ConfigError("data.module.real_labels: only task=test takes it", see="docs/data.md")
-    name = f"predictions{'' if len(runs) == 1 else f'-of-{len(runs)}-runs'}{_how(runs[0][1])}.csv"
+    name = f"predictions{'' if len(runs) == 1 else f'-of-{_together(runs)}'}{_how(runs[0][1])}.csv"
     if out and (reason := why_not_writable(out.parent.absolute())):
         raise _not_writable(out, reason)
     scores, found = average(runs)
@@ -371,6 +398,13 @@ def _how(config: Config) -> str:
     """How predictions are read, for the name of their file."""
     asked = ["calibrate"] if config.get("calibrate") else []
     return "".join(f"-{name}" for name in [*asked, *views_asked(config.get("tta"))])
+
+
+def _together(runs: Runs) -> str:
+    """Which runs, with which weights, are used as one, for the name of their file."""
+    beside = runs[0][0].path.parent  # where the file is; a run elsewhere may have the same id
+    which = sorted(f"{os.path.relpath(run.path, beside)}/{weights.name}" for run, _, weights in runs)
+    return f"{len(runs)}-runs-{hashlib.sha256(json.dumps(which).encode()).hexdigest()[:8]}"
 
 
 _CHUNK = 1 << 16  # rows of scores that are averaged at once
@@ -466,10 +500,12 @@ def _tested(runs: Runs, out: Path | None) -> Tested:
         raise ConfigError(
             "data.module.real_labels: is for one run; each=true tests each of several", see="docs/data.md"
         )
+    for _, each, _ in runs:
+        _refuse_limit(each, "limit_test_batches", f"{len(runs)} runs are tested as one on the whole split")
     final, found, images = test_ensemble(runs)
     said = [*([] if found.own else [_whose(run, found)]), *found.data.scored(), *found.remarks]
     on = "" if found.own else f"-on-{found.folder.name}"
-    typed, out = out, out or run.path.parent / f"ensemble-of-{len(runs)}-runs{on}.json"
+    typed, out = out, out or run.path.parent / f"ensemble-of-{_together(runs)}{on}.json"
     record = {
         "runs": [str(run.path) for run, _, _ in runs],
         "checkpoints": [checkpoint.name for _, _, checkpoint in runs],
@@ -537,7 +573,7 @@ def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str 
         elif len(runs) == 1:
             beside = first / "tests" / name
         else:
-            beside = first.parent / f"ensemble-of-{len(runs)}-runs-{name}"
+            beside = first.parent / f"ensemble-of-{_together(runs)}-{name}"
         _write_table(found, out or beside, what, typed=out is not None)
     return 0 if all(found.values()) else 2
 

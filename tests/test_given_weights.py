@@ -256,6 +256,22 @@ def test_several_weights_make_one_table(place: Path, tmp_path: Path) -> None:
     assert "weights" in outcome.out and json.loads(Path(rows[1]["record"]).read_text())["samples"] == 27
 
 
+def test_a_list_of_weights_is_tested_on_one_device(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*arguments: object, **options: object) -> None:
+        raise AssertionError("waits for ranks that nobody starts")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", wait)
+    typed = [
+        "model.type=test_resnet",
+        f"model.init_from=[{place / 'checkpoint.pth.tar'}]",
+        "data.num_classes=3",
+    ]
+    out = done(tmp_path, "task=test", *typed, *timm_on(place), "trainer.devices=2")
+    assert "trainer.devices=2: a list of weights is tested on one device" in out and "test/acc" in out
+
+
 @pytest.mark.slow
 def test_weights_of_timms_own_name_are_matched_by_the_classes_of_imagenet(
     place: Path, tmp_path: Path

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +19,8 @@ from conftest import ROOT, TINY, nightly, runs_in, summary_of, write_images
 from record import command_ids
 
 from crucible.handover import VARIABLE, received
+from crucible.run import RunDirectory
+from lab import tasks
 from lab.config import Task
 from lab.tasks import OF_TRAINED
 
@@ -204,6 +209,83 @@ def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) 
             (float(first[column]) + float(second[column])) / 2, abs=1e-5
         )
     assert cli(f"run={runs[0]},{runs[1]}", "task=test").status == 0
+
+
+def test_an_error_of_one_run_leaves_the_others_their_tests(cli, tmp_path: Path, monkeypatch) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    test = tasks.test
+
+    def failing(run: RunDirectory, *arguments: Any) -> Any:
+        if run.path == first:
+            raise RuntimeError("no such kernel")
+        return test(run, *arguments)
+
+    monkeypatch.setattr(tasks, "test", failing)
+    outcome = cli(f"run={first.parent}/*", "task=test", "each=true")
+    assert outcome.status == 1 and "2 runs, one after the other; not all went well with" in outcome.out
+    name, line = outcome.err.strip().splitlines()
+    assert name == f"{first}:" and "RuntimeError: no such kernel" in line
+    assert not (first / "test.json").exists() and (first.parent / "other" / "test.json").exists()
+
+
+@pytest.mark.slow
+def test_each_of_runs_of_several_devices_is_tested(cli, shell, tmp_path: Path) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    several = ["trainer.devices=2", "trainer.accelerator=cpu"]
+    outcome = shell(f"run={first.parent}/*", "task=test", "each=true", *several, timeout=120)
+    assert outcome.status == 0, outcome.err
+    both = [json.loads((first.parent / n / "test.json").read_text()) for n in (first.name, "other")]
+    assert both[0]["metrics"] == both[1]["metrics"] and both[0]["samples"] == both[1]["samples"]
+
+
+def test_runs_that_are_used_as_one_have_files_by_which_they_are(cli, tmp_path: Path) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    shutil.copytree(first, first.parent / "third")
+    for other in ("other", "third"):
+        assert cli(f"run={first},{first.parent / other}", "task=test").status == 0
+    for weights in ("best", "last"):
+        assert (
+            cli(f"run={first},{first.parent / 'third'}", "task=predict", f"ckpt_path={weights}").status == 0
+        )
+    assert len(list(first.parent.glob("ensemble-of-2-runs-*.json"))) == 2
+    assert len(list(first.glob("predictions-of-2-runs-*.csv"))) == 2
+
+
+@pytest.mark.parametrize(("task", "split"), [("test", "test"), ("test", "predict"), ("predict", "predict")])
+def test_runs_that_are_used_as_one_read_all_samples(cli, tmp_path: Path, task: str, split: str) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    for run in runs_in(tmp_path):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["trainer"][f"limit_{split}_batches"] = 1
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    outcome = cli(f"run={first.parent}/*", f"task={task}")
+    assert outcome.status == 2 and f"trainer.limit_{split}_batches=1" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1
+    assert not list(first.parent.glob("ensemble*")) and not list(first.glob("predictions*"))
+    assert cli(f"run={first.parent}/*", f"task={task}", f"trainer.limit_{split}_batches=null").status == 0
+
+
+def test_a_prediction_without_room_for_its_scores_is_refused_in_a_line(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained_and_copied(cli, tmp_path)
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.posix_fallocate", full)
+        outcome = cli(f"run={run}", "task=predict")
+    assert outcome.status == 2 and "TMPDIR=" in outcome.err and "no room for 960 bytes" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1 and not (run / "predictions.csv").exists()
+
+
+def trained_and_copied(cli, tmp_path: Path) -> Path:
+    """A finished run; beside it is `other`, its copy."""
+    assert cli(*TINY).status == 0
+    run = only_run(tmp_path)
+    shutil.copytree(run, run.parent / "other")
+    return run
 
 
 def test_a_recorded_run_refuses_to_become_another(cli, tmp_path: Path) -> None:

@@ -232,6 +232,29 @@ def done_or_raise(folder: Path, *arguments: str) -> None:
         raise ConfigError(outcome.err)
 
 
+# on one device
+
+
+@pytest.fixture
+def unmet(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is typed for two devices, of which the second one is never started."""
+
+    def wait(*arguments: object, **options: object) -> None:
+        raise AssertionError("waits for ranks that nobody starts")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", wait)
+    return ["trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+def test_a_temperature_is_fitted_on_the_device_that_predicts(tmp_path: Path, unmet: list[str]) -> None:
+    done(tmp_path, *TINY)
+    (found,) = runs_in(tmp_path / "experiments")
+    shutil.copytree(found, found.parent / "other")
+    asked = ["calibrate=true", *unmet]
+    assert "fitted to" in done(tmp_path, f"run={found}", "task=predict", *asked)
+    assert "temperature" in done(tmp_path, f"run={found.parent}/*", "task=test", *asked)
+
+
 # what it holds
 
 
