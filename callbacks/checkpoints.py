@@ -20,6 +20,7 @@ from crucible.console import epoch_named
 from crucible.files import replacing
 from crucible.finite import all_finite, tensors_in
 from crucible.metrics import higher_is_better, of_split
+from crucible.training import watched
 from crucible.writing import Unwritable, unwritable
 
 log = logging.getLogger("crucible")
@@ -202,12 +203,22 @@ class Checkpoints(Checkpoint):
         return own.get("best") == self.best and state.get("global_step") == self._best_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (
-            trainer.state.fn != "fit"
-            or trainer.sanity_checking
-            or self.monitor not in trainer.callback_metrics
-        ):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
+        if self.monitor in trainer.callback_metrics:
+            self._take_in(trainer)
+        if trainer.is_last_batch:
+            return
+        if self._is_due(trainer):
+            if (plateau := watched(pl_module).plateau) is not None:
+                plateau.observe(trainer)  # the model's turn comes after the callbacks'
+            self.save_last(trainer)
+        if self._improved:
+            self._save_best(trainer)
+
+    def _take_in(self, trainer: Trainer) -> None:
+        """Note what the validation that has ended says."""
+        assert self.monitor is not None
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if of_split(n, "val")}
         place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         self._validated = {"monitor": self.monitor, "metrics": metrics, **place}
@@ -219,21 +230,18 @@ class Checkpoints(Checkpoint):
             self.best = {self.monitor: value, "epoch": trainer.current_epoch}
             self._best_step = trainer.global_step
             self._improved = True
-        if self._improved and not trainer.is_last_batch:
-            self._save_best(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if (
-            self.every_steps
-            and step  # several batches may come before the first one
-            and step % self.every_steps == 0
-            and step != self._written_at
-            and not trainer.is_last_batch
-        ):
+        # a state from before its validation would never have it: where one follows, the state waits for it
+        if self._is_due(trainer) and not trainer.is_last_batch and not _is_validated_now(trainer, batch_idx):
             self.save_last(trainer)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        step = trainer.global_step
+        # several batches may come before the first step, and after each one
+        return bool(self.every_steps and step and step % self.every_steps == 0 and step != self._written_at)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every == 0:
@@ -288,6 +296,17 @@ class Checkpoints(Checkpoint):
             failure = trainer.strategy.broadcast(failure)
         if failure is not None:
             raise failure
+
+
+def _is_validated_now(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows a training batch."""
+    each, every = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not isinstance(each, int):  # a float is infinite
+        return False
+    if every is not None and (trainer.current_epoch + 1) % every:
+        return False
+    done = batch_idx if every is not None else trainer.fit_loop.epoch_loop.total_batch_idx
+    return (done + 1) % each == 0
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:

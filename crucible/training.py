@@ -20,6 +20,7 @@ class Training(Protocol):
         model: the network.
         step: the stages of a step.
         optimizer_options: a dataclass with `lr`, the rate that the schedule scales.
+        plateau: what lets the rate fall by the validations, where that is the schedule; observed once a validation.
         batch_samples: of the training batch under way, as it was read: views of one are one.
         steps_per_epoch: optimizer steps of an epoch.
         skips_nonfinite: whether batches of a loss that is not finite are left out of the epoch's means.
@@ -31,6 +32,7 @@ class Training(Protocol):
     model: nn.Module
     step: Step
     optimizer_options: Any
+    plateau: Any
     batch_samples: int
     steps_per_epoch: int
     skips_nonfinite: bool

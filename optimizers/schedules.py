@@ -195,9 +195,14 @@ class Plateau:
         self.patience = 10 if options.lr_patience is None else options.lr_patience
         self.falls = 0
         self._watch = Patience(higher_is_better(self.monitor))
+        self._observed = -1  # after which batch of the training
 
     def observe(self, trainer: Any) -> None:
-        """Take in the validation that has ended; its fall counts from the next step on."""
+        """Take in the validation that has ended, once; its fall counts from the next step on."""
+        place_of_it = trainer.fit_loop.epoch_loop.total_batch_idx
+        if place_of_it == self._observed:
+            return
+        self._observed = place_of_it
         self._watch.observe(float(trainer.callback_metrics[self.monitor]))
         if self._watch.waited >= self.patience:
             self._watch.waited, self.falls = 0, self.falls + 1
