@@ -20,7 +20,7 @@ from crucible.command_line import option
 from crucible.handover import received
 from crucible.machine import core_count, device_count, device_kind
 from crucible.options import ConfigError, read_options
-from crucible.run import Held, RunDirectory
+from crucible.run import Damaged, Held, RunDirectory
 from lab.experiment import Changed
 from lab.planning import SEE, TO_RUN, Planned, SweepOptions, carried_by_runs
 from lab.processes import HELD, MAIN, Process, on_signals
@@ -62,6 +62,9 @@ class Executor(Protocol):
             Held: where its run is held by a live process.
             Changed: where another process has run it since its state was looked at.
         """
+
+
+OF_ONE_RUN = (Damaged, PermissionError)  # errors of its folder, which stop no other run of a sweep
 
 
 def outcome_of(run: RunDirectory, status: int) -> tuple[str, str]:
@@ -284,7 +287,10 @@ class Work:
                     continue
                 for slot, (planned, handle) in list(self._running.items()):
                     if handle.ended(POLL_S):
-                        planned.state, planned.reason = handle.outcome()
+                        try:
+                            planned.state, planned.reason = handle.outcome()
+                        except OF_ONE_RUN as error:
+                            planned.state, planned.reason = "failed", str(error)
                         if planned.state not in ("finished", "held"):
                             planned.ended_here = planned.state, planned.reason
                         del self._running[slot]
@@ -295,6 +301,10 @@ class Work:
             handle = self.executor.start(planned, slot, self.facts)
         except Held as error:
             planned.state, planned.reason = "held", str(error)
+            self.ended(planned)
+            return
+        except OF_ONE_RUN as error:
+            planned.state, planned.reason = planned.ended_here = "failed", str(error)
             self.ended(planned)
             return
         except Changed:

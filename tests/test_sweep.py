@@ -26,7 +26,7 @@ from record import composed_for
 from scipy import stats
 
 from crucible.options import ConfigError
-from crucible.run import RunDirectory
+from crucible.run import Damaged, RunDirectory
 from lab import executors, planning, sweeps
 from lab.cluster import hide_secrets
 from lab.executors import LocalExecutor, Work
@@ -327,6 +327,29 @@ def test_as_many_at_once_as_there_is_room_for_and_a_failure_ends_nothing(tmp_pat
     assert executor.at_once == 2
     assert sorted(ended) == ["failed", "finished", "finished", "finished", "held"]
     assert [planned.state for planned in todo] == ["finished", "failed", "held", "finished", "finished"]
+
+
+def test_a_run_that_cannot_be_begun_or_read_ends_no_other(tmp_path: Path) -> None:
+    todo = [planned_run(tmp_path / str(i)) for i in range(5)]
+    bad = Damaged(tmp_path / "summary.json", "is empty", "fresh=true trains it anew")
+
+    class Handle(FakeHandle):
+        def outcome(self) -> tuple[str, str]:
+            raise bad
+
+    class Executor(FakeExecutor):
+        def start(self, planned: Planned, slot: int, facts: Mapping[str, Any]) -> FakeHandle:
+            if planned is todo[1]:
+                raise bad
+            if planned is todo[2]:
+                raise PermissionError(13, "Permission denied")
+            handle = super().start(planned, slot, facts)
+            return Handle(1, ("", "")) if planned is todo[3] else handle
+
+    ended: list[Planned] = []
+    Work(Executor([("finished", "")] * 5), {}, ended.append).run(iter(todo))
+    assert [one.state for one in todo] == ["finished", "failed", "failed", "failed", "finished"]
+    assert len(ended) == 5 and "summary.json" in todo[1].reason and "Permission denied" in todo[2].reason
 
 
 def test_a_signal_is_handed_on_and_nothing_more_is_started(tmp_path: Path) -> None:
