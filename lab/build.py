@@ -221,8 +221,16 @@ def build_trainer(config: Config, folder: Path, callbacks: list[Callback], logge
 
 
 def alone(config: Config) -> Config:
-    """The configuration for one process on one device: with several it would wait for ranks that nobody starts."""
-    return {**config, "trainer": {**config["trainer"], "devices": 1, "num_nodes": 1, "strategy": "auto"}}
+    """The configuration for one process on one device: with several it would wait for ranks that nobody starts.
+
+    Of devices that are named it is the first.
+    """
+    trainer = config["trainer"]
+    devices = trainer["devices"]
+    if isinstance(devices, str):
+        devices = [int(number) for number in devices.split(",") if number.strip()] if "," in devices else []
+    named = devices[:1] if isinstance(devices, list) else []
+    return {**config, "trainer": {**trainer, "devices": named or 1, "num_nodes": 1, "strategy": "auto"}}
 
 
 class _Launched(ClusterEnvironment):

@@ -48,13 +48,14 @@ class DataToScore(NamedTuple):
     remarks: list[str]
 
 
-def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataToScore:
+def data_to_score(run: RunDirectory, config: Config, checkpoint: Path, *, whole: bool = False) -> DataToScore:
     """The data of a configuration for the weights of a recorded run.
 
     Args:
         run: the recorded run.
         config: its configuration, with what was typed.
         checkpoint: the weights.
+        whole: all of the split is read, whatever `trainer.limit_test_batches` says.
 
     Raises:
         ConfigError: for data that cannot be read, and classes that the network does not know.
@@ -62,7 +63,8 @@ def data_to_score(run: RunDirectory, config: Config, checkpoint: Path) -> DataTo
     as_recorded = run.config()
     judge({n: as_recorded.get(n) for n in ("model", "data", "user_dir")}, f"run={run.path}")
     recorded = completed(as_recorded)
-    before, now = ({**_flat(c), "limit": c["trainer"].get("limit_test_batches")} for c in (recorded, config))
+    limits = (None if whole else c["trainer"].get("limit_test_batches") for c in (recorded, config))
+    before, now = ({**_flat(c), "limit": limit} for c, limit in zip((recorded, config), limits, strict=True))
     changed = {n: now.get(n) for n in before.keys() | now.keys() if before.get(n) != now.get(n)}
     moved = any(now.get(n) != before.get(n) for n in _PLACES)
     classes, source = trained_classes(run, recorded, checkpoint)

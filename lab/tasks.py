@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +38,12 @@ from callbacks.recorder import Diverged, GoBack, GracefulStop, Recorder
 from callbacks.steps import StepRecorder
 from callbacks.unreadable import Unreadable
 from crucible.cells import cell
+from crucible.command_line import explain
 from crucible.configuration import Config, flatten
 from crucible.console import epoch_named, print_table, say
 from crucible.files import replacing, why_not_writable, write_atomically
 from crucible.handover import received
+from crucible.launch import launch
 from crucible.loggers import build_loggers, log_result
 from crucible.machine import device_kind, is_child_rank, processor_name, world_size
 from crucible.masking import masked_in
@@ -299,7 +300,14 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         ConfigError: where the temporary folder has no room for them.
     """
     size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # the mapping outlives it
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115  # the mapping outlives it
+    except OSError as error:
+        raise ConfigError(
+            f"TMPDIR={os.environ.get('TMPDIR', '')}: no file can be made there ({error.strerror}), which the scores go "
+            "to; TMPDIR=FOLDER is elsewhere",
+            see="docs/robustness.md",
+        ) from error
     file.truncate(max(1, size))
     if hasattr(os, "posix_fallocate"):  # a write to a mapping for which there is no room kills the process
         try:
@@ -327,7 +335,7 @@ def score(run: RunDirectory, config: Config, checkpoint: Path) -> tuple[Scores, 
     _refuse_limit(config, "limit_predict_batches", "all samples are predicted")
     config = alone(config)
     options = {**config["trainer"], "enable_progress_bar": False}
-    found = data_to_score(run, config, checkpoint)
+    found = data_to_score(run, config, checkpoint, whole=True)
     model, _, read = reader(run, config, checkpoint, found)
     samples = found.data.samples("predict")
     known = torch.arange(len(samples)) if samples.indices is None else torch.from_numpy(samples.indices)
@@ -548,6 +556,7 @@ def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str 
     """
     found: dict[str, Tested | None] = {}
     runs: Runs = []
+    worst = 0
     for root, of_root in rows.items():
         try:
             runs = of_root()
@@ -556,10 +565,12 @@ def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str 
                     "data.module.corruption: has a table of its own, for one folder", see="docs/use.md"
                 )
             tested = found[root] = _tested(runs, None)
-        except ConfigError as error:
+        except Exception as error:
+            if launch().world > 1 and not isinstance(error, ConfigError):
+                raise  # the other ranks have not met it, and wait for this one
             found[root] = None
             if not is_child_rank():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                worst = max(worst, explain(error))
             continue
         if not is_child_rank():
             say(
@@ -575,7 +586,7 @@ def test_on(rows: Mapping[str, Callable[[], Runs]], out: Path | None, what: str 
         else:
             beside = first.parent / f"ensemble-of-{_together(runs)}-{name}"
         _write_table(found, out or beside, what, typed=out is not None)
-    return 0 if all(found.values()) else 2
+    return worst
 
 
 def _write_table(found: Mapping[str, Tested | None], file: Path, what: str, typed: bool) -> None:

@@ -21,6 +21,7 @@ from record import command_ids
 from crucible.handover import VARIABLE, received
 from crucible.run import RunDirectory
 from lab import tasks
+from lab.build import alone
 from lab.config import Task
 from lab.tasks import OF_TRAINED
 
@@ -263,6 +264,24 @@ def test_runs_that_are_used_as_one_read_all_samples(cli, tmp_path: Path, task: s
     assert len(outcome.err.strip().splitlines()) == 1
     assert not list(first.parent.glob("ensemble*")) and not list(first.glob("predictions*"))
     assert cli(f"run={first.parent}/*", f"task={task}", f"trainer.limit_{split}_batches=null").status == 0
+
+
+def test_a_prediction_is_of_all_samples_whatever_a_test_is_limited_to(cli, tmp_path: Path) -> None:
+    run = trained_and_copied(cli, tmp_path)
+    assert cli(f"run={run}", "task=predict").status == 0
+    whole = (run / "predictions.csv").read_bytes()
+    (run / "predictions.csv").unlink()
+    assert cli(f"run={run}", "task=predict", "trainer.limit_test_batches=1").status == 0
+    assert (run / "predictions.csv").read_bytes() == whole and not (run / "tests").exists()
+
+
+@pytest.mark.parametrize(
+    ("devices", "one"), [(2, 1), ("2", 1), ([3], [3]), ([1, 2], [1]), ("1,", [1]), ("2,0", [2]), ("auto", 1)]
+)
+def test_of_devices_that_are_named_one_process_has_the_first(devices: Any, one: Any) -> None:
+    trainer = {"devices": devices, "num_nodes": 2, "strategy": "ddp", "precision": "32-true"}
+    expected = {"devices": one, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    assert alone({"trainer": trainer})["trainer"] == expected
 
 
 def test_a_prediction_without_room_for_its_scores_is_refused_in_a_line(
