@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from augmentation.policies.imagenet import TestTransform
 from crucible import load_run, sealed
 from crucible.calibration import calibrated
 from crucible.options import ConfigError
+from lab import tasks
 from lab.build import build_data
 from lab.recorded import completed
 from lab.tasks import RunDirectory
@@ -458,6 +460,28 @@ def test_several_folders_give_a_table(place: Path, run: Path, tmp_path: Path) ->
         place, f"run={run}", "task=predict", f"data.module.data_root_dir=[{roots[0]},{roots[1]}]"
     )
     assert predicted.status == 2 and "several folders are for task=test" in predicted.err
+
+
+def test_a_table_of_folders_goes_on_after_any_error_of_one(
+    place: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("broken", "whole"):
+        write_classes(tmp_path / name, {"HUND": "Hund", "schiff": "Schiff"}, 3, seed=5)
+    tested = tasks._tested
+
+    def failing(runs: Any, out: Any) -> Any:
+        if str(runs[0][1]["data"]["module"]["data_root_dir"]).endswith("broken"):
+            raise RuntimeError("no such kernel")
+        return tested(runs, out)
+
+    monkeypatch.setattr(tasks, "_tested", failing)
+    roots = [str(tmp_path / name) for name in ("broken", "whole")]
+    file = tmp_path / "table.csv"
+    outcome = main_in_process(
+        place, f"run={run}", "task=test", f"data.module.data_root_dir=[{','.join(roots)}]", f"out={file}"
+    )
+    assert outcome.status == 1 and "RuntimeError: no such kernel" in outcome.err
+    assert [row["images"] for row in table(file)] == ["", "6"]
 
 
 def test_real_labels_count_with_views_and_a_temperature(place: Path, run: Path, tmp_path: Path) -> None:
