@@ -238,6 +238,7 @@ def test_an_epoch_resumed_in_its_middle_counts_from_where_it_stands(tmp_path, mo
     trainer.strategy.optimizers = [model.configure_optimizers()]
     bar.on_train_start(trainer, model)
     batch = next(iter(Data().train_dataloader()))
+    model.batch_samples = len(batch.index)
     bar.on_train_batch_end(trainer, model, None, batch, batch_idx=5)
     assert " 6/8  loss" in terminal.getvalue()
     bar.teardown(trainer, model, "fit")
