@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crucible.configuration import is_semantic
 from crucible.options import ConfigError
 from reporting import statistics as s
+from reporting.contents import DATA, base_name, by_data
 from reporting.records import Run, Sweep, Unit
 from reporting.request import DEFAULT_MARGIN, SEE, Request
 
@@ -98,6 +99,7 @@ def ranges(numbers: Sequence[int]) -> str:
 def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
     """The runs of a data set by setting: what one baseline is the baseline of.
 
+    Runs of other data of the same name are a setting of their own, but for data that one sweep set out to compare.
     Sweeps whose baselines differ (in network, rate, length; not in techniques alone) are settings of their own, and so
     are networks that share at least two sets of techniques (none, and one): the same arm has one name in each. Else
     networks are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
@@ -106,6 +108,14 @@ def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, li
     Raises:
         ConfigError: for `networks=settings` of what was decided together.
     """
+    parts = [("", runs)] if request.networks == "arms" else by_data(runs)
+    found: dict[str, list[Run]] = {}
+    for name, part in parts:
+        found |= _by_plan(f"{data}, data {name}" if name else data, part, request)
+    return found
+
+
+def _by_plan(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
     parts = [] if request.networks == "arms" else _by_baseline(runs)
     if len(parts) < 2:
         return _by_network(data, runs, request)
@@ -420,7 +430,10 @@ def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], req
         asked = (
             f"baseline={request.baseline}: no such arm" if request.baseline_given else "baseline is missing"
         )
-        raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}", see=SEE)
+        apart = (
+            "; runs of other data are not paired with these" if any(DATA in r.settings for r in runs) else ""
+        )
+        raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}{apart}", see=SEE)
     return next(iter(arms))
 
 
@@ -504,6 +517,33 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     planned = s.looks_of(first.planned) if first else ()
     techniques = len(first.techniques) if first else 0
     return Plan(margin, planned, techniques, first.rule if first else None, tuple(remarks))
+
+
+def said_of_the_data(arms: Mapping[str, Arm], baseline: str) -> Iterable[str]:
+    """For the face of the report, where data of this name were not the same for all runs."""
+    runs = [run for arm in arms.values() for run in arm.recorded]
+    names = sorted({str(run.settings[DATA]) for run in runs if DATA in run.settings})
+    if not names:
+        return
+    folders = sorted({base_name(run.settings.get("data.module.data_root_dir")) for run in runs} - {""})
+    where = f" ({', '.join(folders)})" if folders else ""
+    yield (
+        f"Not all runs on data of this name had the same data: these had the data of fingerprint {' and '.join(names)}"
+        f"{where}. Runs of other data are not paired with them, unless one sweep planned both."
+    )
+    if unknown := sum(not run.data_fingerprint for run in runs):
+        yield f"{unknown} of these runs recorded no fingerprint of their data, and are taken to be of them."
+    base = arms[baseline].runs
+    for arm in arms.values():
+        pairs = [(run, base[unit]) for unit, run in arm.runs.items() if unit in base]
+        other = [(mine.settings[DATA], theirs.settings[DATA]) for mine, theirs in pairs]
+        differ = sorted({f"{mine}, there {theirs}" for mine, theirs in other if mine != theirs})
+        if differ:
+            count = sum(mine != theirs for mine, theirs in other)
+            yield (
+                f"{arm.name}: {count} of {len(pairs)} pairs are of other data than those of {baseline} "
+                f"({'; '.join(differ)}): the difference is one of the data too, and perhaps of the test images."
+            )
 
 
 # The options

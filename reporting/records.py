@@ -147,6 +147,7 @@ class Run:
     steps: int = 0
     elapsed: float | None = None  # seconds, with all that is not training
     broke: str = ""  # why its training did not go on, if it diverged
+    data_fingerprint: str = ""  # of what its data contain; empty where none is recorded
 
     def scored_by(self, metric: Metric) -> Run:
         """The run as another report has it that reads this metric of the last epoch."""
@@ -308,6 +309,7 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep], dropped: boo
         steps=int(_positive(summary.get("steps")) or 0),
         elapsed=_positive(summary.get("elapsed_s")),
         broke=broke,
+        data_fingerprint=str(summary.get("data_fingerprint") or ""),
     )
 
 

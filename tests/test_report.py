@@ -1235,6 +1235,85 @@ def test_a_run_typed_by_hand_belongs_to_the_setting_that_it_differs_least_from(t
     assert ("digits, trainer.max_epochs=4", "sam") not in rows
 
 
+# Other data of the same name
+
+
+def test_runs_of_other_data_of_the_same_name_are_never_paired(tmp_path):
+    """Not by their name alone: a folder or a table has changed between two commands."""
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    make_arm(tmp_path, "mixup", BETTER, data_fingerprint="2" * 16)
+    rows = rows_of(tmp_path)
+    assert {key: row["pairs"] for key, row in rows.items()} == {
+        ("digits, data 11111111", "baseline"): "",
+        ("digits, data 22222222", "mixup"): "",
+    }
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "these had the data of fingerprint 22222222. Runs of other data are not paired with them" in text
+    rows = rows_of(tmp_path, "networks=arms")
+    assert rows["digits", "mixup"]["pairs"] == "5", "asked for in one table"
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "mixup: 5 of 5 pairs are of other data than those of baseline (22222222, there 11111111)" in text
+
+
+def test_a_baseline_of_other_data_is_none_and_the_message_says_so(tmp_path, capsys):
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    for arm in ("mixup", "sam"):
+        make_arm(tmp_path, arm, BETTER, data_fingerprint="2" * 16)
+    assert report.main([f"runs={tmp_path}"]) == 2
+    assert (
+        "baseline is missing in digits, data 22222222; choose one of: mixup, sam; runs of other data are not paired "
+        "with these" in capsys.readouterr().err
+    )
+
+
+def test_seeds_after_a_change_of_the_data_do_not_supersede_those_before_it(tmp_path):
+    for print_, shift in (("1" * 16, 0.0), ("2" * 16, 0.03)):
+        for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+            for seed, value in enumerate(values):
+                make_run(
+                    tmp_path, arm, seed, value + shift, data_fingerprint=print_,
+                    name=f"{arm}-{print_[0]}-s{seed}",
+                )  # fmt: skip
+    rows = rows_of(tmp_path)
+    for name, shift in (("digits, data 11111111", 0.0), ("digits, data 22222222", 0.03)):
+        assert rows[name, "mixup"]["pairs"] == "5"
+        assert float(rows[name, "baseline"]["mean"]) == pytest.approx(np.mean(BASE) + shift)
+
+
+@pytest.mark.parametrize("other", ["1" * 16, None])
+def test_the_same_data_and_those_without_a_fingerprint_are_one_setting(tmp_path, other):
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    make_arm(tmp_path, "mixup", BETTER, **({"data_fingerprint": other} if other else {}))
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["pairs"] == "5" and "fingerprint" not in text
+
+
+def test_a_run_without_a_fingerprint_counts_with_those_whose_files_have_its_names(tmp_path):
+    table = {n: {"data.module.csv_file": f"/{n}/{n}.csv"} for n in "ab"}
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16, settings=table["a"])
+    make_arm(tmp_path, "sam", BASE[:2], data_fingerprint="2" * 16, settings=table["b"])
+    make_arm(tmp_path, "mixup", BETTER, settings={"data.module.csv_file": "/elsewhere/a.csv"})
+    make_arm(tmp_path, "cutmix", BETTER, settings={"data.module.csv_file": "/elsewhere/c.csv"})
+    rows = rows_of(tmp_path)
+    assert rows["digits, data 11111111", "mixup"]["pairs"] == "5"
+    assert rows["digits, data 11111111", "cutmix"]["pairs"] == "5", "with most"
+    assert ("digits, data 22222222", "sam") in rows
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "10 of these runs recorded no fingerprint of their data" in text
+
+
+def test_data_that_one_sweep_set_out_to_compare_are_paired_and_the_face_says_so(tmp_path):
+    sweep = {"arms": ["baseline", "stylized"], "folder": "one", "created": 0.5, "baseline": "baseline"}
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16, sweep=sweep)
+    make_arm(tmp_path, "stylized", BETTER, data_fingerprint="2" * 16, sweep=sweep)
+    make_arm(tmp_path, "mixup", BETTER, data_fingerprint="3" * 16)
+    rows = rows_of(tmp_path)
+    assert rows["digits, data 11111111, 22222222", "stylized"]["pairs"] == "5"
+    assert ("digits, data 33333333", "mixup") in rows
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "stylized: 5 of 5 pairs are of other data than those of baseline" in text
+
+
 def test_the_sd_behind_what_is_detectable_is_named(tmp_path):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", BETTER)
