@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from crucible.configuration import is_semantic
 from crucible.options import ConfigError
 from reporting import statistics as s
-from reporting.contents import DATA, base_name, by_data
+from reporting.contents import DATA, FILES, base_name, by_data, differ_unsaid, identified
 from reporting.records import Run, Sweep, Unit
 from reporting.request import DEFAULT_MARGIN, SEE, Request
 
@@ -142,7 +142,8 @@ def _by_baseline(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
         ]
         base = next(iter(own or listed), None)
         if base is not None and sweep.techniques:
-            same = (i for i, other in enumerate(bases) if not _apart(base, other))
+            alike = (not _apart(base, other) and not differ_unsaid(base, other) for other in bases)
+            same = (i for i, is_alike in enumerate(alike) if is_alike)
             belongs[key] = next(same, len(bases))
             bases += [base] * (belongs[key] == len(bases))
     if len(bases) < 2:
@@ -258,8 +259,8 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
 
     A run that no sweep made is named as a sweep of all these runs would name it: by its techniques and by what was
     typed, unless all of them have it. Of runs with one name and different settings most keep the name; to that of
-    the others what differs is added. Runs that differ in nothing but the seed are one arm, whatever two sweeps called
-    them.
+    the others what differs is added, or their identity where nothing recorded explains why it is another. Runs that
+    differ in nothing but the seed are one arm, whatever two sweeps called them.
     """
     named = _one_name_each(
         [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
@@ -274,11 +275,11 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
         result += usual
         for group in others:
             differing = _differing(group[0], usual[0])
-            if not differing:  # the code's own options have changed, not what was asked for
-                result += group
+            if not differing and not differ_unsaid(group[0], usual[0]):
+                result += group  # the code's own options have changed, not what was asked for
                 continue
             shown, left = _what_differs(group[0], usual[0], differing)
-            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown)}"
+            name = " ".join([*([] if arm == "baseline" and shown else [arm]), *shown])
             if left or name in names:
                 more = f"and {left} more " if left else ""
                 name += f" {more}({_same_but_for_the_seed(group[0])[:8]})"
@@ -338,10 +339,13 @@ def _typed_name(run: Run, runs: Sequence[Run]) -> str:
     typed = {o.lstrip("+~").partition("=")[0]: o.partition("=")[2] for o in run.overrides}
     parts = run.arm.split(" ")
     for name, value in {} if "arm" in typed else typed.items():
-        part = f"{name.removeprefix('model.')}={value}"
         if "." not in name or not is_setting(name):
             continue
-        mine = run.settings.get(name)
+        mine, short = run.settings.get(name), name.removeprefix("model.")
+        part = recorded = f"{short}={value}"
+        if name in run.files:  # one file may lie in several places
+            part = f"{short}={mine}"
+            parts = [part if p == recorded else p for p in parts]
         if all(other.settings.get(name) == mine for other in runs):
             parts = [p for p in parts if p != part]
         elif part not in parts:
@@ -351,7 +355,7 @@ def _typed_name(run: Run, runs: Sequence[Run]) -> str:
 
 def _same_but_for_the_seed(run: Run) -> str:
     """Equal for runs that differ in nothing that changes the result but their seed and fold."""
-    if run.identity and not run.unit[1]:
+    if identified(run):
         return run.identity
     settings = {n: v for n, v in run.settings.items() if _tells_arms_apart(n, v)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -369,8 +373,8 @@ def _differing(run: Run, other: Run) -> list[str]:
 
 
 def _tells_arms_apart(name: str, value: Any) -> bool:
-    """Not what is off, which an option was before there was one; nor paths, such as those of a seed's teacher."""
-    return is_setting(name) and value not in (None, False) and "/" not in str(value)
+    """Not what is off, which an option was before there was one."""
+    return is_setting(name) and value not in (None, False)
 
 
 def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
@@ -584,7 +588,7 @@ def usual(arm: Arm) -> dict[str, str]:
 
 def is_setting(name: str) -> bool:
     """Whether an option is one of the arm's settings; the fold is what arms are paired by."""
-    return is_semantic(name) and name != "data.module.fold"
+    return (is_semantic(name) or name in FILES) and name != "data.module.fold"
 
 
 def as_text(value: Any) -> str:

@@ -172,9 +172,7 @@ def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
                 f"technique={arm}",
             )
     said = top(run_report(tmp_path)[1])
-    assert (
-        "network WideResNet, model.norm=none, model.depth=10, model.type=.../own, model.option_0=0, " in said
-    )
+    assert "network WideResNet, model.norm=none, model.depth=10, model.type=own, model.option_0=0, " in said
     assert "model.option_2=2, 1 more of the model, 12 epochs" in said
 
 
@@ -504,12 +502,133 @@ def test_two_runs_that_differ_in_more_than_the_seed_are_never_one_arm(tmp_path, 
 
 
 def test_what_does_not_change_a_result_parts_no_arm(tmp_path):
-    """Workers, paths, a seed's own teacher, an option that older code did not have; nor anything of one identity."""
-    make_run(tmp_path, "baseline", 0, 0.91, settings={"model.teacher": "/runs/a", "model.lookahead": False})
-    make_run(tmp_path, "baseline", 1, 0.92, settings={"model.teacher": "/runs/b"})
+    """Workers, an option that older code did not have; nor anything of one identity."""
+    make_run(tmp_path, "baseline", 0, 0.91, settings={"model.lookahead": False})
+    make_run(tmp_path, "baseline", 1, 0.92)
     make_run(tmp_path, "baseline", 2, 0.93, identity="x")
     make_run(tmp_path, "baseline", 3, 0.93, identity="x", settings={"model.new_option": 7})
     assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {"baseline": "4"}
+
+
+@pytest.mark.parametrize("teacher", ["/runs/1a2b3c4d-s{}/checkpoints/best.ckpt", "/w/t{}.pt"])
+def test_a_seeds_own_teacher_parts_no_arm(tmp_path, teacher):
+    """Known by the seed in its name, or as one arm of one sweep."""
+    sweep = {"arms": ["baseline", "distillation"], "folder": "one", "created": 0.5}
+    planned = {"sweep": sweep} if "checkpoints" not in teacher else {}
+    for seed, value in enumerate(BASE):
+        make_run(tmp_path, "baseline", seed, value, **planned)
+        own = {"model.teacher": teacher.format(seed)}
+        contents = {"model.teacher": f"{seed}" * 12}
+        make_run(
+            tmp_path, "distillation", seed, value + 0.01, settings=own, contents=contents,
+            identity=f"{seed}" * 8, **planned,
+        )  # fmt: skip
+    other = {"model.teacher": "/runs/99999999-s0/checkpoints/best.ckpt"}
+    make_run(tmp_path, "distillation", 5, 0.9, settings=other, identity="99999999")
+    rows = {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()}
+    assert rows == {
+        "baseline": "5",
+        "distillation": "5",
+        "distillation teacher=99999999-s0:best.ckpt": "1",
+    }
+
+
+# Content is a setting: where a file lies is none
+
+
+PRETRAINED = {"model.init_from": "/w/pretrained.pt"}
+
+
+@pytest.mark.parametrize("identities", [("1" * 8, "2" * 8), ("", "")])
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("model.init_from", "init_from=w.pt"),
+        ("ckpt_path", "ckpt_path=w.pt"),
+        ("data.module.csv_file", "data.module.csv_file=w.pt"),
+        ("data.module.train_shards", "data.module.train_shards=w.pt"),
+        ("model.teacher", "teacher=w.pt"),
+        ("model.type", "type=w.pt"),
+    ],
+)
+def test_what_a_file_contains_parts_arms_as_any_setting_does(tmp_path, option, name, identities):
+    """Seeds from scratch and seeds that start from a file share seeds 3 and 4, and are two arms all the same."""
+    for seed in range(5):
+        make_run(tmp_path, "baseline", seed, BASE[seed], identity=identities[0], name=f"a-s{seed}")
+    for seed in range(3, 6):
+        make_run(
+            tmp_path, "baseline", seed, 0.95, identity=identities[1], name=f"b-s{seed}",
+            settings={option: "/w/w.pt"},
+        )  # fmt: skip
+    rows, text = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {"baseline": "5", name: "3"}
+    assert "2 runs;" not in text and f"{option} (w.pt, baseline" in text
+
+
+def test_sweeps_from_other_weights_are_settings_of_their_own(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, online_norm=0.02), SHORT)
+    make_study(tmp_path, "second2", drawn(2, online_norm=-0.015), {**SHORT, **PRETRAINED})
+    rows = rows_of(tmp_path)
+    assert rows["digits", "online_norm"]["verdict"].startswith("helps by more")
+    assert rows["digits, init_from=pretrained.pt", "online_norm"]["verdict"].startswith("hurts by more")
+
+
+def test_one_file_in_two_places_is_one_arm_by_its_recorded_fingerprint(tmp_path):
+    """And two files of one name are two arms; so are runs of which nothing but the identity tells them apart."""
+    for seed, (path, content, identity) in enumerate(
+        [
+            ("/w/a.pt", "1" * 12, "1" * 8),
+            ("/elsewhere/renamed.pt", "1" * 12, "1" * 8),
+            ("/elsewhere/a.pt", "1" * 12, "of other code"),
+            ("/w/a.pt", "2" * 12, "2" * 8),
+            ("/w/a.pt", "", "3" * 8),
+            ("/w/a.pt", "", "1" * 8),
+        ]
+    ):
+        make_run(
+            tmp_path, "baseline", seed, BASE[seed % 5], name=f"r-s{seed}", identity=identity, started=seed,
+            settings={"model.init_from": path}, contents={"model.init_from": content} if content else {},
+            git={"commit": "def" if "code" in identity else "abc"},
+        )  # fmt: skip
+    rows, _ = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {
+        "baseline": "4",
+        "init_from=a.pt@22222222": "1",
+        "init_from=a.pt": "1",
+    }
+
+
+def test_an_identity_that_nothing_recorded_explains_is_an_arm_of_its_own(tmp_path):
+    for seed in range(4):
+        make_run(
+            tmp_path, "baseline", seed, BASE[seed], name=f"r-s{seed}", identity=("1" * 8, "2" * 8)[seed // 3]
+        )
+    assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {
+        "baseline": "3",
+        "baseline (22222222)": "1",
+    }
+
+
+@pytest.mark.parametrize("what", [{"git": {"commit": "def"}}, {"recognised": "by names"}])
+def test_an_identity_that_the_code_explains_parts_no_arm(tmp_path, what):
+    for seed in range(4):
+        facts = {"identity": "2" * 8, **what} if seed == 3 else {"identity": "1" * 8}
+        make_run(tmp_path, "baseline", seed, BASE[seed], name=f"r-s{seed}", **facts)
+    assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {"baseline": "4"}
+
+
+def test_a_typed_file_names_an_arm_without_its_folder(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path, "baseline", seed, BASE[seed])
+        for place in ("one", "two"):
+            path = f"/{place}/w.pt"
+            run = make_run(
+                tmp_path / place, "baseline", seed + 3 * (place == "two"), 0.95, settings={"model.init_from": path},
+                contents={"model.init_from": "1" * 12}, identity="1" * 8, name=f"{place}-s{seed}",
+            )  # fmt: skip
+            typed(run, f"model.init_from={path}", f"seed={seed}")
+    rows, _ = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {"baseline": "3", "init_from=w.pt": "6"}
 
 
 def typed(run: Path, *overrides: str) -> None:
