@@ -195,7 +195,8 @@ def weights_of(path: str) -> str:
         raise ConfigError(f"model.init_from={path}: the run kept no checkpoint", "docs/weights.md") from error
 
 
-_CONTENT = ("data_fingerprint", "classes", "identity_hash")  # what runs of earlier versions did not record
+# what runs of earlier versions did not record
+_CONTENT = ("data_fingerprint", "contents", "classes", "identity_hash")
 
 
 def _recorded_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
@@ -217,7 +218,13 @@ def _recorded_facts(run: RunDirectory, config: Config) -> dict[str, Any]:
         full[:8]
     ):  # of other data, or begun by other code: what it was is not known any more
         return {n: v for n, v in facts.items() if n not in ("corrected", *_CONTENT)}
-    return {**facts, "data_fingerprint": contents["data"], "identity_hash": full}
+    return {**facts, **_recorded(contents), "identity_hash": full}
+
+
+def _recorded(contents: Mapping[str, str | None]) -> dict[str, Any]:
+    """What a summary says of contents: the fingerprint of the data, and those of the files that options name."""
+    files = {name: value for name, value in contents.items() if name != "data" and value}
+    return {"data_fingerprint": contents["data"], **({"contents": files} if files else {})}
 
 
 def _facts(name: str, config: Config, data: BaseDataModule, arm: str) -> dict[str, Any]:
@@ -622,7 +629,7 @@ class Examiner:
                 config["data"]["module"][key] = absolute(path)
         facts = {
             **_facts(name, config, data, arm_name(config, overrides, swept)),
-            "resolved": settled, "data_fingerprint": fingerprint, "identity_hash": full,
+            "resolved": settled, **_recorded(contents), "identity_hash": full,
         }  # fmt: skip
         if (sweep := received().sweep) is not None:  # this process is a sweep's job on another machine
             facts["sweep"] = sweep

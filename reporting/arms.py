@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from crucible.configuration import is_semantic
 from crucible.options import ConfigError
 from reporting import statistics as s
+from reporting.contents import DATA, FILES, base_name, by_data, differ_unsaid, identified
 from reporting.records import Run, Sweep, Unit
 from reporting.request import DEFAULT_MARGIN, SEE, Request
 
@@ -98,6 +99,7 @@ def ranges(numbers: Sequence[int]) -> str:
 def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
     """The runs of a data set by setting: what one baseline is the baseline of.
 
+    Runs of other data of the same name are a setting of their own, but for data that one sweep set out to compare.
     Sweeps whose baselines differ (in network, rate, length; not in techniques alone) are settings of their own, and so
     are networks that share at least two sets of techniques (none, and one): the same arm has one name in each. Else
     networks are arms of one setting, as they are where one sweep of `until=decided` decided over all of them.
@@ -106,6 +108,14 @@ def by_setting(data: str, runs: Sequence[Run], request: Request) -> dict[str, li
     Raises:
         ConfigError: for `networks=settings` of what was decided together.
     """
+    parts = [("", runs)] if request.networks == "arms" else by_data(runs)
+    found: dict[str, list[Run]] = {}
+    for name, part in parts:
+        found |= _by_plan(f"{data}, data {name}" if name else data, part, request)
+    return found
+
+
+def _by_plan(data: str, runs: Sequence[Run], request: Request) -> dict[str, list[Run]]:
     parts = [] if request.networks == "arms" else _by_baseline(runs)
     if len(parts) < 2:
         return _by_network(data, runs, request)
@@ -132,7 +142,8 @@ def _by_baseline(runs: Sequence[Run]) -> list[tuple[Run, list[Run]]]:
         ]
         base = next(iter(own or listed), None)
         if base is not None and sweep.techniques:
-            same = (i for i, other in enumerate(bases) if not _apart(base, other))
+            alike = (not _apart(base, other) and not differ_unsaid(base, other) for other in bases)
+            same = (i for i, is_alike in enumerate(alike) if is_alike)
             belongs[key] = next(same, len(bases))
             bases += [base] * (belongs[key] == len(bases))
     if len(bases) < 2:
@@ -248,8 +259,8 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
 
     A run that no sweep made is named as a sweep of all these runs would name it: by its techniques and by what was
     typed, unless all of them have it. Of runs with one name and different settings most keep the name; to that of
-    the others what differs is added. Runs that differ in nothing but the seed are one arm, whatever two sweeps called
-    them.
+    the others what differs is added, or their identity where nothing recorded explains why it is another. Runs that
+    differ in nothing but the seed are one arm, whatever two sweeps called them.
     """
     named = _one_name_each(
         [run if run.sweep is not None else replace(run, arm=_typed_name(run, runs)) for run in runs]
@@ -264,11 +275,11 @@ def name_arms(runs: Sequence[Run]) -> list[Run]:
         result += usual
         for group in others:
             differing = _differing(group[0], usual[0])
-            if not differing:  # the code's own options have changed, not what was asked for
-                result += group
+            if not differing and not differ_unsaid(group[0], usual[0]):
+                result += group  # the code's own options have changed, not what was asked for
                 continue
             shown, left = _what_differs(group[0], usual[0], differing)
-            name = f"{'' if arm == 'baseline' else arm + ' '}{' '.join(shown)}"
+            name = " ".join([*([] if arm == "baseline" and shown else [arm]), *shown])
             if left or name in names:
                 more = f"and {left} more " if left else ""
                 name += f" {more}({_same_but_for_the_seed(group[0])[:8]})"
@@ -328,10 +339,13 @@ def _typed_name(run: Run, runs: Sequence[Run]) -> str:
     typed = {o.lstrip("+~").partition("=")[0]: o.partition("=")[2] for o in run.overrides}
     parts = run.arm.split(" ")
     for name, value in {} if "arm" in typed else typed.items():
-        part = f"{name.removeprefix('model.')}={value}"
         if "." not in name or not is_setting(name):
             continue
-        mine = run.settings.get(name)
+        mine, short = run.settings.get(name), name.removeprefix("model.")
+        part = recorded = f"{short}={value}"
+        if name in run.files:  # one file may lie in several places
+            part = f"{short}={mine}"
+            parts = [part if p == recorded else p for p in parts]
         if all(other.settings.get(name) == mine for other in runs):
             parts = [p for p in parts if p != part]
         elif part not in parts:
@@ -341,7 +355,7 @@ def _typed_name(run: Run, runs: Sequence[Run]) -> str:
 
 def _same_but_for_the_seed(run: Run) -> str:
     """Equal for runs that differ in nothing that changes the result but their seed and fold."""
-    if run.identity and not run.unit[1]:
+    if identified(run):
         return run.identity
     settings = {n: v for n, v in run.settings.items() if _tells_arms_apart(n, v)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -359,8 +373,8 @@ def _differing(run: Run, other: Run) -> list[str]:
 
 
 def _tells_arms_apart(name: str, value: Any) -> bool:
-    """Not what is off, which an option was before there was one; nor paths, such as those of a seed's teacher."""
-    return is_setting(name) and value not in (None, False) and "/" not in str(value)
+    """Not what is off, which an option was before there was one."""
+    return is_setting(name) and value not in (None, False)
 
 
 def sort_into_arms(runs: Sequence[Run]) -> dict[str, Arm]:
@@ -420,7 +434,10 @@ def choose_baseline(data: str, arms: Mapping[str, Arm], runs: Sequence[Run], req
         asked = (
             f"baseline={request.baseline}: no such arm" if request.baseline_given else "baseline is missing"
         )
-        raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}", see=SEE)
+        apart = (
+            "; runs of other data are not paired with these" if any(DATA in r.settings for r in runs) else ""
+        )
+        raise ConfigError(f"{asked} in {data}; choose one of: {', '.join(arms)}{apart}", see=SEE)
     return next(iter(arms))
 
 
@@ -506,6 +523,33 @@ def plan_of(runs: Sequence[Run], request: Request) -> Plan:
     return Plan(margin, planned, techniques, first.rule if first else None, tuple(remarks))
 
 
+def said_of_the_data(arms: Mapping[str, Arm], baseline: str) -> Iterable[str]:
+    """For the face of the report, where data of this name were not the same for all runs."""
+    runs = [run for arm in arms.values() for run in arm.recorded]
+    names = sorted({str(run.settings[DATA]) for run in runs if DATA in run.settings})
+    if not names:
+        return
+    folders = sorted({base_name(run.settings.get("data.module.data_root_dir")) for run in runs} - {""})
+    where = f" ({', '.join(folders)})" if folders else ""
+    yield (
+        f"Not all runs on data of this name had the same data: these had the data of fingerprint {' and '.join(names)}"
+        f"{where}. Runs of other data are not paired with them, unless one sweep planned both."
+    )
+    if unknown := sum(not run.data_fingerprint for run in runs):
+        yield f"{unknown} of these runs recorded no fingerprint of their data, and are taken to be of them."
+    base = arms[baseline].runs
+    for arm in arms.values():
+        pairs = [(run, base[unit]) for unit, run in arm.runs.items() if unit in base]
+        other = [(mine.settings[DATA], theirs.settings[DATA]) for mine, theirs in pairs]
+        differ = sorted({f"{mine}, there {theirs}" for mine, theirs in other if mine != theirs})
+        if differ:
+            count = sum(mine != theirs for mine, theirs in other)
+            yield (
+                f"{arm.name}: {count} of {len(pairs)} pairs are of other data than those of {baseline} "
+                f"({'; '.join(differ)}): the difference is one of the data too, and perhaps of the test images."
+            )
+
+
 # The options
 
 
@@ -544,7 +588,7 @@ def usual(arm: Arm) -> dict[str, str]:
 
 def is_setting(name: str) -> bool:
     """Whether an option is one of the arm's settings; the fold is what arms are paired by."""
-    return is_semantic(name) and name != "data.module.fold"
+    return (is_semantic(name) or name in FILES) and name != "data.module.fold"
 
 
 def as_text(value: Any) -> str:

@@ -26,9 +26,11 @@ from reporting.arms import (
     first_sweep,
     name_arms,
     plan_of,
+    said_of_the_data,
     settings_of,
     sort_into_arms,
 )
+from reporting.contents import with_contents
 from reporting.looks import Looks, Steps, replay
 from reporting.records import Run, Sweep, Unit
 from reporting.request import SEE, Metric, Request
@@ -174,7 +176,7 @@ def compare(runs: Sequence[Run], request: Request) -> list[Table]:
         groups[run.data].append(run)
     settings: dict[str, list[Run]] = {}
     for data, group in sorted(groups.items()):
-        settings |= by_setting(data, group, request)
+        settings |= by_setting(data, with_contents(group), request)
     return [_table(name, group, request) for name, group in settings.items()]
 
 
@@ -185,6 +187,7 @@ def _table(data: str, runs: Sequence[Run], request: Request) -> Table:
     baseline = choose_baseline(data, arms, runs, request)
     arms = {baseline: arms[baseline], **arms}
     plan, settings = plan_of(runs, request), settings_of(arms, baseline)
+    plan = plan._replace(remarks=(*plan.remarks, *said_of_the_data(arms, baseline)))
     rivals = _rival_arms(arms, baseline, runs)
     table = Table(
         data, request.metric, baseline, arms, plan, settings, rivals=rivals, follows=not request.best

@@ -147,6 +147,10 @@ class Run:
     steps: int = 0
     elapsed: float | None = None  # seconds, with all that is not training
     broke: str = ""  # why its training did not go on, if it diverged
+    data_fingerprint: str = ""  # of what its data contain; empty where none is recorded
+    contents: Mapping[str, str] = field(default_factory=dict)  # option -> fingerprint of its file
+    files: frozenset[str] = frozenset()  # options whose settings `with_contents` made names of files
+    recognised: bool = False  # its identity is by a fingerprint that is not made any more
 
     def scored_by(self, metric: Metric) -> Run:
         """The run as another report has it that reads this metric of the last epoch."""
@@ -308,6 +312,9 @@ def read_run(path: Path, request: Request, sweeps: Sequence[Sweep], dropped: boo
         steps=int(_positive(summary.get("steps")) or 0),
         elapsed=_positive(summary.get("elapsed_s")),
         broke=broke,
+        data_fingerprint=str(summary.get("data_fingerprint") or ""),
+        contents=summary.get("contents") or {},
+        recognised="recognised" in summary,
     )
 
 

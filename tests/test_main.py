@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -375,6 +376,11 @@ def test_init_from_starts_from_another_runs_weights_and_reports_the_head(cli, tm
     outcome = cli(*TINY, "data.num_classes=3", "data.module.num_classes=3", f"model.init_from={weights}")
     assert outcome.status == 0, outcome.err
     assert "fc" in outcome.out
+    (run,) = (run for run in runs_in(tmp_path) if "contents" in summary_of(run))
+    content = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    assert summary_of(run)["contents"] == {"model.init_from": content}, (
+        "for the report, wherever the file lies"
+    )
 
 
 # other inputs

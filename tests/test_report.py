@@ -172,9 +172,7 @@ def test_what_was_typed_of_the_network_stands_beside_its_name(tmp_path):
                 f"technique={arm}",
             )
     said = top(run_report(tmp_path)[1])
-    assert (
-        "network WideResNet, model.norm=none, model.depth=10, model.type=.../own, model.option_0=0, " in said
-    )
+    assert "network WideResNet, model.norm=none, model.depth=10, model.type=own, model.option_0=0, " in said
     assert "model.option_2=2, 1 more of the model, 12 epochs" in said
 
 
@@ -504,12 +502,133 @@ def test_two_runs_that_differ_in_more_than_the_seed_are_never_one_arm(tmp_path, 
 
 
 def test_what_does_not_change_a_result_parts_no_arm(tmp_path):
-    """Workers, paths, a seed's own teacher, an option that older code did not have; nor anything of one identity."""
-    make_run(tmp_path, "baseline", 0, 0.91, settings={"model.teacher": "/runs/a", "model.lookahead": False})
-    make_run(tmp_path, "baseline", 1, 0.92, settings={"model.teacher": "/runs/b"})
+    """Workers, an option that older code did not have; nor anything of one identity."""
+    make_run(tmp_path, "baseline", 0, 0.91, settings={"model.lookahead": False})
+    make_run(tmp_path, "baseline", 1, 0.92)
     make_run(tmp_path, "baseline", 2, 0.93, identity="x")
     make_run(tmp_path, "baseline", 3, 0.93, identity="x", settings={"model.new_option": 7})
     assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {"baseline": "4"}
+
+
+@pytest.mark.parametrize("teacher", ["/runs/1a2b3c4d-s{}/checkpoints/best.ckpt", "/w/t{}.pt"])
+def test_a_seeds_own_teacher_parts_no_arm(tmp_path, teacher):
+    """Known by the seed in its name, or as one arm of one sweep."""
+    sweep = {"arms": ["baseline", "distillation"], "folder": "one", "created": 0.5}
+    planned = {"sweep": sweep} if "checkpoints" not in teacher else {}
+    for seed, value in enumerate(BASE):
+        make_run(tmp_path, "baseline", seed, value, **planned)
+        own = {"model.teacher": teacher.format(seed)}
+        contents = {"model.teacher": f"{seed}" * 12}
+        make_run(
+            tmp_path, "distillation", seed, value + 0.01, settings=own, contents=contents,
+            identity=f"{seed}" * 8, **planned,
+        )  # fmt: skip
+    other = {"model.teacher": "/runs/99999999-s0/checkpoints/best.ckpt"}
+    make_run(tmp_path, "distillation", 5, 0.9, settings=other, identity="99999999")
+    rows = {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()}
+    assert rows == {
+        "baseline": "5",
+        "distillation": "5",
+        "distillation teacher=99999999-s0:best.ckpt": "1",
+    }
+
+
+# Content is a setting: where a file lies is none
+
+
+PRETRAINED = {"model.init_from": "/w/pretrained.pt"}
+
+
+@pytest.mark.parametrize("identities", [("1" * 8, "2" * 8), ("", "")])
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("model.init_from", "init_from=w.pt"),
+        ("ckpt_path", "ckpt_path=w.pt"),
+        ("data.module.csv_file", "data.module.csv_file=w.pt"),
+        ("data.module.train_shards", "data.module.train_shards=w.pt"),
+        ("model.teacher", "teacher=w.pt"),
+        ("model.type", "type=w.pt"),
+    ],
+)
+def test_what_a_file_contains_parts_arms_as_any_setting_does(tmp_path, option, name, identities):
+    """Seeds from scratch and seeds that start from a file share seeds 3 and 4, and are two arms all the same."""
+    for seed in range(5):
+        make_run(tmp_path, "baseline", seed, BASE[seed], identity=identities[0], name=f"a-s{seed}")
+    for seed in range(3, 6):
+        make_run(
+            tmp_path, "baseline", seed, 0.95, identity=identities[1], name=f"b-s{seed}",
+            settings={option: "/w/w.pt"},
+        )  # fmt: skip
+    rows, text = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {"baseline": "5", name: "3"}
+    assert "2 runs;" not in text and f"{option} (w.pt, baseline" in text
+
+
+def test_sweeps_from_other_weights_are_settings_of_their_own(tmp_path):
+    make_study(tmp_path, "first1", drawn(1, online_norm=0.02), SHORT)
+    make_study(tmp_path, "second2", drawn(2, online_norm=-0.015), {**SHORT, **PRETRAINED})
+    rows = rows_of(tmp_path)
+    assert rows["digits", "online_norm"]["verdict"].startswith("helps by more")
+    assert rows["digits, init_from=pretrained.pt", "online_norm"]["verdict"].startswith("hurts by more")
+
+
+def test_one_file_in_two_places_is_one_arm_by_its_recorded_fingerprint(tmp_path):
+    """And two files of one name are two arms; so are runs of which nothing but the identity tells them apart."""
+    for seed, (path, content, identity) in enumerate(
+        [
+            ("/w/a.pt", "1" * 12, "1" * 8),
+            ("/elsewhere/renamed.pt", "1" * 12, "1" * 8),
+            ("/elsewhere/a.pt", "1" * 12, "of other code"),
+            ("/w/a.pt", "2" * 12, "2" * 8),
+            ("/w/a.pt", "", "3" * 8),
+            ("/w/a.pt", "", "1" * 8),
+        ]
+    ):
+        make_run(
+            tmp_path, "baseline", seed, BASE[seed % 5], name=f"r-s{seed}", identity=identity, started=seed,
+            settings={"model.init_from": path}, contents={"model.init_from": content} if content else {},
+            git={"commit": "def" if "code" in identity else "abc"},
+        )  # fmt: skip
+    rows, _ = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {
+        "baseline": "4",
+        "init_from=a.pt@22222222": "1",
+        "init_from=a.pt": "1",
+    }
+
+
+def test_an_identity_that_nothing_recorded_explains_is_an_arm_of_its_own(tmp_path):
+    for seed in range(4):
+        make_run(
+            tmp_path, "baseline", seed, BASE[seed], name=f"r-s{seed}", identity=("1" * 8, "2" * 8)[seed // 3]
+        )
+    assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {
+        "baseline": "3",
+        "baseline (22222222)": "1",
+    }
+
+
+@pytest.mark.parametrize("what", [{"git": {"commit": "def"}}, {"recognised": "by names"}])
+def test_an_identity_that_the_code_explains_parts_no_arm(tmp_path, what):
+    for seed in range(4):
+        facts = {"identity": "2" * 8, **what} if seed == 3 else {"identity": "1" * 8}
+        make_run(tmp_path, "baseline", seed, BASE[seed], name=f"r-s{seed}", **facts)
+    assert {arm: row["n"] for arm, row in run_report(tmp_path)[0].items()} == {"baseline": "4"}
+
+
+def test_a_typed_file_names_an_arm_without_its_folder(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path, "baseline", seed, BASE[seed])
+        for place in ("one", "two"):
+            path = f"/{place}/w.pt"
+            run = make_run(
+                tmp_path / place, "baseline", seed + 3 * (place == "two"), 0.95, settings={"model.init_from": path},
+                contents={"model.init_from": "1" * 12}, identity="1" * 8, name=f"{place}-s{seed}",
+            )  # fmt: skip
+            typed(run, f"model.init_from={path}", f"seed={seed}")
+    rows, _ = run_report(tmp_path)
+    assert {arm: row["n"] for arm, row in rows.items()} == {"baseline": "3", "init_from=w.pt": "6"}
 
 
 def typed(run: Path, *overrides: str) -> None:
@@ -1233,6 +1352,85 @@ def test_a_run_typed_by_hand_belongs_to_the_setting_that_it_differs_least_from(t
     rows = rows_of(tmp_path)
     assert ("digits, trainer.max_epochs=30", "sam") in rows
     assert ("digits, trainer.max_epochs=4", "sam") not in rows
+
+
+# Other data of the same name
+
+
+def test_runs_of_other_data_of_the_same_name_are_never_paired(tmp_path):
+    """Not by their name alone: a folder or a table has changed between two commands."""
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    make_arm(tmp_path, "mixup", BETTER, data_fingerprint="2" * 16)
+    rows = rows_of(tmp_path)
+    assert {key: row["pairs"] for key, row in rows.items()} == {
+        ("digits, data 11111111", "baseline"): "",
+        ("digits, data 22222222", "mixup"): "",
+    }
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "these had the data of fingerprint 22222222. Runs of other data are not paired with them" in text
+    rows = rows_of(tmp_path, "networks=arms")
+    assert rows["digits", "mixup"]["pairs"] == "5", "asked for in one table"
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "mixup: 5 of 5 pairs are of other data than those of baseline (22222222, there 11111111)" in text
+
+
+def test_a_baseline_of_other_data_is_none_and_the_message_says_so(tmp_path, capsys):
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    for arm in ("mixup", "sam"):
+        make_arm(tmp_path, arm, BETTER, data_fingerprint="2" * 16)
+    assert report.main([f"runs={tmp_path}"]) == 2
+    assert (
+        "baseline is missing in digits, data 22222222; choose one of: mixup, sam; runs of other data are not paired "
+        "with these" in capsys.readouterr().err
+    )
+
+
+def test_seeds_after_a_change_of_the_data_do_not_supersede_those_before_it(tmp_path):
+    for print_, shift in (("1" * 16, 0.0), ("2" * 16, 0.03)):
+        for arm, values in (("baseline", BASE), ("mixup", BETTER)):
+            for seed, value in enumerate(values):
+                make_run(
+                    tmp_path, arm, seed, value + shift, data_fingerprint=print_,
+                    name=f"{arm}-{print_[0]}-s{seed}",
+                )  # fmt: skip
+    rows = rows_of(tmp_path)
+    for name, shift in (("digits, data 11111111", 0.0), ("digits, data 22222222", 0.03)):
+        assert rows[name, "mixup"]["pairs"] == "5"
+        assert float(rows[name, "baseline"]["mean"]) == pytest.approx(np.mean(BASE) + shift)
+
+
+@pytest.mark.parametrize("other", ["1" * 16, None])
+def test_the_same_data_and_those_without_a_fingerprint_are_one_setting(tmp_path, other):
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16)
+    make_arm(tmp_path, "mixup", BETTER, **({"data_fingerprint": other} if other else {}))
+    rows, text = run_report(tmp_path)
+    assert rows["mixup"]["pairs"] == "5" and "fingerprint" not in text
+
+
+def test_a_run_without_a_fingerprint_counts_with_those_whose_files_have_its_names(tmp_path):
+    table = {n: {"data.module.csv_file": f"/{n}/{n}.csv"} for n in "ab"}
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16, settings=table["a"])
+    make_arm(tmp_path, "sam", BASE[:2], data_fingerprint="2" * 16, settings=table["b"])
+    make_arm(tmp_path, "mixup", BETTER, settings={"data.module.csv_file": "/elsewhere/a.csv"})
+    make_arm(tmp_path, "cutmix", BETTER, settings={"data.module.csv_file": "/elsewhere/c.csv"})
+    rows = rows_of(tmp_path)
+    assert rows["digits, data 11111111", "mixup"]["pairs"] == "5"
+    assert rows["digits, data 11111111", "cutmix"]["pairs"] == "5", "with most"
+    assert ("digits, data 22222222", "sam") in rows
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "10 of these runs recorded no fingerprint of their data" in text
+
+
+def test_data_that_one_sweep_set_out_to_compare_are_paired_and_the_face_says_so(tmp_path):
+    sweep = {"arms": ["baseline", "stylized"], "folder": "one", "created": 0.5, "baseline": "baseline"}
+    make_arm(tmp_path, "baseline", BASE, data_fingerprint="1" * 16, sweep=sweep)
+    make_arm(tmp_path, "stylized", BETTER, data_fingerprint="2" * 16, sweep=sweep)
+    make_arm(tmp_path, "mixup", BETTER, data_fingerprint="3" * 16)
+    rows = rows_of(tmp_path)
+    assert rows["digits, data 11111111, 22222222", "stylized"]["pairs"] == "5"
+    assert ("digits, data 33333333", "mixup") in rows
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "stylized: 5 of 5 pairs are of other data than those of baseline" in text
 
 
 def test_the_sd_behind_what_is_detectable_is_named(tmp_path):
