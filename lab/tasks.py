@@ -308,20 +308,21 @@ def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             "to; TMPDIR=FOLDER is elsewhere",
             see="docs/robustness.md",
         ) from error
-    file.truncate(max(1, size))
-    if hasattr(os, "posix_fallocate"):  # a write to a mapping for which there is no room kills the process
-        try:
+    try:
+        file.truncate(max(1, size))
+        # a write to a mapping for which there is no room kills the process
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, max(1, size))
-        except OSError as error:
-            if is_of_the_place(error):
-                file.close()
-                raise ConfigError(
-                    f"TMPDIR={tempfile.gettempdir()}: no room for {size} bytes of scores ({error.strerror}); "
-                    "TMPDIR=FOLDER is elsewhere",
-                    see="docs/robustness.md",
-                ) from error
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot allocate
-                raise
+    except OSError as error:
+        if is_of_the_place(error):
+            file.close()
+            raise ConfigError(
+                f"TMPDIR={tempfile.gettempdir()}: no room for {size} bytes of scores ({error.strerror}); "
+                "TMPDIR=FOLDER is elsewhere",
+                see="docs/robustness.md",
+            ) from error
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot allocate
+            raise
     data = np.memmap(file, dtype=np.uint8, mode="r+", shape=(max(1, size),))
     return torch.from_numpy(data)[:size].view(dtype).view(shape)
 
@@ -411,7 +412,10 @@ def _how(config: Config) -> str:
 def _together(runs: Runs) -> str:
     """Which runs, with which weights, are used as one, for the name of their file."""
     beside = runs[0][0].path.parent  # where the file is; a run elsewhere may have the same id
-    which = sorted(f"{os.path.relpath(run.path, beside)}/{weights.name}" for run, _, weights in runs)
+    # weights need not be the run's own: two files elsewhere may have one name
+    which = sorted(
+        (os.path.relpath(r.path, beside), os.path.relpath(weights, r.path)) for r, _, weights in runs
+    )
     return f"{len(runs)}-runs-{hashlib.sha256(json.dumps(which).encode()).hexdigest()[:8]}"
 
 

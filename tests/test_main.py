@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -253,6 +254,15 @@ def test_runs_that_are_used_as_one_have_files_by_which_they_are(cli, tmp_path: P
     assert len(list(first.glob("predictions-of-2-runs-*.csv"))) == 2
 
 
+def test_weights_from_two_places_with_one_name_have_files_of_their_own(cli, tmp_path: Path) -> None:
+    first = trained_and_copied(cli, tmp_path)
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        weights = shutil.copy(first / "checkpoints" / "best.ckpt", tmp_path / place / "x.ckpt")
+        assert cli(f"run={first.parent}/*", "task=test", f"ckpt_path={weights}").status == 0
+    assert len(list(first.parent.glob("ensemble-of-2-runs-*.json"))) == 2
+
+
 @pytest.mark.parametrize(("task", "split"), [("test", "test"), ("test", "predict"), ("predict", "predict")])
 def test_runs_that_are_used_as_one_read_all_samples(cli, tmp_path: Path, task: str, split: str) -> None:
     first = trained_and_copied(cli, tmp_path)
@@ -296,6 +306,25 @@ def test_a_prediction_without_room_for_its_scores_is_refused_in_a_line(
     with monkeypatch.context() as patched:
         patched.setattr("os.posix_fallocate", full)
         outcome = cli(f"run={run}", "task=predict")
+    assert outcome.status == 2 and "TMPDIR=" in outcome.err and "no room for 960 bytes" in outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1 and not (run / "predictions.csv").exists()
+
+
+def test_scores_larger_than_a_file_may_be_are_refused_in_a_line(
+    cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, made = trained_and_copied(cli, tmp_path), tempfile.TemporaryFile
+
+    def limited() -> Any:
+        def truncate(size: int) -> None:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+        file = made()
+        monkeypatch.setattr(file, "truncate", truncate, raising=False)
+        return file
+
+    monkeypatch.setattr(tasks.tempfile, "TemporaryFile", limited)
+    outcome = cli(f"run={run}", "task=predict")
     assert outcome.status == 2 and "TMPDIR=" in outcome.err and "no room for 960 bytes" in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1 and not (run / "predictions.csv").exists()
 
