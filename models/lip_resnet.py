@@ -7,8 +7,10 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crucible.corrections import Correction
+from crucible.corrections import Correction, all_of, option_is
 from crucible.options import ConfigError
+from crucible.technique import is_on
+from models.convert import BlurDownsampling
 from models.dynamic_resnet import ResNetModel
 from models.layers import AVG_POOL, Activation, Bottleneck, Shortcut, conv
 
@@ -45,7 +47,9 @@ class LIP(nn.Module):
         logits = self.norm(self.conv(features))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = (LARGEST_LOGIT * logits.sigmoid()).exp()
-        return (self.pool(x * weight) / self.pool(weight)).to(x.dtype)
+        # a blur in the pool's place is a convolution, which autocast would do in a dtype that the weights exceed
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.pool(x * weight) / self.pool(weight)).to(x.dtype)
 
 
 class LIPMaxPool(LIP):
@@ -105,6 +109,11 @@ class LIPBottleneck(Bottleneck):
         return self.act(shortcut + self.drop_path(self.se(branch)))
 
 
+_blurs_under_autocast = all_of(
+    is_on(BlurDownsampling), option_is("trainer.precision", "bf16-mixed", "16-mixed", "bf16", "16", 16)
+)
+
+
 class LIPResNetModel(ResNetModel):
     """A ResNet with `LIP` wherever it halves the resolution after the first convolution.
 
@@ -117,6 +126,10 @@ class LIPResNetModel(ResNetModel):
         Correction(
             "model._target_", 2, lambda config: True,
             "LIP-ResNets started with branches that were not zero and torch's default in the head",
+        ),
+        Correction(
+            "model._target_", 3, _blurs_under_autocast,
+            "a blur cast down the weights of the pooling, which are float32",
         ),
     )  # fmt: skip
 
