@@ -265,7 +265,10 @@ def _corrections(config: Config) -> list[Correction]:
     ]
     if policy := module.get("train_transforms"):
         owners.append(find_target(policy["_target_"], "data.module.train_transforms._target_"))
-    own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
+    kinds = (
+        kind for owner in owners for kind in getattr(owner, "__mro__", (owner,))
+    )  # a subclass's are further ones
+    own = (correction for kind in kinds for correction in vars(kind).get("corrections", ()))
     return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]
 
 
