@@ -36,7 +36,7 @@ from lab.build import build_callback, build_data, build_model, build_trainer, fi
 from lab.config import ROOT_TYPES, SWEEP_OPTIONS, TASK_OPTIONS, model_options, network_options, run_length
 from lab.recorded import completed
 from lab.states import check_state
-from lab.summary import check_input, check_reproducible, check_samples
+from lab.summary import check_input, check_reproducible, check_samples, check_smallest_batch
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
@@ -650,6 +650,7 @@ class Examiner:
         check_input(model, config)  # it leaves the model without memory
         check_reproducible(model, config)
         check_samples(model, config, data)
+        check_smallest_batch(model, config, data)
         if config["ckpt_path"]:
             check_state(config, model, data)
         check_loggers(config["logger"])
