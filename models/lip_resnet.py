@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -48,7 +49,9 @@ class LIP(nn.Module):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = (LARGEST_LOGIT * logits.sigmoid()).exp()
         # a blur in the pool's place is a convolution, which autocast would do in a dtype that the weights exceed
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        casts = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
             return (self.pool(x * weight) / self.pool(weight)).to(x.dtype)
 
 

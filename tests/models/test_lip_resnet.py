@@ -85,6 +85,11 @@ def test_a_blur_in_the_pools_place_filters_in_float32_too(dtype: torch.dtype) ->
     torch.testing.assert_close(narrow.float(), expected, atol=0.02, rtol=0.02)
 
 
+def test_shapes_are_known_without_memory() -> None:
+    with torch.device("meta"):
+        assert LIPMaxPool(3, 2)(torch.empty(2, 3, 8, 8)).shape == (2, 3, 4, 4)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_only_a_strided_block_differs_from_the_bottleneck(stride: int) -> None:
     block = LIPBottleneck(64, 16, stride)
