@@ -29,11 +29,14 @@ NAMES = (
 
 
 def _evenly(first: float, last: float, bins: int) -> list[float]:
-    return [float(value) for value in torch.linspace(first, last, bins)]
+    return [float(value) for value in torch.linspace(first, last, bins, dtype=torch.float32)]
 
 
 def _bits(most: int, fewer: int, bins: int) -> list[float]:
-    return [float(value) for value in (most - torch.arange(bins) / ((bins - 1) / fewer)).round()]
+    return [
+        float(value)
+        for value in (most - torch.arange(bins, dtype=torch.float32) / ((bins - 1) / fewer)).round()
+    ]
 
 
 def strengths(height: int, width: int, bins: int = BINS) -> dict[str, list[float]]:
@@ -299,7 +302,9 @@ class AutoAugment(Automatic):
                 cells += _deepvoltaire(name, levels, place)
         self.operations = Operations(cells, size, size, interpolation, fill)
         self.register_buffer(
-            "chances", torch.tensor([[chance for _, chance, _ in pair] for pair in pairs]), persistent=False
+            "chances",
+            torch.tensor([[chance for _, chance, _ in pair] for pair in pairs], dtype=torch.float32),
+            persistent=False,
         )
 
     def cells(self, draws: Tensor) -> Tensor:

@@ -141,8 +141,8 @@ def _weights(start: Tensor, length: Tensor, side: int, size: int, bicubic: Tenso
     """(N, size, side) float32: how much of each pixel is in each of the output."""
     start, length = start[:, None, None], length[:, None, None]
     step = length / size
-    place = torch.arange(side, device=start.device) + 0.5 - start
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * step
+    place = torch.arange(side, device=start.device, dtype=torch.float32) + 0.5 - start
+    centre = (torch.arange(size, device=start.device, dtype=torch.float32)[:, None] + 0.5) * step
     distance = (place - centre).abs() / step.clamp(min=1)
     weight = (1 - distance).clamp(min=0)
     if bicubic is not None:

@@ -132,8 +132,8 @@ def rotate(input: Tensor, degrees: Tensor) -> Tensor:
     h, w = input.shape[2:]
     angle = torch.deg2rad(degrees.float())
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-    y = (torch.arange(h, device=input.device) + 0.5 - h / 2)[:, None]
-    x = torch.arange(w, device=input.device) + 0.5 - w / 2
+    y = (torch.arange(h, device=input.device, dtype=torch.float32) + 0.5 - h / 2)[:, None]
+    x = torch.arange(w, device=input.device, dtype=torch.float32) + 0.5 - w / 2
     # where each pixel comes from, from -1 to 1 between the outer edges
     grid = torch.stack(((cos * x - sin * y) * (2 / w), (sin * x + cos * y) * (2 / h)), dim=-1)
     turned = F.grid_sample(input.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from augmentation.mixing import Mix, check_mixes_classes, class_probabilities, mixing_partners
 from crucible.batch import Batch
-from crucible.corrections import rounded_targets
+from crucible.corrections import Correction, option_is, rounded_targets
 from crucible.keyed import stream_key
 from crucible.options import ConfigError
 from crucible.seams import Seam, insert_seams
 from crucible.technique import BatchStage, Setting, Step, Technique
 
+log = logging.getLogger("crucible")
+
 
 @dataclass(frozen=True)
 class ManifoldMixup(Technique):
-    """Mixup of the features before one of the network's parts, or of its input."""
+    """Mixup of the features behind one of the network's first stages, or of its input."""
 
     needs: ClassVar = {
         "manifold_mixup_alpha": ("manifold_mixup",),
         "manifold_mixup_layers": ("manifold_mixup",),
     }
-    corrections: ClassVar = (rounded_targets("model.manifold_mixup"),)
+    corrections: ClassVar = (
+        rounded_targets("model.manifold_mixup"),
+        Correction(
+            "model.manifold_mixup", 3, option_is("model.manifold_mixup"),
+            "features were mixed behind the stem, the whole body or both in networks that keep their blocks in one "
+            "sequence, and not at all where they are a tuple",
+        ),
+    )  # fmt: skip
 
     manifold_mixup: Annotated[
         bool, "mix pairs of samples at a layer drawn for each batch (arXiv 1806.05236)"
@@ -50,6 +61,7 @@ class ManifoldMixup(Technique):
     def attach(self, step: Step) -> None:
         mixing = _ManifoldMixing(self, step.setting.num_classes)
         step.network.append(mixing.prepare)
+        step.optimizer.append(mixing.say)
         step.batch.append(BatchStage("mixing", mixing))
         step.inside.append(mixing)
 
@@ -68,6 +80,10 @@ class _ManifoldMixing:
                 f"model.manifold_mixup=true: {type(network).__name__} has no parts one after the other to mix between"
             )
         return network
+
+    def say(self, module: Any, optimizer: Optimizer) -> None:
+        """Where the network is mixed, for people."""
+        log.info("manifold mixup at one of: %s", ", ".join(seam.place for seam in self.seams))
 
     def __call__(self, batch: Batch, key: int) -> Batch:
         """Set the seams for this batch; its target becomes (N, K) float32 probabilities, mixed as the features are."""

@@ -83,8 +83,8 @@ def _numbers(cell: Cell, height: int, width: int) -> tuple[int, list[float]]:
         row, column = cell.centre
         return KERNELS.index("hole"), [row, column, magnitude]
     if name in GEOMETRIC:
-        matrix = torch.tensor(inverse_affine(cell, height, width))
-        half = torch.tensor([0.5 * width] * 3 + [0.5 * height] * 3)
+        matrix = torch.tensor(inverse_affine(cell, height, width), dtype=torch.float32)
+        half = torch.tensor([0.5 * width] * 3 + [0.5 * height] * 3, dtype=torch.float32)
         return AFFINE, (matrix / half).tolist()
     if name in ("Brightness", "Color", "Contrast", "Sharpness"):
         factor = 1.0 + magnitude
@@ -94,7 +94,7 @@ def _numbers(cell: Cell, height: int, width: int) -> tuple[int, list[float]]:
         return KERNELS.index("posterize"), [float(((1 << bits) - 1) << (8 - bits))]
     if name == "Solarize":
         # of whole levels, those from the next whole one on
-        threshold = math.ceil(torch.tensor(255.0 * magnitude).item())
+        threshold = math.ceil(torch.tensor(255.0 * magnitude, dtype=torch.float32).item())
         return KERNELS.index("solarize" if threshold <= 255 else "identity"), [threshold]
     return KERNELS.index(name.lower()), []
 
@@ -129,7 +129,7 @@ class Operations(nn.Module):
         self.used = sorted({kernel for kernel, _ in rows} - {KERNELS.index("identity")})
         padded = [numbers + [0.0] * (6 - len(numbers)) for _, numbers in rows]
         self.register_buffer("kernel", torch.tensor([kernel for kernel, _ in rows]), persistent=False)
-        self.register_buffer("numbers", torch.tensor(padded), persistent=False)
+        self.register_buffer("numbers", torch.tensor(padded, dtype=torch.float32), persistent=False)
         moving = sum(kernel == AFFINE for kernel, _ in rows)
         self._keeps_places = interpolation == "nearest" and moving * height * width <= MOST_PLACES
         self._places: tuple[Tensor, Tensor] | None = None
@@ -302,7 +302,7 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.split(1, dim=1)
-    return red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_()
+    return red.float().mul_(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2]).floor_()
 
 
 def brightness(images: Tensor, factor: Tensor, _: Tensor) -> Tensor:

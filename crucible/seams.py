@@ -13,9 +13,13 @@ class Seam:
 
     Weight and partners are tensors that are filled anew for each batch, so that a compiled network needs no other
     graph for another layer, and nothing waits for the device. In evaluation a seam does nothing.
+
+    Args:
+        place: where it is, for people: `input`, or the name of the module that it is behind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: str = "") -> None:
+        self.place = place
         self.weight = torch.ones(())
         self.partner = torch.zeros(0, dtype=torch.int64)
 
@@ -44,24 +48,74 @@ class Seam:
 
 
 def insert_seams(network: nn.Module, inner: int) -> list[Seam]:
-    """Put a seam at the network's input, and one behind each of its first parts; by hooks, so that keys stay.
+    """Put a seam at the network's input, and one behind each of its first stages; by hooks, so that keys stay.
 
-    The parts are the network's children that hold blocks (the stages of a ResNet, say), or, where there are none,
-    its children that have parameters. The last part gets none.
+    A network whose stages cannot be found has them behind its first children that have parameters instead. The last
+    stage or child gets none.
 
     Args:
         network: changed in place; before it is compiled.
-        inner: seams behind parts, at most.
+        inner: seams behind stages, at most.
     """
-    seams = [Seam()]
+    seams = [Seam("input")]
     network.register_forward_pre_hook(_AtInput(seams[0]))
-    children = [child for child in network.children() if next(child.parameters(), None) is not None]
-    stages = [child for child in children if any(len(list(part.children())) > 1 for part in child.children())]
-    parts = (stages if len(stages) > 1 else children)[:-1]
-    for part in parts[:inner]:
-        seams.append(Seam())
+    names = {module: name for name, module in network.named_modules()}
+    for part in (_ends_of_stages(network) or _with_parameters(network)[:-1])[:inner]:
+        seams.append(Seam(names[part]))
         part.register_forward_hook(_Behind(seams[-1]))
     return seams
+
+
+def _ends_of_stages(network: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are those of the network's stages, but for the last; none where none are found.
+
+    Where the resolution falls several times within one sequence, of blocks or of layers, the stages are what lies
+    between. Else they are the children that hold blocks, or the blocks themselves where a single sequence holds all.
+    """
+    children = _with_parameters(network)
+    holders = [child for child in children if any(_has_blocks(part) for part in child.children())]
+    among = [*([network] if holders else []), *(holders or children)]
+    sequences = [module for module in among if isinstance(module, nn.Sequential)]
+    for sequence in reversed(sequences):  # a stem comes first
+        if ends := _before_falls(sequence):
+            return ends
+    if len(holders) == 1 and sequences:
+        return [part for part in sequences[-1].children() if _has_blocks(part)][:-1]
+    return holders[:-1]
+
+
+def _before_falls(sequence: nn.Sequential) -> list[nn.Module]:
+    """The parts of a sequence behind which the resolution falls, from its first block on."""
+    parts = list(sequence)
+    first = next((number for number, part in enumerate(parts) if _has_blocks(part)), 0)
+    falls = [number for number in range(first, len(parts)) if _strides(parts[number])]
+    # a pool ends a stage, a layer or a block begins one
+    ends = [fall - any(True for _ in parts[fall].parameters()) for fall in falls]
+    return [parts[end] for end in ends if first <= end < len(parts) - 1]
+
+
+def _with_parameters(module: nn.Module) -> list[nn.Module]:
+    """The children that have parameters; of a list, which never runs itself, its own."""
+    children: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            children += _with_parameters(child)
+        elif next(child.parameters(), None) is not None:
+            children.append(child)
+    return children
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Whether it is or has a block: several layers together."""
+    return any(len(_with_parameters(part)) > 1 for part in module.modules())
+
+
+def _strides(module: nn.Module) -> bool:
+    def largest(stride: Any) -> int:
+        return max(stride, default=1) if isinstance(stride, (tuple, list)) else stride
+
+    strides = (largest(getattr(part, "stride", 1)) for part in module.modules())
+    return any(isinstance(stride, int) and stride > 1 for stride in strides)
 
 
 class _AtInput:
@@ -77,4 +131,9 @@ class _Behind:
         self.seam = seam
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.seam.mix(output) if module.training and isinstance(output, Tensor) else None
+        return self._mixed(output) if module.training else None
+
+    def _mixed(self, output: Any) -> Any:
+        if isinstance(output, tuple):  # of octaves, say
+            return tuple(map(self._mixed, output))
+        return self.seam.mix(output) if isinstance(output, Tensor) else output

@@ -97,6 +97,7 @@ class Setting:
         input_channels: its channels.
         accumulate_grad_batches: batches of a step.
         compile: whether the network is to be compiled, or in which mode; None: where it pays.
+        precision: the trainer's; None where it is not known.
         data: the configuration's `data`, where there is one.
         techniques: all of them, by class.
     """
@@ -107,6 +108,7 @@ class Setting:
     input_channels: int = 3
     accumulate_grad_batches: int = 1
     compile: bool | CompileMode | None = None
+    precision: str | int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     techniques: Mapping[type[Technique], Technique] = field(default_factory=dict)
 

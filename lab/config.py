@@ -31,7 +31,7 @@ from crucible.options import (
 )
 from crucible.technique import CUDA_GRAPHS, Setting, Step, assemble, read_techniques
 from datasets.packed import PackOptions
-from datasets.sampling import EvalSampler, batches_within, training_batches
+from datasets.sampling import EpochSampler, EvalSampler, batches_within, training_batches
 from lab.recorded import SWEEP_OPTIONS, TASK_OPTIONS
 from losses import LossOptions, evaluation_criterion
 from models.base_model import BASICS, BaseModel
@@ -389,6 +389,7 @@ def step_of(config: Config) -> Step:
         input_channels=data["input_channels"],
         accumulate_grad_batches=config["trainer"]["accumulate_grad_batches"],
         compile=model["compile"],
+        precision=config["trainer"]["precision"],
         data=data,
     )
     criterion = evaluation_criterion(data["task"], read_options(LossOptions, model).loss)
@@ -785,6 +786,16 @@ def run_length(config: Config, data_module: Any) -> Length:
     batches = _training_batches(trainer, data_module, world_size(trainer))
     a_epoch = max(1, math.ceil(batches / trainer["accumulate_grad_batches"]))
     return Length(training_length(trainer["max_epochs"], trainer["max_steps"], a_epoch), a_epoch)
+
+
+def smallest_batch(config: Config, data_module: Any) -> int:
+    """Samples on each device of the smallest batch that the training comes to."""
+    trainer, size = config["trainer"], int(data_module.batch_size)
+    if run_length(config, data_module).epochs < 1:
+        return size  # it ends before the last batch of an epoch
+    world = world_size(trainer)
+    sampler = EpochSampler(len(data_module.samples("train")), size, 0, world_size=world)
+    return sampler.size(_training_batches(trainer, data_module, world) - 1)
 
 
 def _training_batches(trainer: Mapping[str, Any], data_module: Any, world: int) -> int:

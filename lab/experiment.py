@@ -37,7 +37,7 @@ from lab.build import build_callback, build_data, build_model, build_trainer, fi
 from lab.config import ROOT_TYPES, SWEEP_OPTIONS, TASK_OPTIONS, model_options, network_options, run_length
 from lab.recorded import completed
 from lab.states import check_state
-from lab.summary import check_input, check_reproducible, check_samples
+from lab.summary import check_input, check_reproducible, check_samples, check_smallest_batch
 from lab.teachers import settle_teacher
 from models.base_model import BASICS, BaseModel
 from models.techniques import technique_kinds
@@ -287,7 +287,10 @@ def _corrections(config: Config) -> list[Correction]:
     ]
     if policy := module.get("train_transforms"):
         owners.append(find_target(policy["_target_"], "data.module.train_transforms._target_"))
-    own = (correction for owner in owners for correction in getattr(owner, "corrections", ()))
+    kinds = (
+        kind for owner in owners for kind in getattr(owner, "__mro__", (owner,))
+    )  # a subclass's are further ones
+    own = (correction for kind in kinds for correction in vars(kind).get("corrections", ()))
     return [*own, *metrics.CORRECTIONS, *checking.CORRECTIONS]
 
 
@@ -669,6 +672,7 @@ class Examiner:
         check_input(model, config)  # it leaves the model without memory
         check_reproducible(model, config)
         check_samples(model, config, data)
+        check_smallest_batch(model, config, data)
         if config["ckpt_path"]:
             check_state(config, model, data)
         check_loggers(config["logger"])

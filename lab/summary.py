@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from crucible import private
+from crucible.batch import Batch
 from crucible.configuration import Config
 from crucible.console import print_table, say
 from crucible.keyed import stream_key
-from crucible.machine import device_kind
+from crucible.machine import device_kind, world_size
 from crucible.options import ConfigError
 from datasets.base_datamodule import BaseDataModule
-from lab.config import resolve_network
+from lab.config import resolve_network, smallest_batch
 from models.base_model import BaseModel
 from norms import Norm
 
@@ -98,21 +99,32 @@ def check_input(model: BaseModel, config: Config) -> None:
         ConfigError: naming the size.
     """
     shape = input_shape(config, batch=2)
+    if (error := _refusal(model, shape)) is not None:
+        size, reason = "x".join(map(str, shape[1:])), _first_line(error)
+        raise ConfigError(
+            f"data.input_size={config['data']['input_size']}: {_named(model)} cannot take input of {size} ({reason})"
+        ) from error
+
+
+def _refusal(model: BaseModel, shape: tuple[int, ...]) -> Exception | None:
+    """What the model raises, on the meta device, for training input of a shape; None also where that tells nothing."""
     try:
         with torch.no_grad():
             model.to("meta").train()(torch.empty(shape, device="meta"))
     except NotImplementedError:
-        return  # an operation that nothing can be known about without data
+        return None  # an operation that nothing can be known about without data
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "meta tensor" in reason:
-            return
-        network, size = type(model).__name__, "x".join(map(str, shape[1:]))
-        if (norm := model.step.setting.of(Norm).norm) is not None:
-            network += f" with model.norm={norm}"
-        raise ConfigError(
-            f"data.input_size={config['data']['input_size']}: {network} cannot take input of {size} ({reason})"
-        ) from error
+        return None if "meta tensor" in _first_line(error) else error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _named(model: BaseModel) -> str:
+    norm = model.step.setting.of(Norm).norm
+    return type(model).__name__ + (f" with model.norm={norm}" if norm is not None else "")
 
 
 # operators whose backward pass is not deterministic on CUDA, and torch's name for them where its documentation of
@@ -213,12 +225,9 @@ def check_samples(model: BaseModel, config: Config, data: BaseDataModule) -> Non
         if not len(samples):
             continue
         batch = samples[0, list(range(min(2, len(samples))))]
-        changes = model.step.raw if stage == "train" else []
         policy = type(getattr(data, role)).__name__
         try:
-            for change in changes:
-                batch = change.change(batch, stream_key(model.seed, change.stream, 0))
-            shape = tuple(data.batch_transform(batch, stage, 0).input.shape[1:])
+            shape = tuple(_prepared(model, data, batch, stage).shape[1:])
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(
@@ -230,6 +239,40 @@ def check_samples(model: BaseModel, config: Config, data: BaseDataModule) -> Non
                 f"data.module.{role}: {policy} makes {'x'.join(map(str, shape))} of the {split} samples; "
                 f"data.input_channels={wanted[0]} and data.input_dim={len(wanted) - 1} say otherwise"
             )
+
+
+def _prepared(
+    model: BaseModel, data: BaseDataModule, batch: Batch, stage: Literal["train", "eval"]
+) -> Tensor:
+    """Samples of a split as the network gets them."""
+    for change in model.step.raw if stage == "train" else []:
+        batch = change.change(batch, stream_key(model.seed, change.stream, 0))
+    return data.batch_transform(batch, stage, 0).input
+
+
+def check_smallest_batch(model: BaseModel, config: Config, data: BaseDataModule) -> None:
+    """Refuse a batch of one sample that the norms in training cannot take, be it the last of a long epoch.
+
+    Args:
+        model: moved to the meta device by this; it takes larger batches.
+        config: plain and checked.
+        data: of the run.
+
+    Raises:
+        ConfigError: naming the size of the batches.
+    """
+    trainer, size = config["trainer"], data.batch_size
+    together = trainer.get("sync_batchnorm") or model.step.setting.of(Norm).norm == "sync"
+    if smallest_batch(config, data) > 1 or (together and world_size(trainer) > 1):
+        return
+    shape = _prepared(model, data, data.samples("train")[0, [0]], "train").shape
+    if (error := _refusal(model, tuple(shape))) is not None:
+        options = f"data.module.batch_size={size}"
+        if size > 1:
+            options = f"data.module.drop_last=false with {options} leaves a last batch of one sample a device"
+        raise ConfigError(
+            f"{options}: {_named(model)} cannot train on that ({_first_line(error)})"
+        ) from error
 
 
 def _counter() -> FlopCounterMode:

@@ -145,7 +145,7 @@ class BlurPool(nn.Module):
             smallest = min(smallest, size - max(before, after))
         x = F.pad(x, padding, mode="reflect" if smallest > 0 else "replicate")
         channels = x.shape[1]
-        kernel = self.kernel.expand(channels, *self.kernel.shape[1:])
+        kernel = self.kernel.to(x.dtype).expand(channels, *self.kernel.shape[1:])
         return _CONVOLVE[len(self.stride)](x, kernel, stride=self.stride, groups=channels)
 
     def extra_repr(self) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from crucible.corrections import Correction, option_is
 from crucible.options import ConfigError
 from models.dynamic_resnet import ResNetModel
 from models.layers import BasicBlock, Bottleneck, ResidualBlock
@@ -18,7 +19,8 @@ class DeformableConv2d(nn.Conv2d):
     """Convolution whose taps move by learned offsets, each weighted by a learned `sigmoid`; without bias.
 
     Offsets and weights come from a convolution of the same kernel and stride that starts at zero: no offset, and
-    half of each tap. The taps are read and weighted in float32 under mixed precision, as torchvision does.
+    half of each tap. The taps are read and weighted in float32 under mixed precision, as torchvision does, and where
+    the weights have 16 bits.
 
     Args:
         in_channels: of the input.
@@ -43,12 +45,12 @@ class DeformableConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         moved = F.conv2d(input, self.offset_weight, self.offset_bias, self.stride, self.padding)
-        dtype = self.weight.dtype
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         offset, mask = moved.to(dtype).split((2 * self.taps, self.taps), dim=1)
         out = deform_conv2d(
             input.to(dtype),
             offset,
-            self.weight,
+            self.weight.to(dtype),
             None,
             self.stride,
             self.padding,
@@ -74,6 +76,13 @@ class DeformableBottleneck(_Deformable, Bottleneck):
 
 class DeformableResNetModel(ResNetModel):
     """A ResNet whose 3x3 convolutions in the second to fourth stage are deformable; torchvision's weights fit."""
+
+    corrections: ClassVar = (
+        Correction(
+            "model._target_", 2, option_is("trainer.precision", "16-true"),
+            "the taps of deformable convolutions were weighted in float16",
+        ),
+    )  # fmt: skip
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("input_dim", 2) != 2:

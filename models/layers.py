@@ -82,7 +82,8 @@ class ShakeDrop(nn.Module):
         if not self.training:
             return x * (1 - self.rate)
         # float32 whatever x is, so that mixed precision draws the same numbers
-        gate, alpha, beta = torch.rand((3, x.shape[0], *(1,) * (x.ndim - 1)), device=x.device).unbind()
+        shape = 3, x.shape[0], *(1,) * (x.ndim - 1)
+        gate, alpha, beta = torch.rand(shape, device=x.device, dtype=torch.float32).unbind()
         opened = gate >= self.rate
         forward_factor = torch.where(opened, 1.0, 2 * alpha - 1).to(x.dtype)
         return _Scale.apply(x, forward_factor, torch.where(opened, 1.0, beta).to(x.dtype))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from crucible.corrections import Correction
+from crucible.corrections import Correction, all_of, option_is
 from crucible.options import ConfigError
+from crucible.technique import is_on
+from models.convert import BlurDownsampling
 from models.dynamic_resnet import ResNetModel
 from models.layers import AVG_POOL, Activation, Bottleneck, Shortcut, conv
 
@@ -45,7 +48,11 @@ class LIP(nn.Module):
         logits = self.norm(self.conv(features))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = (LARGEST_LOGIT * logits.sigmoid()).exp()
-        return (self.pool(x * weight) / self.pool(weight)).to(x.dtype)
+        # a blur in the pool's place is a convolution, which autocast would do in a dtype that the weights exceed
+        device = x.device.type
+        casts = torch.amp.is_autocast_available(device)  # not on the meta device
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            return (self.pool(x * weight) / self.pool(weight)).to(x.dtype)
 
 
 class LIPMaxPool(LIP):
@@ -105,6 +112,11 @@ class LIPBottleneck(Bottleneck):
         return self.act(shortcut + self.drop_path(self.se(branch)))
 
 
+_blurs_under_autocast = all_of(
+    is_on(BlurDownsampling), option_is("trainer.precision", "bf16-mixed", "16-mixed", "bf16", "16", 16)
+)
+
+
 class LIPResNetModel(ResNetModel):
     """A ResNet with `LIP` wherever it halves the resolution after the first convolution.
 
@@ -117,6 +129,10 @@ class LIPResNetModel(ResNetModel):
         Correction(
             "model._target_", 2, lambda config: True,
             "LIP-ResNets started with branches that were not zero and torch's default in the head",
+        ),
+        Correction(
+            "model._target_", 3, _blurs_under_autocast,
+            "a blur cast down the weights of the pooling, which are float32",
         ),
     )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+from crucible.corrections import HALF_PRECISION, Correction, all_of, option_is
 from crucible.options import ConfigError
 from models.base_model import BaseModel
 from norms import Norm
@@ -46,6 +47,14 @@ class ResidualModel(BaseModel):
 
 class GatedResidualModel(ResidualModel):
     """And of those whose branches may end in a gate."""
+
+    corrections: ClassVar[tuple[Correction, ...]] = (
+        Correction(
+            "model.shakedrop", 2,
+            all_of(option_is("model.shakedrop"), option_is("trainer.precision", *HALF_PRECISION, "64-true", "64", 64)),
+            "gates and factors were drawn in the weights' precision",
+        ),
+    )  # fmt: skip
 
     def __init__(
         self,

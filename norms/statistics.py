@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +30,11 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-def refresh_statistics(network: nn.Module, inputs: Iterable[Tensor]) -> None:
+def refresh_statistics(
+    network: nn.Module,
+    inputs: Iterable[Tensor],
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Take all norms' statistics anew from forward passes, for weights that they were not gathered with.
 
     Norms with running statistics get the plain mean over the batches, of all processes, of what each batch would
@@ -40,6 +44,7 @@ def refresh_statistics(network: nn.Module, inputs: Iterable[Tensor]) -> None:
     Args:
         network: in any mode, which it keeps. A compiled one runs uncompiled.
         inputs: `(N, C, *spatial)` batches of it; as many in each process.
+        forward: what each forward pass, and not the making of its input, is to run in.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.train()
@@ -51,7 +56,8 @@ def refresh_statistics(network: nn.Module, inputs: Iterable[Tensor]) -> None:
     try:
         with _uncompiled(network) if kept else nullcontext():
             for input in inputs if kept else ():
-                network(input)
+                with forward():
+                    network(input)
     finally:
         for statistics in kept:
             statistics.close()

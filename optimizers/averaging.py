@@ -58,6 +58,17 @@ def _swa_was_of_another_order(config: Mapping[str, Any]) -> bool:
     return option_is("model.swa_start")(config) and any(option_is(option)(config) for option in drawn)
 
 
+def _swa_was_of_other_images(config: Mapping[str, Any]) -> bool:
+    """Where the network's precision reached the making of its images: crops on a device, else colours."""
+    precision = str(select(config, "trainer.precision"))
+    if not option_is("model.swa_start")(config) or precision in ("32-true", "32"):
+        return False
+    policy = str(select(config, "data.module.train_transforms._target_"))
+    cropped = ".imagenet." in policy and select(config, "trainer.accelerator") != "cpu"
+    coloured = any(kind in policy for kind in ("AutoAugment", "RandAugment", "TrivialAugment", "AugMix"))
+    return cropped or (coloured and not precision.endswith("-mixed"))
+
+
 @dataclass(frozen=True)
 class Averaging(Technique):
     """One of two averages of the weights, or none."""
@@ -76,6 +87,10 @@ class Averaging(Technique):
         Correction(
             "model.swa_start", 3, _swa_was_of_another_order,
             "norm statistics of the average were of batches in another order than the training's",
+        ),
+        Correction(
+            "model.swa_start", 4, _swa_was_of_other_images,
+            "norm statistics of the average were of images made in the network's precision",
         ),
     )  # fmt: skip
 
@@ -378,7 +393,7 @@ def refresh_norms(module: Any, epoch: int) -> None:
                     continue
             yield module.as_the_weights(data.batch_transform(batch, "train", epoch)).input
 
-    with torch.inference_mode(False), module.trainer.precision_plugin.forward_context():
+    with torch.inference_mode(False):
         for mixing in module.step.inside:
             mixing.rest()
-        refresh_statistics(module.model, inputs())
+        refresh_statistics(module.model, inputs(), module.trainer.precision_plugin.forward_context)

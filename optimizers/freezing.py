@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Annotated, Any, ClassVar
 
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -71,10 +72,10 @@ class Frozen:
     """The frozen part of a network.
 
     What never learns has no gradients, is in no optimizer's group, and is no matter of DDP's. What learns later is in
-    both from the start, so that their order never changes. Until then a single process computes no gradients for it; of
-    several, which have agreed on whose gradients they exchange, each drops them before the step, so that neither weight
-    decay nor momentum moves a weight: the numbers are the same. Norms of the part are in evaluation mode, whatever mode
-    the network is put into. Dropout goes on.
+    both from the start, so that their order never changes. Until then a process on its own computes no gradients for
+    it; under DDP, which has settled whose gradients are exchanged, be it of one process, they are dropped before the
+    step, so that neither weight decay nor momentum moves a weight: the numbers are the same. Norms of the part are in
+    evaluation mode, whatever mode the network is put into. Dropout goes on.
 
     Args:
         what: as the option `freeze`.
@@ -158,7 +159,7 @@ class Frozen:
         here = dict(module.model.named_modules())  # sync_batchnorm has put others in their place
         self.norms = {name: here.get(name, norm) for name, norm in self.norms.items()}
         self.hold(self.holds)
-        self._drops = self.until is not None and module.trainer.world_size > 1
+        self._drops = self.until is not None and isinstance(module.trainer.strategy, ParallelStrategy)
         if self.holds and not self._drops:
             self._learns(False)
         share = sum(p.numel() for p in self.parameters) / sum(p.numel() for p in module.model.parameters())

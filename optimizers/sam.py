@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
+from torch.optim import Optimizer
 
+from crucible.corrections import HALF_PRECISION
 from crucible.options import ConfigError
 from crucible.technique import Closure, Setting, Step, Technique
 
@@ -52,8 +54,11 @@ class Sam(Technique):
 
     def check(self, setting: Setting) -> None:
         _check_one_batch(setting.accumulate_grad_batches)
+        if setting.precision in HALF_PRECISION:
+            _refuse_16_bits(f"trainer.precision={setting.precision}")
 
     def attach(self, step: Step) -> None:
+        step.optimizer.append(_check_dtypes)
         step.closure.append(lambda module, closure: sam_closure(module, closure, self))
 
 
@@ -63,6 +68,19 @@ def _check_one_batch(accumulated: int) -> None:
             f"model.sam=true needs trainer.accumulate_grad_batches=1, got {accumulated}:"
             " the second gradient would be that of the last batch only"
         )
+
+
+def _check_dtypes(module: Any, optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.dtype.itemsize < 4:
+                _refuse_16_bits(f"weights of {weight.dtype}")
+
+
+def _refuse_16_bits(what: str) -> NoReturn:
+    raise ConfigError(
+        f"model.sam=true: {what} would round most of the ascent's small moves away; use mixed precision or 32-true"
+    )
 
 
 def sam_closure(module: Any, closure: Closure, options: Sam) -> Closure:

@@ -6,12 +6,14 @@ import re
 
 import pytest
 from conftest import TINY, runs_in, summary_of
+from small_models import small
 from test_report import BASE, make_arm, make_run
 
 import report
 from crucible import metrics
 from crucible.corrections import Correction, option_is, versions_of
 from lab import config as checking
+from lab.experiment import corrected
 from models.techniques import TECHNIQUES
 
 
@@ -25,6 +27,12 @@ def test_only_the_configurations_that_have_the_numbers_are_concerned() -> None:
     ]
     assert versions_of(known, config) == {"model.sam": 3}
     assert versions_of([], config) == {}
+
+
+def test_a_networks_corrections_are_further_ones_than_its_familys() -> None:
+    config = small("pyramidnet", "model.shakedrop=true", "trainer.precision=bf16-true")
+    assert corrected(config).get("model.shakedrop") == 2
+    assert "model.shakedrop" not in corrected(small("pyramidnet", "model.shakedrop=true"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, nightly, runs_in
 from lightning.pytorch import Callback, Trainer
+from small_models import small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,8 @@ from crucible.run import RunDirectory
 from datasets.base_datamodule import BaseDataModule
 from datasets.images import Arrays
 from datasets.sampling import EvalSampler, representative
-from lab.config import CORRECTIONS
+from lab.build import build_data
+from lab.config import CORRECTIONS, smallest_batch
 from models.base_model import BaseModel
 from optimizers.schedules import ScheduleOptions, training_length
 
@@ -404,6 +406,53 @@ def test_lengths_that_leave_nothing_are_refused_before_a_folder_is_made(
     (line, *see) = outcome.err.strip().splitlines()
     assert says in line and len(see) <= 1, outcome.err
     assert not (tmp_path / "experiments").exists()
+
+
+ONE_POSITION = ["model._target_=models.dynamic_vgg.VGG16", "model=vgg", "model.cifar_size=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["data.module.drop_last=false", "data.module.num_samples=90"],
+            "data.module.drop_last=false with data.module.batch_size=16 leaves a last batch of one sample a device",
+        ),
+        (
+            ["data.module.batch_size=1"],
+            "data.module.batch_size=1: VGG16 cannot train on that (Expected more than 1",
+        ),
+    ],
+)
+def test_a_batch_of_one_sample_that_norms_cannot_take_is_refused_before_a_folder_is_made(
+    cli, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    outcome = cli(*TINY, *ONE_POSITION, *overrides)
+    assert outcome.status == 2 and says in outcome.err, outcome.err
+    assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "smallest"),
+    [
+        ([], 1),
+        (["data.module.drop_last=true"], 16),
+        (["trainer.limit_train_batches=5"], 16),
+        (["trainer.max_epochs=-1", "trainer.max_steps=5"], 16),
+        (["trainer.max_epochs=-1", "trainer.max_steps=6"], 1),
+        (["data.module.batch_size=80"], 1),
+        (["data.module.batch_size=81"], 81),
+    ],
+)
+def test_the_smallest_batch_is_the_last_that_the_training_comes_to(
+    overrides: list[str], smallest: int
+) -> None:
+    config = small(
+        "cifar_resnet", *TINY, "data.module.num_samples=90", "data.module.drop_last=false", *overrides
+    )
+    data = build_data(config)
+    data.check()
+    assert smallest_batch(config, data) == smallest
 
 
 # Other runs

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from small_models import small
 from stages import assembled
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from crucible.batch import Batch
 from crucible.options import ConfigError
 from crucible.seams import insert_seams
 from crucible.technique import Setting, Step, Technique
+from lab.summary import build_on_meta
 from models.base_model import BaseModel
 from models.techniques import TECHNIQUES
 
@@ -173,6 +175,50 @@ def test_a_seam_mixes_the_features_of_its_place_and_leaves_the_others() -> None:
     assert torch.equal(network(x), plain), "weight 1 leaves the features bit by bit"
     seams[0].set(0.5, partner)
     assert torch.equal(network.eval()(x), plain), "nothing in evaluation"
+
+
+@pytest.mark.parametrize(
+    ("typed", "places"),
+    [
+        ("resnet", "layer1 layer2"),
+        ("preact_resnet model._target_=models.preact_resnet.PreActResNet18", "blocks.1 blocks.3"),
+        ("wide_resnet model.depth=28", "blocks.3 blocks.7"),
+        ("pyramidnet model.depth=110", "blocks.17 blocks.35"),
+        ("laptop model.type=M", "blocks.0 blocks.1"),
+        ("vgg model._target_=models.dynamic_vgg.VGG16", "features.6 features.13"),
+        ("vgg model._target_=models.dynamic_vgg.VGG16 model.strided=true", "features.5 features.14"),
+        ("preact_resnet model._target_=models.preact_resnet.PreActResNet18 model.blur_pool=true", "blocks.1 blocks.3"),
+        ("vgg model._target_=models.dynamic_vgg.VGG16 model.blur_pool=true", "features.6 features.13"),
+        ("oct_resnet", "layer1 layer2"),
+        ("regnet", "s1 s2"),
+        ("convnext model.type=atto", "stages.0 stages.1"),
+        ("efficientnetv2 model.type=B0", "blocks.0 blocks.1"),
+        ("timm model.type=mobilenetv3_small_100", "blocks.0 blocks.1"),
+        ("timm model.type=vit_tiny_patch16_224", "blocks.0 blocks.1"),
+        ("timm model.type=xcit_nano_12_p16_224", "patch_embed blocks.0"),
+        ("timm model.type=densenet121", "features.denseblock1 features.denseblock2"),
+        ("timm model.type=cspresnet50", "stages.0 stages.1"),
+    ],
+)  # fmt: skip
+def test_manifold_mixup_mixes_at_the_ends_of_the_first_stages(typed: str, places: str) -> None:
+    family, *options = typed.split()
+    model = build_on_meta(small(family, "model.manifold_mixup=true", *options))
+    assert [seam.place for seam in model.step.inside[0].seams] == ["input", *places.split()]  # type: ignore[attr-defined]
+
+
+def test_a_stage_of_two_octaves_is_mixed_in_both() -> None:
+    class Octaves(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x[:, :, ::2]
+
+    network = nn.Sequential(nn.Sequential(nn.Conv1d(3, 4, 1), Octaves()), nn.Conv1d(4, 2, 1))
+    _, seam = insert_seams(network, 1)
+    x, partner = torch.randn(6, 3, 4), torch.randperm(6)
+    seam.set(0.5, partner)
+    plain = network[0].eval()(x)
+    network[0].train()
+    for mixed, whole in zip(network[0](x), plain, strict=True):
+        torch.testing.assert_close(mixed, (whole + whole[partner]) / 2)
 
 
 def test_one_graph_serves_every_layer() -> None:

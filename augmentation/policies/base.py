@@ -175,7 +175,7 @@ class ImagePolicy(Policy):
     def sample(self, image: Image.Image | Tensor) -> Tensor:
         """`image` (PIL, or uint8 (C, H, W)) to uint8 (channels, size, size)."""
         if self.transform is None:
-            return self.from_draws(image, torch.rand(self.crop_draws).tolist())
+            return self.from_draws(image, torch.rand(self.crop_draws, dtype=torch.float32).tolist())
         # always by PIL: torchvision's results on PIL images and on tensors differ
         picture = self._with_channels(v2F.to_pil_image(image) if isinstance(image, Tensor) else image)
         return v2F.pil_to_tensor(self.transform(picture))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from augmentation.crops import crop_box
+from augmentation.crops import DRAWS, _by_matrices, crop_box, crop_boxes
+from augmentation.distortions import rotate
 from augmentation.policies import cifar, digits, imagenet
 from augmentation.policies.base import cutout, shift_and_flip
 from augmentation.policies.default import IdentityTransform
@@ -75,6 +78,48 @@ def test_an_option_without_effect_is_recorded():
     assert cifar.BaselineTransform(magnitude=5).unused_options == {"magnitude": 5}
     assert cifar.BaselineCutoutTransform(cutout_size=8).unused_options == {}
     assert imagenet.BaselineTransform(min_area=0.3, cutout_size=0).unused_options == {}
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As Lightning has the weights' in a step under bf16-true and 64-true."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("module", "name"), [*ALL, ("cifar", "deepvoltaire"), ("cifar", "uda")])
+def test_the_batch_part_knows_no_default_dtype(module: str, name: str, dtype: torch.dtype) -> None:
+    def outputs() -> torch.Tensor:
+        tables = {"deepvoltaire": "AutoAugmentTransform", "uda": "RandAugmentTransform"}
+        made = policy(module, tables.get(name, name), **({"operations": name} if name in tables else {}))
+        shape = (8, 3, made.size, made.size)
+        pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return made.batch(pixels, torch.arange(8), 3)
+
+    expected = outputs()
+    with default_dtype(dtype):
+        found = outputs()
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_crops_on_a_device_and_rotations_know_none_either(dtype: torch.dtype) -> None:
+    def outputs() -> list[torch.Tensor]:
+        images = torch.randint(
+            256, (8, 3, 300, 310), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        boxes = crop_boxes(keyed_uniform(1, torch.arange(8), DRAWS), 300, 310, 0.08)
+        turned = rotate(images[:, :, :40, :40].float(), torch.arange(8, dtype=torch.float32))
+        return [_by_matrices(images, boxes, 32, torch.arange(8) % 2 > 0), turned]
+
+    expected = outputs()
+    with default_dtype(dtype):
+        found = outputs()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("module", "name"), ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -33,6 +34,17 @@ def test_it_starts_as_half_of_the_plain_convolution(stride: int) -> None:
     layer = DeformableConv2d(4, 6, 3, stride).double()
     x = images(channels=4, spatial=(9, 9), dtype=torch.float64)
     torch.testing.assert_close(layer(x), 0.5 * F.conv2d(x, layer.weight, stride=stride, padding=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_applied_in_float32(dtype: torch.dtype) -> None:
+    layer = DeformableConv2d(2, 3, 3).to(dtype)
+    x = images(channels=2, spatial=(5, 5), dtype=dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, copy.deepcopy(layer).float()(x.float()).to(dtype))
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
 def test_each_tap_reads_at_its_offset_and_is_weighted() -> None:

@@ -17,6 +17,7 @@ from network_checks import (
 from torch import nn
 
 from crucible.options import ConfigError
+from models.convert import BlurPool, blur_downsampling
 from models.layers import Bottleneck
 from models.lip_resnet import LIP, LIPBottleneck, LIPMaxPool, LIPResNet50, LIPResNet101
 
@@ -67,6 +68,26 @@ def test_the_weights_stay_finite_in_float16_range() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x, torch.randn(1, 2, 4, 4))
     torch.testing.assert_close(out.float(), torch.full((1, 2, 2, 2), 30.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_blur_in_the_pools_place_filters_in_float32_too(dtype: torch.dtype) -> None:
+    layer = LIP(2, 2, 1, 2)
+    nn.init.constant_(layer.norm.bias, 20.0)
+    blur_downsampling(nn.Sequential(layer), 2)
+    assert isinstance(layer.pool, BlurPool)
+    x, features = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
+    expected = layer(x, features)
+    with torch.autocast("cpu", dtype=dtype):
+        torch.testing.assert_close(layer(x, features), expected)
+    narrow = layer.to(dtype)(x.to(dtype), features.to(dtype))
+    assert narrow.dtype == dtype
+    torch.testing.assert_close(narrow.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_shapes_are_known_without_memory() -> None:
+    with torch.device("meta"):
+        assert LIPMaxPool(3, 2)(torch.empty(2, 3, 8, 8)).shape == (2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -77,6 +77,19 @@ def test_mixed_precision_draws_the_same_factors() -> None:
     assert torch.equal(outputs[0].bfloat16(), outputs[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_draw_the_same_factors_too(dtype: torch.dtype) -> None:
+    x = torch.ones(256, 1, 1, 1, dtype=dtype)
+    torch.manual_seed(0)
+    expected = ShakeDrop(0.5).train()(x)
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)  # as in a step under bf16-true and 64-true
+    try:
+        assert torch.equal(ShakeDrop(0.5).train()(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_memory_format_is_kept() -> None:
     x = torch.randn(4, 3, 5, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
     out = ShakeDrop(0.5).train()(x)

@@ -414,6 +414,27 @@ def test_an_epochs_weights_are_averaged_where_a_loss_scaler_leaves_its_last_step
     assert [weights.updates for weights in model.step.weights] == [2]
 
 
+def test_batches_for_norm_statistics_are_made_outside_of_the_networks_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*QUICK, "trainer.max_steps=-1", "trainer.max_epochs=1", "trainer.precision=bf16-true")
+    config = composed("swa", options=options)
+    config["model"]["swa_start"] = 0.0
+    model, data, trainer = built(config, tmp_path)
+    made: list[torch.dtype] = []
+    transform = data.batch_transform
+
+    def seen(*args: Any) -> Any:
+        made.append(torch.get_default_dtype())
+        return transform(*args)
+
+    ran: list[torch.dtype] = []
+    monkeypatch.setattr(data, "batch_transform", seen)
+    model.model.register_forward_pre_hook(lambda *_: ran.append(torch.get_default_dtype()))
+    trainer.fit(model, datamodule=data)
+    assert set(made) == {torch.float32} and set(ran) == {torch.bfloat16}
+
+
 def test_swa_holds_the_rate_from_its_start_on(cli, tmp_path: Path) -> None:
     outcome = cli(
         *TINY,
@@ -441,6 +462,7 @@ def test_swa_holds_the_rate_from_its_start_on(cli, tmp_path: Path) -> None:
         ({"swa_start": 0.5}, {"max_steps": 50}, True),
         ({"swa_start": 0.5}, {"overfit_batches": 2}, True),
         ({"swa_start": 0.5, "manifold_mixup": True}, {}, True),
+        ({"swa_start": 0.5}, {"precision": "bf16-mixed"}, False),
         ({}, {"precision": "bf16-true", "devices": 2, "max_steps": 50}, False),
     ],
 )
@@ -449,3 +471,24 @@ def test_only_averages_whose_numbers_changed_are_other_runs(
 ) -> None:
     config = {"model": model, "trainer": {"devices": 1, "num_nodes": 1, "accelerator": "cpu", **trainer}}
     assert bool(versions_of(Averaging.corrections, config)) == corrected
+
+
+@pytest.mark.parametrize(
+    ("policy", "trainer", "version"),
+    [
+        ("imagenet.BaselineTransform", {"precision": "16-mixed", "accelerator": "cuda"}, 4),
+        ("imagenet.BaselineTransform", {"precision": "bf16-mixed"}, None),
+        ("imagenet.BaselineTransform", {"precision": "32-true", "accelerator": "cuda"}, None),
+        ("cifar.AutoAugmentTransform", {"precision": "64-true"}, 4),
+        ("cifar.AutoAugmentTransform", {"precision": "bf16-mixed"}, None),
+    ],
+)
+def test_only_statistics_of_images_that_changed_are_other_runs(
+    policy: str, trainer: dict, version: int | None
+) -> None:
+    config = {
+        "model": {"swa_start": 0.5},
+        "data": {"module": {"train_transforms": {"_target_": f"augmentation.policies.{policy}"}}},
+        "trainer": {"devices": 1, "num_nodes": 1, "accelerator": "cpu", **trainer},
+    }
+    assert versions_of(Averaging.corrections, config).get("model.swa_start") == version

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from technique_runs import QUICK, built, composed
 from torch import Tensor, nn
@@ -39,9 +41,11 @@ class States(Callback):
 
 
 def trained(
-    folder: Path, *techniques: str, compiled: bool = False, **options: Any
+    folder: Path, *techniques: str, compiled: bool = False, strategy: str = "auto", **options: Any
 ) -> tuple[BaseModel, list[dict[str, Tensor]]]:
-    config = composed(*techniques, options=(*QUICK, *EPOCHS, "model.weight_decay=0.1"))
+    config = composed(
+        *techniques, options=(*QUICK, *EPOCHS, "model.weight_decay=0.1", f"trainer.strategy={strategy}")
+    )
     config["model"].update(options)
     model, data, trainer = built(config, folder)
     if compiled:
@@ -121,6 +125,30 @@ def test_dropped_gradients_give_the_numbers_of_none(
 
     monkeypatch.setattr(Frozen, "watch", as_one_of_several)
     _, found = trained(tmp_path, *technique, freeze="layer1", unfreeze_at=1)
+    for one, other in zip(expected, found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ddp_of_one_process_lets_go_as_a_process_on_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"freeze": "layer1", "unfreeze_at": 1}
+    _, expected = trained(tmp_path, **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "NODE_RANK": 0,
+        "LOCAL_RANK": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        _, found = trained(tmp_path, strategy="ddp", **options)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     for one, other in zip(expected, found, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
 

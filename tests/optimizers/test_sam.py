@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from small_models import small
 from stages import assembled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -452,6 +453,22 @@ def test_accumulation_is_refused_with_the_reason():
     with pytest.raises(ConfigError, match=r"accumulate_grad_batches=1, got 4: .* last batch only"):
         assembled(Setting(accumulate_grad_batches=4), sam=True)
     assembled(Setting(accumulate_grad_batches=4))
+
+
+def test_weights_of_16_bits_are_refused_early_and_late() -> None:
+    message = r"model\.sam=true: {} would round .* use mixed precision or 32-true"
+    with pytest.raises(ConfigError, match=message.format(r"trainer\.precision=bf16-true")):
+        assembled(Setting(precision="bf16-true"), sam=True)
+    (check,) = assembled(Setting(precision="bf16-mixed"), sam=True).optimizer
+    net = network()
+    check(net, torch.optim.SGD(net.parameters(), LR))
+    with pytest.raises(ConfigError, match=message.format(r"weights of torch\.float16")):
+        check(net, torch.optim.SGD(net.half().parameters(), LR))
+
+
+def test_a_command_with_weights_of_16_bits_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"model\.sam=true: trainer\.precision=16-true"):
+        small("cifar_resnet", "model.sam=true", "trainer.precision=16-true")
 
 
 class Sharded(Model):
