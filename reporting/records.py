@@ -62,6 +62,7 @@ class Sweep:
     techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
     decides: Decides | None = None  # of `until=decided`
     identities: Mapping[str, str] = field(default_factory=dict)  # arm -> its runs'; older plans recorded none
+    units: tuple[Unit, ...] = ()  # of each arm, in the order planned, where that is recorded
 
     @property
     def plan(self) -> tuple[Any, ...]:
@@ -549,12 +550,16 @@ def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
     """What a sweep recorded, of itself or in one of its runs."""
     planned = record.get("planned_seeds")
     margin = record.get("margin_points")
-    runs = [
-        r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in record.get("runs") or ()
-    ]
+    listed = record.get("runs") or ()
+    runs = [r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in listed]
     created = record.get("created")
     baseline, rivals = record.get("baseline"), record.get("rivals") or {}
     decides = record.get("decides")
+    if decides:
+        units = [(int(seed), int(decides["fold"])) for seed in decides["seeds"]]
+    else:
+        own = (r for r in listed if not isinstance(r, str) and r.get("seed") is not None)
+        units = [(int(r["seed"]), int(r.get("fold") or 0)) for r in own]
     return Sweep(
         folder=folder,
         design=str(record.get("design") or ""),
@@ -569,6 +574,7 @@ def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
         decides=Decides(**{**decides, "seeds": tuple(decides["seeds"])}) if decides else None,
         identities=record.get("identities") or {},
+        units=tuple(dict.fromkeys(units)),
     )
 
 

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -901,6 +903,54 @@ def test_arms_that_ended_at_different_looks_are_each_held_to_their_own(tmp_path)
         assert float(rows[arm]["p_holm"]) == pytest.approx(expected[arm])
         assert float(rows[arm]["level"]) == pytest.approx(0.05 * share)
     assert "| interval |" in text and "(98.2%)" in text and "(96.8%)" in text
+
+
+LOWER = [-0.004, -0.0042, 0.012, -0.0041, -0.0039, -0.0038]  # but for the third, by nearly the same
+
+
+def make_planned(root: Path, seeds: Iterable[int], recorded: bool, looks: tuple[int, ...] = (5, 20)) -> None:
+    """A technique with these differences from the baseline, by seed, and the plan with or without its record."""
+    order = list(seeds)
+    facts = {"planned_seeds": list(looks), "margin_points": 0.3, "created": 1.0, "rule": 3}
+    for arm in ("baseline", "mixup"):
+        for seed, difference in zip(order, LOWER, strict=False):
+            make_run(root, arm, seed, 0.93 + 0.001 * (seed % 3) + difference * (arm == "mixup"), sweep=facts)
+    if recorded:
+        runs = [{"run": f"../../digits/{arm}-s{n}", "arm": arm, "seed": n, "fold": 0} for arm in ("baseline", "mixup")
+                for n in order]  # fmt: skip
+        record_sweep(root, ["baseline", "mixup"], **{**facts, "runs": runs})
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "typed by hand"])
+def test_a_planned_look_waits_for_its_seeds_and_reads_no_others(tmp_path, recorded):
+    make_planned(tmp_path, range(6), recorded)
+    summary = tmp_path / "digits/mixup-s2/summary.json"
+    ended = summary.read_text()
+    summary.write_text(json.dumps({**json.loads(ended), "status": "running", "final": {}}))
+    row = run_report(tmp_path)[0]["mixup"]
+    assert row["verdict"] == "no look yet: 4 of 5 seeds; 1 later seed not used", "five others would say hurts"
+    assert row["p"] == row["low"] == ""
+    summary.write_text(ended)
+    row = run_report(tmp_path)[0]["mixup"]
+    assert row["verdict"].startswith("undecided: between") and "1 later seed not used" in row["verdict"]
+    assert float(row["difference"]) == pytest.approx(np.mean(LOWER[:5]))
+
+
+def test_a_planned_look_reads_the_seeds_in_the_order_in_which_they_were_recorded(tmp_path):
+    make_planned(tmp_path, [9, 3, 7, 1, 5], True, looks=(3, 5))
+    shutil.rmtree(tmp_path / "digits/mixup-s5")
+    row = run_report(tmp_path)[0]["mixup"]
+    assert (row["look"], row["seeds_not_used"]) == ("1", "1")
+    assert float(row["difference"]) == pytest.approx(np.mean(LOWER[:3])), "of seeds 9, 3 and 7"
+
+
+def test_a_finding_at_a_planned_look_outlasts_a_run_that_diverges_later(tmp_path):
+    make_planned(tmp_path, [0, 1, 5, 2, 3, 4], False)
+    shutil.rmtree(tmp_path / "digits/mixup-s5")
+    found = run_report(tmp_path)[0]["mixup"]["verdict"]
+    assert found.startswith("hurts") and "(look 1 of 2, 5 seeds" in found
+    make_run(tmp_path, "mixup", 5, math.nan)
+    assert run_report(tmp_path)[0]["mixup"]["verdict"] == found
 
 
 def test_no_difference_is_corrected_for_the_number_of_techniques(tmp_path):
