@@ -23,6 +23,7 @@ from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.console import epoch_named
+from crucible.files import is_put_aside
 from crucible.masking import masked, masked_in
 from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
@@ -236,8 +237,8 @@ def find_runs(folder: Path) -> Iterable[Path]:
         if "summary.json" in names or {"config.yaml", "overrides.yaml"} <= names:
             folders.clear()
             yield Path(place)
-        else:  # `.old-1`: a run that was run again afresh
-            folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
+        else:
+            folders[:] = sorted(f for f in folders if f[0] != "." and not is_put_aside(f))
 
 
 def read_run(path: Path, request: Request, sweeps: Sequence[Sweep], dropped: bool = False) -> Run | LeftOut:

@@ -735,6 +735,14 @@ def test_runs_takes_several_folders_and_globs_and_out_says_where(tmp_path):
     assert (tmp_path / "report" / "report.md").is_file(), "several folders: beside them"
 
 
+def test_a_glob_counts_no_run_that_was_put_aside_and_its_own_name_does(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_run(tmp_path, "baseline", 9, 0.5, name="baseline-s9.old-1")
+    for typed, runs in (("*", "5"), ("baseline-s9.old-1", "1"), ("*.old-1", "1")):
+        assert report.main([f"runs={tmp_path}/digits/{typed}", f"out={tmp_path}/report"]) == 0
+        assert written(tmp_path)[0]["baseline"]["n"] == runs, typed
+
+
 def test_the_report_is_printed_without_control_characters_to_a_file(tmp_path, capsys):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", BETTER)
