@@ -240,7 +240,7 @@ def _filled(table: Table, runs: Sequence[Run], request: Request) -> Table:
     for c in table.comparisons:
         _judge(c, table, request, found.get(c.arm, "undecided"))
     _label_costs(table, runs)
-    table.together = list(_interactions(table))
+    table.together = list(_interactions(table, request))
     return table
 
 
@@ -528,18 +528,12 @@ def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
 def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tuple[str, str]:
     arm, base = table.arms[c.arm], table.arms[table.baseline]
     metric, margin = table.metric, table.plan.margin
-    selected = _selected_on_scored(table, request.best)
-    if c.step is not None and c.step.final and not selected:
-        return _at_a_look(c, c.step, table)  # whatever became of later seeds
-    for who in (arm, base):
-        if who.diverged:
-            whose = "" if who is arm else f" {base.name}"
-            return "unstable", f"unstable: {len(who.diverged)} of {len(who.all_runs)}{whose} runs diverged"
+    final = c.step is not None and c.step.final
+    if (unfit := _unfit((arm, base), final, table, request)) is not None:
+        return unfit
+    if c.step is not None and final:
+        return _at_a_look(c, c.step, table)
     pairs = f"{c.n} pair{'' if c.n == 1 else 's'}"
-    if selected:
-        return "cannot say", f"cannot say (selected on {metric.split})"
-    if arm.incomplete or base.incomplete:
-        return "cannot say", f"cannot say ({metric.name} is not in all runs)"
     if c.step is not None and not c.step.look:
         return "waiting", f"no look yet: {c.seeds} of {c.step.looks[0]} seeds" + _unused(c)
     if c.n < 3 and not is_copied(c.differences, base):
@@ -556,6 +550,29 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
     text = f"undecided: between {low} and {high}{metric.unit}{_alone(c, table)}"
     return finding, text + more_seeds(c, table)
+
+
+def _unfit(arms: Sequence[Arm], final: bool, table: Table, request: Request) -> tuple[str, str] | None:
+    """Why nothing is said of these arms, whatever their numbers: finding and verdict; None: they may be judged.
+
+    Args:
+        arms: the one that is judged, then those that it is held against.
+        final: it was found at a planned look, so that it does not matter what became of later seeds.
+        table: theirs.
+        request: of the report.
+    """
+    selected = _selected_on_scored(table, request.best)
+    if final and not selected:
+        return None
+    for arm in arms:
+        if arm.diverged:
+            whose = "" if arm is arms[0] else f" {arm.name}"
+            return "unstable", f"unstable: {len(arm.diverged)} of {len(arm.all_runs)}{whose} runs diverged"
+    if selected:
+        return "cannot say", f"cannot say (selected on {table.metric.split})"
+    if any(arm.incomplete for arm in arms):
+        return "cannot say", f"cannot say ({table.metric.name} is not in all runs)"
+    return None
 
 
 def family_of(c: Comparison, table: Table) -> int:
@@ -694,29 +711,59 @@ def _against(arm: Arm, rival: Arm, table: Table) -> s.PairedT:
 # Two techniques together
 
 
-def _interactions(table: Table) -> Iterable[Together]:
+def _interactions(table: Table, request: Request) -> Iterable[Together]:
     """Every arm with both of two techniques, where the arms with one each and with neither are there too."""
     by_techniques = {
         arm.techniques: arm for arm in table.arms.values() if arm.name == "+".join(sorted(arm.techniques))
     }
     base = table.arms[table.baseline]
     by_techniques.setdefault(base.techniques, base)
-    error = (lambda a: 1 - a) if table.metric.higher_is_better else (lambda a: a)
     for techniques, both in sorted(by_techniques.items(), key=lambda item: item[1].name):
         for x, y in combinations(sorted(techniques), 2):
             others = [by_techniques.get(techniques - without) for without in ({y}, {x}, {x, y})]
-            if any(arm is None for arm in others):
-                continue
             arms = [both, *(arm for arm in others if arm is not None)]
-            units = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-            values = [np.array([arm.runs[u].value for u in units], dtype=np.float64) for arm in arms]
-            if not units:
-                continue
-            found = s.interaction(values, error, table.metric.sign, table.plan.level(len(units)))
-            text = found.finding
-            if text == "adds up":
-                half = max(abs(found.points.low), abs(found.points.high))
-                text = f"adds up within ±{table.metric.formatted(half)}{table.metric.unit}"
-            elif text == "cannot say":
-                text = f"cannot say ({len(units)} seed{'' if len(units) == 1 else 's'})"
-            yield Together(both.name, arms[1].name, arms[2].name, len(units), found, text)
+            if len(arms) == 4 and (found := _together(arms, table, request)) is not None:
+                yield found
+
+
+def _together(arms: Sequence[Arm], table: Table, request: Request) -> Together | None:
+    """What is to be said of two techniques at once, by the rules that each is judged by; None: they share no seed.
+
+    Args:
+        arms: with both, with one, with the other, with neither. Where looks were planned, the earliest at which one of
+            them stands is read.
+        table: theirs.
+        request: of the report.
+    """
+    names = {arm.name for arm in arms}
+    steps = [c.step for c in table.comparisons if c.arm in names and c.step is not None]
+    units = sorted(set.intersection(*(set(arm.runs) for arm in arms), *(set(step.units) for step in steps)))
+    if not units:
+        return None
+    level, first = table.plan.level(len(units)), min(steps, key=lambda step: step.seeds, default=None)
+    if first is not None and first.look:
+        level = s.ALPHA * s.share_of(first.seeds, first.looks)
+    values = [np.array([arm.runs[u].value for u in units], dtype=np.float64) for arm in arms]
+    error = (lambda a: 1 - a) if table.metric.higher_is_better else (lambda a: a)
+    found = s.interaction(values, error, table.metric.sign, level)
+    both, one, other, neither = values
+    seeds = f"{len(units)} seed{'' if len(units) == 1 else 's'}"
+    final = first is not None and all(step.final for step in steps)
+    if (unfit := _unfit(arms, final, table, request)) is not None:
+        finding, text = unfit
+    elif first is not None and not first.look:
+        finding, text = "waiting", f"no look yet: {len(units)} of {first.looks[0]} seeds"
+        parts = {name: getattr(found, name) for name in ("points", "logs", "best_single")}
+        found = found._replace(**{n: t._replace(low=math.nan, high=math.nan) for n, t in parts.items()})
+    elif any(
+        is_copied(d, arms[3])
+        for d in (both - neither, one - neither, other - neither, both - one - other + neither)
+    ):
+        finding, text = "cannot say", f"cannot say ({seeds}, all with the same difference)"
+    elif (finding := found.finding) == "adds up":
+        half = max(abs(found.points.low), abs(found.points.high))
+        text = f"adds up within ±{table.metric.formatted(half)}{table.metric.unit}"
+    else:
+        text = f"cannot say ({seeds})" if finding == "cannot say" else finding
+    found = found._replace(finding=finding)
+    return Together(arms[0].name, arms[1].name, arms[2].name, len(units), found, text)

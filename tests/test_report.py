@@ -1461,6 +1461,58 @@ def test_techniques_that_help_or_hinder_each_other_are_said_to(tmp_path, gain, w
     assert f"| {word} |" in run_report(tmp_path)[1]
 
 
+HELPED = [m + 0.023 + e for m, e in zip(BETTER, (0.0011, -0.0008, 0.0004, 0.0007, -0.0012), strict=True)]
+
+
+def of_both(text: str) -> list[str]:
+    """The cells of the row of two techniques together."""
+    section = text.split("### Two techniques together")[1]
+    return [cell.strip() for cell in re.search(r"\| mixup\+sam \|.*", section)[0].strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("arm", "value", "more", "said"),
+    [
+        ("sam", math.nan, (), "unstable: 1 of 6 sam runs diverged"),
+        ("mixup+sam", math.nan, (), "unstable: 1 of 6 runs diverged"),
+        ("baseline", None, (), "cannot say (test/acc is not in all runs)"),
+        ("mixup", 0.94, ("metric=val/acc", "checkpoint=best"), "cannot say (selected on val)"),
+    ],
+)
+def test_two_techniques_together_are_judged_by_the_rules_of_each(tmp_path, arm, value, more, said):
+    make_two_by_two(tmp_path, HELPED)
+    make_run(tmp_path, arm, 5, value)
+    for file in (tmp_path / "digits").glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps({**summary, "best": {"val/acc": summary["final"].get("test/acc")}}))
+    assert of_both(run_report(tmp_path, *more)[1])[-1] == said
+
+
+def test_two_techniques_that_are_copies_of_runs_are_no_synergy(tmp_path):
+    make_two_by_two(tmp_path, [b + 0.05 for b in BASE])
+    assert of_both(run_report(tmp_path)[1])[-1] == "cannot say (5 seeds, all with the same difference)"
+
+
+def test_two_techniques_together_are_read_at_their_look(tmp_path):
+    make_two_by_two(tmp_path, HELPED)
+    arms = ["baseline", "mixup", "sam", "mixup+sam"]
+    record_sweep(tmp_path, arms, planned_seeds=[5, 10])
+    at = of_both(run_report(tmp_path)[1])
+    assert (at[2], at[-1]) == ("5", "synergy")
+    interaction = np.array(HELPED) - BETTER - shifted(0.002, 0.004, 0.003, 0.003, 0.0025) + BASE
+    low, high = 100 * np.array(stats.ttest_1samp(interaction, 0).confidence_interval(1 - 0.05 * 0.5**1.5))
+    assert at[4] == f"{low:+.2f} to {high:+.2f}"
+    for arm in arms:
+        for seed, value in ((5, 0.5), (6, 0.9)):
+            make_run(
+                tmp_path, arm, seed, value, techniques={t: {} for t in arm.split("+") if t != "baseline"}
+            )
+    assert of_both(run_report(tmp_path)[1]) == at, "later seeds change nothing"
+    shutil.rmtree(tmp_path / "digits/sam-s2")
+    waiting = of_both(run_report(tmp_path)[1])
+    assert waiting[-1] == "no look yet: 4 of 5 seeds" and waiting[4:7] == ["-"] * 3
+
+
 # Warnings
 
 
