@@ -32,6 +32,26 @@ def missing(path: Path, what: str = "folder") -> str:
     return f"no such {what}"
 
 
+def is_put_aside(name: str) -> bool:
+    """Whether a folder's name is that of a run which was run again afresh: `NAME.old-1`."""
+    return re.search(r"\.old-\d+$", name) is not None
+
+
+def folders_named(pattern: Path) -> list[Path]:
+    """The folders that a path or a pattern names, sorted; what of it is there as it stands is no pattern.
+
+    A pattern leaves out what was put aside, unless it says so itself (`*.old-1`).
+    """
+    base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
+    rest = pattern.relative_to(base)
+    matches = [base] if rest == Path() else sorted(base.glob(str(rest)))
+    asked = ".old-" in str(rest)
+    return [
+        p for p in matches
+        if p.is_dir() and (asked or not any(map(is_put_aside, p.relative_to(base).parts)))
+    ]  # fmt: skip
+
+
 def why_not_writable(folder: Path) -> str:
     """Why no file can be written into `folder`, which may not be there yet; empty where one can. Leaves nothing."""
     there = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())

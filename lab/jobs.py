@@ -37,7 +37,7 @@ from crucible import configuration
 from crucible.command_line import as_typed, command, describe, explain, option, parse, unquoted
 from crucible.configuration import Config
 from crucible.console import columns, fitted, say
-from crucible.files import missing, write_atomically
+from crucible.files import folders_named, missing, write_atomically
 from crucible.handover import pass_on, received
 from crucible.launch import job_here, launch, left_over, meeting_point, settle, token
 from crucible.liveness import stopping_signals
@@ -747,7 +747,7 @@ def _expand(text: str) -> list[str]:
     found: list[str] = []
     for part in parts:
         path = Path(part).expanduser()
-        matches = [str(path)] if _is_run(part) else _matches(path)
+        matches = [str(path)] if _is_run(part) else [str(p) for p in folders_named(path) if _is_run(str(p))]
         if not matches and path.is_symlink() and not path.exists():
             raise ConfigError(f"run={part}: {missing(path)}", see="docs/training.md")
         found += matches or ([] if _has_magic(part) else [str(path)])
@@ -767,15 +767,6 @@ def _is_run(text: str) -> bool:
 
 def _has_magic(text: str) -> bool:
     return any(character in text for character in "*?[")
-
-
-def _matches(pattern: Path) -> list[str]:
-    """The runs that a pattern names, sorted; what of it is there as it stands is no pattern."""
-    base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
-    rest = pattern.relative_to(base)
-    if rest == Path():
-        return []
-    return sorted(str(p) for p in base.glob(str(rest)) if (p / "config.yaml").is_file())
 
 
 def _with_overrides(run: RunDirectory, given: Mapping[str, Any], task: str) -> Config:

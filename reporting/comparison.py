@@ -31,7 +31,7 @@ from reporting.arms import (
     sort_into_arms,
 )
 from reporting.contents import with_contents
-from reporting.looks import Looks, Steps, replay
+from reporting.looks import Looks, replay
 from reporting.records import Run, Sweep, Unit
 from reporting.request import SEE, Metric, Request
 
@@ -44,12 +44,11 @@ class Step(NamedTuple):
         look: of which number, from 1; 0: before the first.
         looks: all planned ones, in seeds.
         family: the number of techniques planned.
-        units: the planned seeds of its look.
+        units: the planned seeds of its look; before the first look those of that.
         p, p_none: over all looks and techniques.
         chance: of a decision at a later look.
         wanted: seeds up to which it is asked to go now; 0: it has all that is asked for.
         runs: that the plan has asked for so far, the baseline's included.
-        decides: a sweep of `until=decided` goes by it; else each arm is read when it has the seeds.
         closed: the arm's seeds were decided upon by something else, another metric say, so that none follow for this.
     """
 
@@ -63,13 +62,17 @@ class Step(NamedTuple):
     chance: float
     wanted: int
     runs: int
-    decides: bool
     closed: bool = False
 
     @property
     def ended(self) -> bool:
         """Whether it is final: nothing that is run later changes it."""
         return self.found not in ("undecided", "waiting")
+
+    @property
+    def final(self) -> bool:
+        """Whether it has ended with something that its numbers say, which runs that diverge later leave as it is."""
+        return self.ended and self.found not in ("unstable", "cannot say")
 
     @property
     def seeds(self) -> int:
@@ -240,7 +243,7 @@ def _filled(table: Table, runs: Sequence[Run], request: Request) -> Table:
     for c in table.comparisons:
         _judge(c, table, request, found.get(c.arm, "undecided"))
     _label_costs(table, runs)
-    table.together = list(_interactions(table))
+    table.together = list(_interactions(table, request))
     return table
 
 
@@ -263,10 +266,11 @@ def _pair(arm: Arm, base: Arm, plan: Plan, moderate: s.Shared | None, step: Step
     pairs, later = _pairs(arm, base), 0
     seeds = max(len(pairs), min(len(arm.all_runs), len(base.all_runs)))
     share = plan.share(seeds)
-    if step is not None and step.look:
+    if step is not None:
         at_look = [pair for pair in pairs if pair[0].unit in step.units]
         pairs, later = at_look, len(pairs) - len(at_look)
-        share = s.share_of(step.seeds, step.looks)
+        seeds = min(sum(run.unit in step.units for run in of.all_runs) for of in (arm, base))
+        share = s.share_of(step.seeds, step.looks) if step.look else share
     level = s.ALPHA * share
     mine, theirs = (np.array([p[i].value for p in pairs], dtype=np.float64) for i in (0, 1))
     differences = mine - theirs
@@ -402,64 +406,89 @@ def steps_of_sweep(
         moderate: `variance=shared`.
     """
     assert sweep.decides is not None
-    names, units = sorted(sweep.techniques), [(seed, sweep.decides.fold) for seed in sweep.decides.seeds]
-    base = arms.get(baseline, Arm(baseline))
-    d = np.full((len(names), len(units)), np.nan)
-    known, wrecked = np.zeros(d.shape, dtype=np.bool_), np.zeros(d.shape, dtype=np.bool_)
-    without = {run.unit for run in base.dropped}
-    for i, arm in enumerate(arms.get(name, Arm(name)) for name in names):
-        dropped, diverged = ({run.unit for run in runs} for runs in (arm.dropped, arm.diverged))
-        for j, unit in enumerate(units):
-            wrecked[i, j] = unit in diverged
-            known[i, j] = (unit in arm.runs or unit in dropped or unit in diverged) and (
-                unit in base.runs or unit in without
-            )
-            if unit in arm.runs and unit in base.runs:
-                d[i, j] = sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
-    settled = np.where(known.all(axis=1), len(units), known.argmin(axis=1))
-    first = np.where(wrecked.any(axis=1), wrecked.argmax(axis=1) + 1, np.inf)
-    looks = Looks(sweep.planned, len(names), margin, sweep.decides.futility, sweep.decides.order)
-    return _as_steps(
-        looks, names, [units] * len(names), replay(d, looks, settled, first, moderate), decides=True
-    )
+    tried = {name: arms.get(name, Arm(name)) for name in sorted(sweep.techniques)}
+    looks = Looks(sweep.planned, len(tried), margin, sweep.decides.futility, sweep.decides.order)
+    units = [sweep.units] * len(tried)
+    return _replayed(tried, arms.get(baseline, Arm(baseline)), units, looks, sign, moderate)
 
 
 def _as_they_come(table: Table, arms: Sequence[Arm], moderate: s.Shared | None) -> dict[str, Step]:
     """Where each of these arms stands that no sweep leads: it is read when it and the baseline have the seeds."""
-    base = table.arms[table.baseline]
-    tried = [sorted({r.unit for r in arm.all_runs} & {r.unit for r in base.all_runs}) for arm in arms]
     looks = Looks(table.plan.seeds, max(len(arms), table.plan.techniques), table.plan.margin)
-    d = np.full((len(arms), max(looks.at[-1], *map(len, tried))), np.nan)
-    for i, (arm, units) in enumerate(zip(arms, tried, strict=True)):
-        for j, unit in enumerate(units):
-            if unit in arm.runs and unit in base.runs:
-                d[i, j] = table.metric.sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
-    steps = replay(d, looks, [len(units) for units in tried], shared=moderate)
-    found = _as_steps(looks, [arm.name for arm in arms], tried, steps, decides=False)
+    units = [_planned_units(arm, table, looks.at[-1]) for arm in arms]
+    base, sign = table.arms[table.baseline], table.metric.sign
+    found = _replayed({arm.name: arm for arm in arms}, base, units, looks, sign, moderate)
     led = {
         arm.name for arm in arms if (own := first_sweep(arm.recorded)) is not None and own.decides is not None
     }
     return {name: step._replace(closed=name in led) for name, step in found.items()}
 
 
-def _as_steps(
-    looks: Looks, names: Sequence[str], units: Sequence[Sequence[Unit]], steps: Steps, decides: bool
+def _planned_units(arm: Arm, table: Table, count: int) -> list[Unit]:
+    """The first seeds of an arm in the order in which they were planned.
+
+    That of the records of its sweeps, or of the baseline's where it has none; after these as they are numbered from the
+    table's first on, whether there is a run or not: what is still at work must not let a later seed take its place.
+    """
+    sweeps: dict[tuple[float, str], Sweep] = {}
+    for of in (arm, table.arms[table.baseline]):
+        own = [run.sweep for run in of.recorded if run.sweep is not None and run.sweep.units]
+        sweeps = sweeps or {(sweep.created, sweep.folder): sweep for sweep in own}
+    listed = [unit for _, sweep in sorted(sweeps.items()) for unit in sweep.units]
+    seeds, folds = zip(*(run.unit for one in table.arms.values() for run in one.recorded), strict=True)
+    following = range(min(seeds), min(seeds) + len(listed) + count)
+    numbered = [(seed, fold) for seed in following for fold in sorted(set(folds))]
+    return list(dict.fromkeys([*listed, *numbered]))[:count]
+
+
+def _replayed(
+    arms: Mapping[str, Arm],
+    base: Arm,
+    units: Sequence[Sequence[Unit]],
+    looks: Looks,
+    sign: int,
+    moderate: s.Shared | None,
 ) -> dict[str, Step]:
+    """Where each arm stands, read no further than it is known what became of its planned seeds and the baseline's.
+
+    Args:
+        arms: techniques, by the name that they are asked for by.
+        base: the baseline.
+        units: each arm's, in the order planned.
+        looks: the plan.
+        sign: +1 where a higher metric is better, else -1.
+        moderate: `variance=shared`.
+    """
+    d = np.full((len(arms), max(looks.at[-1], *map(len, units))), np.nan)
+    settled, wrecked = [], np.full(len(arms), np.inf)
+    without = {run.unit for run in base.dropped}
+    for i, (arm, planned) in enumerate(zip(arms.values(), units, strict=True)):
+        dropped, diverged = ({run.unit for run in runs} for runs in (arm.dropped, arm.diverged))
+        known = [
+            (unit in arm.runs or unit in dropped or unit in diverged)
+            and (unit in base.runs or unit in without)
+            for unit in planned
+        ]
+        settled.append(known.index(False) if False in known else len(planned))
+        wrecked[i] = next((j for j, unit in enumerate(planned, 1) if unit in diverged), np.inf)
+        for j, unit in enumerate(planned):
+            if unit in arm.runs and unit in base.runs:
+                d[i, j] = sign * ((arm.runs[unit].value or 0.0) - (base.runs[unit].value or 0.0))
+    steps = replay(d, looks, settled, wrecked, moderate)
     return {
         name: Step(
             found=str(steps.found[i]),
             look=int(steps.number[i]),
             looks=looks.at,
             family=looks.family,
-            units=frozenset(units[i][: steps.seeds[i]]),
+            units=frozenset(units[i][: steps.seeds[i] or looks.at[0]]),
             p=float(steps.p[i]),
             p_none=float(steps.p_none[i]),
             chance=float(steps.chance[i]),
             wanted=int(steps.wanted[i]),
             runs=int(steps.runs),
-            decides=decides,
         )
-        for i, name in enumerate(names)
+        for i, name in enumerate(arms)
     }
 
 
@@ -502,24 +531,14 @@ def _judge(c: Comparison, table: Table, request: Request, finding: str) -> None:
 def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tuple[str, str]:
     arm, base = table.arms[c.arm], table.arms[table.baseline]
     metric, margin = table.metric, table.plan.margin
-    if (
-        c.step is not None
-        and c.step.decides
-        and c.step.ended
-        and c.step.found not in ("unstable", "cannot say")
-    ):
-        return _at_a_look(c, c.step, table)  # final, whatever became of later seeds
-    for who in (arm, base):
-        if who.diverged:
-            whose = "" if who is arm else f" {base.name}"
-            return "unstable", f"unstable: {len(who.diverged)} of {len(who.all_runs)}{whose} runs diverged"
+    final = c.step is not None and c.step.final
+    if (unfit := _unfit((arm, base), final, table, request)) is not None:
+        return unfit
+    if c.step is not None and final:
+        return _at_a_look(c, c.step, table)
     pairs = f"{c.n} pair{'' if c.n == 1 else 's'}"
-    if _selected_on_scored(table, request.best):
-        return "cannot say", f"cannot say (selected on {metric.split})"
-    if arm.incomplete or base.incomplete:
-        return "cannot say", f"cannot say ({metric.name} is not in all runs)"
     if c.step is not None and not c.step.look:
-        return "waiting", f"no look yet: {c.seeds} of {c.step.looks[0]} seeds"
+        return "waiting", f"no look yet: {c.seeds} of {c.step.looks[0]} seeds" + _unused(c)
     if c.n < 3 and not is_copied(c.differences, base):
         return "cannot say", f"cannot say ({pairs})"
     if is_copied(c.differences, base) or (c.step is not None and c.step.found == "cannot say"):
@@ -534,6 +553,29 @@ def _verdict(c: Comparison, table: Table, request: Request, finding: str) -> tup
     low, high = (metric.formatted(float(bound), signed=True) for bound in (c.t.low, c.t.high))
     text = f"undecided: between {low} and {high}{metric.unit}{_alone(c, table)}"
     return finding, text + more_seeds(c, table)
+
+
+def _unfit(arms: Sequence[Arm], final: bool, table: Table, request: Request) -> tuple[str, str] | None:
+    """Why nothing is said of these arms, whatever their numbers: finding and verdict; None: they may be judged.
+
+    Args:
+        arms: the one that is judged, then those that it is held against.
+        final: it was found at a planned look, so that it does not matter what became of later seeds.
+        table: theirs.
+        request: of the report.
+    """
+    selected = _selected_on_scored(table, request.best)
+    if final and not selected:
+        return None
+    for arm in arms:
+        if arm.diverged:
+            whose = "" if arm is arms[0] else f" {arm.name}"
+            return "unstable", f"unstable: {len(arm.diverged)} of {len(arm.all_runs)}{whose} runs diverged"
+    if selected:
+        return "cannot say", f"cannot say (selected on {table.metric.split})"
+    if any(arm.incomplete for arm in arms):
+        return "cannot say", f"cannot say ({table.metric.name} is not in all runs)"
+    return None
 
 
 def family_of(c: Comparison, table: Table) -> int:
@@ -573,9 +615,11 @@ def _at_a_look(c: Comparison, step: Step, table: Table) -> tuple[str, str]:
     else:
         size = f"{step.found} than {shown}" if " by " in step.found else step.found
         text = f"{size} ({where}, p over all looks {formatted_p(step.p)})"
-    if c.later:
-        text += f"; {c.later} later seed{'' if c.later == 1 else 's'} not used"
-    return step.found, text
+    return step.found, text + _unused(c)
+
+
+def _unused(c: Comparison) -> str:
+    return f"; {c.later} later seed{'' if c.later == 1 else 's'} not used" if c.later else ""
 
 
 def formatted_p(p: float) -> str:
@@ -670,29 +714,59 @@ def _against(arm: Arm, rival: Arm, table: Table) -> s.PairedT:
 # Two techniques together
 
 
-def _interactions(table: Table) -> Iterable[Together]:
+def _interactions(table: Table, request: Request) -> Iterable[Together]:
     """Every arm with both of two techniques, where the arms with one each and with neither are there too."""
     by_techniques = {
         arm.techniques: arm for arm in table.arms.values() if arm.name == "+".join(sorted(arm.techniques))
     }
     base = table.arms[table.baseline]
     by_techniques.setdefault(base.techniques, base)
-    error = (lambda a: 1 - a) if table.metric.higher_is_better else (lambda a: a)
     for techniques, both in sorted(by_techniques.items(), key=lambda item: item[1].name):
         for x, y in combinations(sorted(techniques), 2):
             others = [by_techniques.get(techniques - without) for without in ({y}, {x}, {x, y})]
-            if any(arm is None for arm in others):
-                continue
             arms = [both, *(arm for arm in others if arm is not None)]
-            units = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-            values = [np.array([arm.runs[u].value for u in units], dtype=np.float64) for arm in arms]
-            if not units:
-                continue
-            found = s.interaction(values, error, table.metric.sign, table.plan.level(len(units)))
-            text = found.finding
-            if text == "adds up":
-                half = max(abs(found.points.low), abs(found.points.high))
-                text = f"adds up within ±{table.metric.formatted(half)}{table.metric.unit}"
-            elif text == "cannot say":
-                text = f"cannot say ({len(units)} seed{'' if len(units) == 1 else 's'})"
-            yield Together(both.name, arms[1].name, arms[2].name, len(units), found, text)
+            if len(arms) == 4 and (found := _together(arms, table, request)) is not None:
+                yield found
+
+
+def _together(arms: Sequence[Arm], table: Table, request: Request) -> Together | None:
+    """What is to be said of two techniques at once, by the rules that each is judged by; None: they share no seed.
+
+    Args:
+        arms: with both, with one, with the other, with neither. Where looks were planned, the earliest at which one of
+            them stands is read.
+        table: theirs.
+        request: of the report.
+    """
+    names = {arm.name for arm in arms}
+    steps = [c.step for c in table.comparisons if c.arm in names and c.step is not None]
+    units = sorted(set.intersection(*(set(arm.runs) for arm in arms), *(set(step.units) for step in steps)))
+    if not units:
+        return None
+    level, first = table.plan.level(len(units)), min(steps, key=lambda step: step.seeds, default=None)
+    if first is not None and first.look:
+        level = s.ALPHA * s.share_of(first.seeds, first.looks)
+    values = [np.array([arm.runs[u].value for u in units], dtype=np.float64) for arm in arms]
+    error = (lambda a: 1 - a) if table.metric.higher_is_better else (lambda a: a)
+    found = s.interaction(values, error, table.metric.sign, level)
+    both, one, other, neither = values
+    seeds = f"{len(units)} seed{'' if len(units) == 1 else 's'}"
+    final = first is not None and all(step.final for step in steps)
+    if (unfit := _unfit(arms, final, table, request)) is not None:
+        finding, text = unfit
+    elif first is not None and not first.look:
+        finding, text = "waiting", f"no look yet: {len(units)} of {first.looks[0]} seeds"
+        parts = {name: getattr(found, name) for name in ("points", "logs", "best_single")}
+        found = found._replace(**{n: t._replace(low=math.nan, high=math.nan) for n, t in parts.items()})
+    elif any(
+        is_copied(d, arms[3])
+        for d in (both - neither, one - neither, other - neither, both - one - other + neither)
+    ):
+        finding, text = "cannot say", f"cannot say ({seeds}, all with the same difference)"
+    elif (finding := found.finding) == "adds up":
+        half = max(abs(found.points.low), abs(found.points.high))
+        text = f"adds up within ±{table.metric.formatted(half)}{table.metric.unit}"
+    else:
+        text = f"cannot say ({seeds})" if finding == "cannot say" else finding
+    found = found._replace(finding=finding)
+    return Together(arms[0].name, arms[1].name, arms[2].name, len(units), found, text)

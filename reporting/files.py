@@ -34,7 +34,7 @@ def write(
     (out / "plots").mkdir(parents=True, exist_ok=True)
     for data, drawn in plots.items():
         for plot in drawn:
-            (out / "plots" / plot_file(data, plot)).write_bytes(plot.png)
+            write_atomically(out / "plots" / plot_file(data, plot), plot.png)
     write_atomically(out / "report.md", to_markdown(page))
     write_atomically(out / "report.html", to_html(page))
     write_atomically(out / "results.csv", _results_csv(tables, over_all))

@@ -24,7 +24,11 @@ def now_blocks(progress: Progress) -> Iterator[Block]:
         if len(progress.running) > LISTED:
             yield Text(f"And {len(progress.running) - LISTED} more.")
         for data in dict.fromkeys(one.data for one in progress.running):
-            if plot := _curves(data, [one for one in progress.running if one.data == data]):
+            try:
+                plot = _curves(data, [one for one in progress.running if one.data == data])
+            except (ArithmeticError, ValueError):  # of numbers that went anywhere; the page goes without
+                plot = None
+            if plot:
                 yield Picture(plot, "")
     for look in progress.looks:
         yield from _look(look)
@@ -159,8 +163,10 @@ def _curves(data: str, running: Sequence[AtWork]) -> Plot | None:
     shown = dict(list(lines.items())[: len(COLOURS)])
     values = [v for of in lines.values() for v in of.values()]
     low, high = min(values), max(values)
-    pad = 0.06 * (high - low) or 0.5
+    pad = 0.06 * ((high - low) or abs(low)) or 0.5
     low, high = low - pad, high + pad
+    if not 0 < high - low < math.inf:  # no axis has room for such numbers
+        return None
     last = max(e for of in lines.values() for e in of)
     ends = [one.of for one in running if not math.isnan(one.of)]
     until = max([2, last + 1, *ends])
@@ -210,7 +216,14 @@ def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four or so round numbers within."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
+    """Four or so round numbers within; none where they cannot be told apart."""
+    quarter = (high - low) / 4
+    if not 0 < quarter < math.inf or low + quarter / 4 == low:
+        return []
+    digits = math.floor(math.log10(quarter))
+    step = 10.0**digits
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
-    return [round(n * step, 10) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [
+        round(n * step, max(10, 2 - digits))
+        for n in range(math.ceil(low / step), math.floor(high / step) + 1)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shlex
@@ -25,6 +26,7 @@ from reporting.robustness import Robustness, corruptions, to_test
 from reporting.statistics import PairedT
 
 ALL = "all settings"  # what the pictures over all of them are filed under
+LONGEST_NAME = 80  # bytes of a setting's name in a file's
 LEFT_OUT_LISTED = 100
 WARNINGS_LISTED = 60
 
@@ -135,8 +137,14 @@ def compose(
 
 
 def plot_file(data: str, plot: Plot) -> str:
-    """The name of the plot's file; letters of any script stay as they are."""
+    """The name of the plot's file; letters of any script stay as they are.
+
+    A setting whose name is too long for a file, or has what does not belong in one, is told apart by a hash.
+    """
     name = re.sub(r"[^\w.-]+", "-", data)
+    if data != ALL and (name != data or len(name.encode()) > LONGEST_NAME):
+        cut = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+        name = f"{cut}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
     return f"{name}-{plot.name}.png"
 
 

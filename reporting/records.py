@@ -23,6 +23,7 @@ from crucible.command_line import command
 from crucible.command_line import option as as_typed
 from crucible.configuration import flatten
 from crucible.console import epoch_named
+from crucible.files import is_put_aside
 from crucible.masking import masked, masked_in
 from crucible.metrics import of_split
 from crucible.options import ConfigError, suggest
@@ -62,6 +63,7 @@ class Sweep:
     techniques: frozenset[str]  # the arms that were planned, but for the baseline and its rivals
     decides: Decides | None = None  # of `until=decided`
     identities: Mapping[str, str] = field(default_factory=dict)  # arm -> its runs'; older plans recorded none
+    units: tuple[Unit, ...] = ()  # of each arm, in the order planned, where that is recorded
 
     @property
     def plan(self) -> tuple[Any, ...]:
@@ -239,8 +241,8 @@ def find_runs(folder: Path) -> Iterable[Path]:
         if "summary.json" in names or {"config.yaml", "overrides.yaml"} <= names:
             folders.clear()
             yield Path(place)
-        else:  # `.old-1`: a run that was run again afresh
-            folders[:] = sorted(f for f in folders if f[0] != "." and not re.search(r"\.old-\d+$", f))
+        else:
+            folders[:] = sorted(f for f in folders if f[0] != "." and not is_put_aside(f))
 
 
 def read_run(path: Path, request: Request, sweeps: Sequence[Sweep], dropped: bool = False) -> Run | LeftOut:
@@ -556,12 +558,16 @@ def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
     """What a sweep recorded, of itself or in one of its runs."""
     planned = record.get("planned_seeds")
     margin = record.get("margin_points")
-    runs = [
-        r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in record.get("runs") or ()
-    ]
+    listed = record.get("runs") or ()
+    runs = [r if isinstance(r, str) else (r.get("run") or r.get("path") or "") for r in listed]
     created = record.get("created")
     baseline, rivals = record.get("baseline"), record.get("rivals") or {}
     decides = record.get("decides")
+    if decides:
+        units = [(int(seed), int(decides["fold"])) for seed in decides["seeds"]]
+    else:
+        own = (r for r in listed if not isinstance(r, str) and r.get("seed") is not None)
+        units = [(int(r["seed"]), int(r.get("fold") or 0)) for r in own]
     return Sweep(
         folder=folder,
         design=str(record.get("design") or ""),
@@ -576,6 +582,7 @@ def read_sweep(record: Mapping[str, Any], folder: str) -> Sweep:
         techniques=frozenset(record.get("arms") or ()) - {*rivals.values(), baseline or "baseline"},
         decides=Decides(**{**decides, "seeds": tuple(decides["seeds"])}) if decides else None,
         identities=record.get("identities") or {},
+        units=tuple(dict.fromkeys(units)),
     )
 
 

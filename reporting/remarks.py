@@ -80,7 +80,10 @@ def _of_the_runs(table: Table) -> Iterable[str]:
     if with_few_runs:
         yield f"fewer than 5 runs: {', '.join(with_few_runs)}"
     base = table.arms[table.baseline]
-    at_look = {c.arm: c.step.units for c in table.comparisons if c.step is not None}  # more are not asked for
+    # more are not asked for
+    at_look = {
+        c.arm: c.step.units if c.step.look else frozenset() for c in table.comparisons if c.step is not None
+    }
     for arm in table.arms.values():
         here, there = (set(a.runs) & at_look.get(arm.name, set(a.runs)) for a in (arm, base))
         without = sorted(here - there), sorted(there - here)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crucible.command_line import unquoted
-from crucible.files import missing, why_not_writable
+from crucible.files import folders_named, missing, why_not_writable
 from crucible.metrics import METRICS, MetricRow, base_name, find_metric
 from crucible.options import ConfigError, in_interval, suggest
 
@@ -213,11 +213,7 @@ def _folders(text: str) -> tuple[Path, ...]:
     listed = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     for part in [text] if whole.is_dir() else filter(None, listed.split(",")):
         pattern = Path(unquoted(part.strip())).expanduser()
-        # what of it is there as it stands is no pattern: a folder may be called [old]
-        base = next((p for p in (pattern, *pattern.parents) if p.exists()), Path())
-        rest = pattern.relative_to(base)
-        matches = [base] if rest == Path() else sorted(base.glob(str(rest)))
-        matches = [p for p in matches if p.is_dir()]
+        matches = folders_named(pattern)
         if not matches:
             raise ConfigError(f"runs={part}: {missing(pattern)}; give a folder with runs in it", see=SEE)
         found += matches

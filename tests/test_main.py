@@ -191,6 +191,19 @@ def test_test_and_predict_need_only_the_run(cli, tmp_path: Path) -> None:
     assert sum(probabilities) == pytest.approx(1, abs=1e-4)
 
 
+def test_a_pattern_names_no_run_that_was_put_aside(cli, tmp_path: Path) -> None:
+    for name in ("a-s0", "a-s1", "a-s1.old-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("{}")
+    for typed, named in (
+        ("a-*", ["a-s0", "a-s1"]),
+        ("a-s1.old-1", ["a-s1.old-1"]),
+        ("*.old-*", ["a-s1.old-1"]),
+    ):
+        out = cli(f"run={tmp_path}/{typed}", "task=test", "each=true").out
+        assert re.findall(r"(\S+): has no weights yet", out) == [str(tmp_path / name) for name in named]
+
+
 @pytest.mark.slow
 def test_several_runs_give_the_mean_of_their_probabilities(cli, tmp_path: Path) -> None:
     cli(*TINY, "data.cv.k=3")

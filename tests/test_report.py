@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -852,6 +854,14 @@ def test_runs_takes_several_folders_and_globs_and_out_says_where(tmp_path):
     assert (tmp_path / "report" / "report.md").is_file(), "several folders: beside them"
 
 
+def test_a_glob_counts_no_run_that_was_put_aside_and_its_own_name_does(tmp_path):
+    make_arm(tmp_path, "baseline", BASE)
+    make_run(tmp_path, "baseline", 9, 0.5, name="baseline-s9.old-1")
+    for typed, runs in (("*", "5"), ("baseline-s9.old-1", "1"), ("*.old-1", "1")):
+        assert report.main([f"runs={tmp_path}/digits/{typed}", f"out={tmp_path}/report"]) == 0
+        assert written(tmp_path)[0]["baseline"]["n"] == runs, typed
+
+
 def test_the_report_is_printed_without_control_characters_to_a_file(tmp_path, capsys):
     make_arm(tmp_path, "baseline", BASE)
     make_arm(tmp_path, "mixup", BETTER)
@@ -1020,6 +1030,54 @@ def test_arms_that_ended_at_different_looks_are_each_held_to_their_own(tmp_path)
         assert float(rows[arm]["p_holm"]) == pytest.approx(expected[arm])
         assert float(rows[arm]["level"]) == pytest.approx(0.05 * share)
     assert "| interval |" in text and "(98.2%)" in text and "(96.8%)" in text
+
+
+LOWER = [-0.004, -0.0042, 0.012, -0.0041, -0.0039, -0.0038]  # but for the third, by nearly the same
+
+
+def make_planned(root: Path, seeds: Iterable[int], recorded: bool, looks: tuple[int, ...] = (5, 20)) -> None:
+    """A technique with these differences from the baseline, by seed, and the plan with or without its record."""
+    order = list(seeds)
+    facts = {"planned_seeds": list(looks), "margin_points": 0.3, "created": 1.0, "rule": 3}
+    for arm in ("baseline", "mixup"):
+        for seed, difference in zip(order, LOWER, strict=False):
+            make_run(root, arm, seed, 0.93 + 0.001 * (seed % 3) + difference * (arm == "mixup"), sweep=facts)
+    if recorded:
+        runs = [{"run": f"../../digits/{arm}-s{n}", "arm": arm, "seed": n, "fold": 0} for arm in ("baseline", "mixup")
+                for n in order]  # fmt: skip
+        record_sweep(root, ["baseline", "mixup"], **{**facts, "runs": runs})
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "typed by hand"])
+def test_a_planned_look_waits_for_its_seeds_and_reads_no_others(tmp_path, recorded):
+    make_planned(tmp_path, range(6), recorded)
+    summary = tmp_path / "digits/mixup-s2/summary.json"
+    ended = summary.read_text()
+    summary.write_text(json.dumps({**json.loads(ended), "status": "running", "final": {}}))
+    row = run_report(tmp_path)[0]["mixup"]
+    assert row["verdict"] == "no look yet: 4 of 5 seeds; 1 later seed not used", "five others would say hurts"
+    assert row["p"] == row["low"] == ""
+    summary.write_text(ended)
+    row = run_report(tmp_path)[0]["mixup"]
+    assert row["verdict"].startswith("undecided: between") and "1 later seed not used" in row["verdict"]
+    assert float(row["difference"]) == pytest.approx(np.mean(LOWER[:5]))
+
+
+def test_a_planned_look_reads_the_seeds_in_the_order_in_which_they_were_recorded(tmp_path):
+    make_planned(tmp_path, [9, 3, 7, 1, 5], True, looks=(3, 5))
+    shutil.rmtree(tmp_path / "digits/mixup-s5")
+    row = run_report(tmp_path)[0]["mixup"]
+    assert (row["look"], row["seeds_not_used"]) == ("1", "1")
+    assert float(row["difference"]) == pytest.approx(np.mean(LOWER[:3])), "of seeds 9, 3 and 7"
+
+
+def test_a_finding_at_a_planned_look_outlasts_a_run_that_diverges_later(tmp_path):
+    make_planned(tmp_path, [0, 1, 5, 2, 3, 4], False)
+    shutil.rmtree(tmp_path / "digits/mixup-s5")
+    found = run_report(tmp_path)[0]["mixup"]["verdict"]
+    assert found.startswith("hurts") and "(look 1 of 2, 5 seeds" in found
+    make_run(tmp_path, "mixup", 5, math.nan)
+    assert run_report(tmp_path)[0]["mixup"]["verdict"] == found
 
 
 def test_no_difference_is_corrected_for_the_number_of_techniques(tmp_path):
@@ -1599,6 +1657,58 @@ def test_techniques_that_help_or_hinder_each_other_are_said_to(tmp_path, gain, w
     noise = (0.0011, -0.0008, 0.0004, 0.0007, -0.0012)
     make_two_by_two(tmp_path, [m + 0.003 + gain + e for m, e in zip(BETTER, noise, strict=True)])
     assert f"| {word} |" in run_report(tmp_path)[1]
+
+
+HELPED = [m + 0.023 + e for m, e in zip(BETTER, (0.0011, -0.0008, 0.0004, 0.0007, -0.0012), strict=True)]
+
+
+def of_both(text: str) -> list[str]:
+    """The cells of the row of two techniques together."""
+    section = text.split("### Two techniques together")[1]
+    return [cell.strip() for cell in re.search(r"\| mixup\+sam \|.*", section)[0].strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("arm", "value", "more", "said"),
+    [
+        ("sam", math.nan, (), "unstable: 1 of 6 sam runs diverged"),
+        ("mixup+sam", math.nan, (), "unstable: 1 of 6 runs diverged"),
+        ("baseline", None, (), "cannot say (test/acc is not in all runs)"),
+        ("mixup", 0.94, ("metric=val/acc", "checkpoint=best"), "cannot say (selected on val)"),
+    ],
+)
+def test_two_techniques_together_are_judged_by_the_rules_of_each(tmp_path, arm, value, more, said):
+    make_two_by_two(tmp_path, HELPED)
+    make_run(tmp_path, arm, 5, value)
+    for file in (tmp_path / "digits").glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps({**summary, "best": {"val/acc": summary["final"].get("test/acc")}}))
+    assert of_both(run_report(tmp_path, *more)[1])[-1] == said
+
+
+def test_two_techniques_that_are_copies_of_runs_are_no_synergy(tmp_path):
+    make_two_by_two(tmp_path, [b + 0.05 for b in BASE])
+    assert of_both(run_report(tmp_path)[1])[-1] == "cannot say (5 seeds, all with the same difference)"
+
+
+def test_two_techniques_together_are_read_at_their_look(tmp_path):
+    make_two_by_two(tmp_path, HELPED)
+    arms = ["baseline", "mixup", "sam", "mixup+sam"]
+    record_sweep(tmp_path, arms, planned_seeds=[5, 10])
+    at = of_both(run_report(tmp_path)[1])
+    assert (at[2], at[-1]) == ("5", "synergy")
+    interaction = np.array(HELPED) - BETTER - shifted(0.002, 0.004, 0.003, 0.003, 0.0025) + BASE
+    low, high = 100 * np.array(stats.ttest_1samp(interaction, 0).confidence_interval(1 - 0.05 * 0.5**1.5))
+    assert at[4] == f"{low:+.2f} to {high:+.2f}"
+    for arm in arms:
+        for seed, value in ((5, 0.5), (6, 0.9)):
+            make_run(
+                tmp_path, arm, seed, value, techniques={t: {} for t in arm.split("+") if t != "baseline"}
+            )
+    assert of_both(run_report(tmp_path)[1]) == at, "later seeds change nothing"
+    shutil.rmtree(tmp_path / "digits/sam-s2")
+    waiting = of_both(run_report(tmp_path)[1])
+    assert waiting[-1] == "no look yet: 4 of 5 seeds" and waiting[4:7] == ["-"] * 3
 
 
 # Warnings

@@ -372,6 +372,26 @@ def test_the_next_look_says_what_it_waits_for(folder: Path) -> None:
     assert "Look 1 of 2 is at 5 seeds, by test/acc: 6 of its 10 runs have ended; open are mixup" in shown
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        (["1e17"] * 3, 3), (["1e308", "-1e308"], 0), (["1.7e308"] * 2, 0), (["5e-324", "1e-323"], 0), (["0.0"] * 2, 3),
+        (["2e-12", "4e-12"], 3), (["1.0", "1.0000000000000002"], 0), (["-3e200", "1e17"], 3), (["0.5", "2.0"], 3),
+    ],
+)  # fmt: skip
+def test_curves_of_any_numbers_leave_the_page_standing(folder: Path, values: list[str], ticks: int) -> None:
+    """As of a run under way that diverges; a picture without room for them is left out."""
+    rows = ["epoch,step,train/loss", *(f"{e},{25 * e + 25},{value}" for e, value in enumerate(values))]
+    (begin(folder, 3) / "metrics.csv").write_text("\n".join(rows) + "\n")
+    watcher = live.Watcher([f"runs={folder}"])
+    watcher.look()
+    page = watcher.shown.content.decode()
+    assert "The records cannot be read" not in page and "1 at work" in page
+    drawn = re.search(r'<svg role="img" aria-label="Curves so far".*?</svg>', page, re.DOTALL)
+    labels = re.findall(r'text-anchor="end">([^<]+)<', drawn[0]) if drawn else []
+    assert len(set(labels)) >= ticks and "nan" not in (drawn[0] if drawn else "")
+
+
 def test_plans_of_the_same_form_have_each_their_own_next_look(folder: Path) -> None:
     """Three seeds of two arms; another network has the same arms and looks, and one seed."""
     decides = {"seeds": list(range(8)), "fold": 0, "metric": "test/acc", "futility": 0.1, "order": "together"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -134,10 +135,33 @@ def test_the_markdown_links_to_its_plots(folder):
     assert len(links) == len(FIGURES) and all((folder / link).is_file() for link in links)
 
 
-def test_data_of_any_script_have_plots_of_their_own(tmp_path, monkeypatch):
-    def of_its_data(table):
-        return [plots.Plot("runs", "Runs", "", table.data.encode(), "<svg></svg>")]
+def of_its_data(table) -> list[plots.Plot]:
+    return [plots.Plot("runs", "Runs", "", table.data.encode(), "<svg></svg>")]
 
+
+def test_settings_of_any_name_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("reporting.plots.draw_forest", lambda found: None)
+    monkeypatch.setattr("reporting.plots.draw_all", of_its_data)
+    write_runs(tmp_path, {"baseline": 0.0, "mixup": 0.01}, range(3), data="d0", epochs=3, images=0)
+    long = f"digits, betas=[{', '.join(map(str, range(100)))}]"
+    names = ["digits", long, f"{long}1", "k=[1,2]", "k=[1 2]", "lr=0.1", "lr 0.1", "ш" * 120, "ш" * 121]
+    for number, name in enumerate(names):
+        place = shutil.copytree(tmp_path / "d0", tmp_path / f"{number}")
+        for file in place.glob("*/config.yaml"):
+            config = yaml.safe_load(file.read_text())
+            config["data"]["module"]["name"] = name
+            file.write_text(yaml.safe_dump(config))
+    shutil.rmtree(tmp_path / "d0")
+    assert report.main([f"runs={tmp_path}"]) == 0
+    files = {file.name: file.read_bytes().decode() for file in (tmp_path / "report/plots").iterdir()}
+    assert sorted(files.values()) == sorted(names), "a file each, and nothing beside them"
+    assert files["digits-runs.png"] == "digits", "a name that is clean stays"
+    assert max(len(name.encode()) for name in files) < 120
+    links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (tmp_path / "report/report.md").read_text())
+    assert {Path(link).name for link in links} == files.keys()
+
+
+def test_data_of_any_script_have_plots_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("reporting.plots.draw_all", of_its_data)
     names = ("данные", "картинки")
     for data in names:
