@@ -82,7 +82,7 @@ class _Views:
         Raises:
             ConfigError: for input that is no uint8.
         """
-        images, target, index = batch
+        images, target, visit = batch
         if images.dtype != torch.uint8:
             raise ConfigError(
                 f"model.augmix_weight={self.options.augmix_weight:g} needs uint8 images: the input is "
@@ -97,10 +97,10 @@ class _Views:
             self._made[place] = augmix
         # filled on the device: a copied scalar would make the host wait for it
         on_device = torch.full((), key, dtype=torch.int64, device=images.device)
-        first, second = keyed_uniform(on_device, index, 2 * augmix.draws).split(augmix.draws, dim=1)
+        first, second = keyed_uniform(on_device, visit, 2 * augmix.draws).split(augmix.draws, dim=1)
         views = augmix(torch.cat((images, images)), torch.cat((first, second)))
         repeats = (VIEWS,) + (1,) * (target.ndim - 1)
-        return Batch(torch.cat((images, views)), target.repeat(repeats), index.repeat(VIEWS))
+        return Batch(torch.cat((images, views)), target.repeat(repeats), visit.repeat(VIEWS))
 
 
 class _OfTheClean(nn.Module):

@@ -205,7 +205,7 @@ def keyed_noise(key: Tensor, draw: Tensor, shape: torch.Size) -> Tensor:
 
 
 class Distortions:
-    """Distorts a batch as its key and the samples' indices say.
+    """Distorts a batch as its key and the samples' visits say.
 
     Args:
         options: what is on.
@@ -219,7 +219,7 @@ class Distortions:
         """The part before the policy's normalisation: colour jitter.
 
         Args:
-            batch: input (N, C, H, W), uint8 or float in [0, 1], and the samples' numbers.
+            batch: input (N, C, H, W), uint8 or float in [0, 1], and the samples' visits.
             key: from `stream_key`, one an epoch.
 
         Returns:
@@ -238,17 +238,17 @@ class Distortions:
                     f"the input goes from {low:.3g} to {high:.3g}"
                 )
             self._range_is_known = True
-        draws = keyed_uniform(_on_device(key, input), batch.index, COLOUR.stop)
+        draws = keyed_uniform(_on_device(key, input), batch.visit, COLOUR.stop)
         colored = adjust_colors(input, 1 + self.options.color_jitter * (2 * draws - 1))
         return Batch(
-            colored, batch.target, batch.index
+            colored, batch.target, batch.visit
         )  # compiled by torch 2.11, _replace returns an empty tuple
 
     def after(self, batch: Batch, key: int) -> Batch:
         """The part on normalised input: rotation, then cutout, then random erasing.
 
         Args:
-            batch: input (N, C, H, W) float, 0 the mean colour, and the samples' numbers.
+            batch: input (N, C, H, W) float, 0 the mean colour, and the samples' visits.
             key: as in `before`.
 
         Returns:
@@ -259,7 +259,7 @@ class Distortions:
         """
         options, input = self.options, batch.input
         on_device = _on_device(key, input)
-        output, draws = input, keyed_uniform(on_device, batch.index, DRAWS)
+        output, draws = input, keyed_uniform(on_device, batch.visit, DRAWS)
         if options.random_rotation:
             output = rotate(output, options.random_rotation * (2 * draws[:, ROTATION] - 1))
         if options.cutout_size:
@@ -272,7 +272,7 @@ class Distortions:
             output = erase(output, boxes, keyed_noise(on_device, draws[:, NOISE], input.shape))
         if input.is_contiguous(memory_format=torch.channels_last):
             output = output.contiguous(memory_format=torch.channels_last)
-        return Batch(output, batch.target, batch.index)
+        return Batch(output, batch.target, batch.visit)
 
 
 def _on_device(key: int, input: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class _ManifoldMixing:
 
     def __call__(self, batch: Batch, key: int) -> Batch:
         """Set the seams for this batch; its target becomes (N, K) float32 probabilities, mixed as the features are."""
-        input, target, index = batch
+        input, target, visit = batch
         draw: Any = np.random.Generator(np.random.Philox(key))
         alpha = self.options.manifold_mixup_alpha
         share, place = draw.beta(alpha, alpha), int(draw.integers(len(self.seams)))
@@ -97,7 +97,7 @@ class _ManifoldMixing:
         for number, seam in enumerate(self.seams):
             seam.set(weight if number == place else 1.0, partner)
         self._labels.set(weight, partner)
-        return Batch(input, self.mix(class_probabilities(target, self.num_classes)), index)
+        return Batch(input, self.mix(class_probabilities(target, self.num_classes)), visit)
 
     def mix(self, values: Tensor) -> Tensor:
         """Values (N, ...) of the batch's samples, mixed as its targets are."""

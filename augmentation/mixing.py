@@ -157,7 +157,7 @@ class Mixing:
             The batch with its input mixed or, in a share `1 - mix_prob` of the batches, as it was, of the same shape
             and dtype, and (N, K) float32 probabilities as its target, of 0 and 1 where nothing was mixed.
         """
-        input, target, index = batch
+        input, target, visit = batch
         options, device = self.options, input.device
         draw = np.random.Generator(np.random.Philox(key))
         cutmix = options.cutmix_alpha > 0 and (not options.mixup or draw.random() < options.mix_switch_prob)
@@ -169,10 +169,10 @@ class Mixing:
         share = draw.beta(alpha, alpha)
         # drawn last: the batches that are mixed are mixed as they would be with mix_prob=1
         if options.mix_prob < 1 and draw.random() >= options.mix_prob:
-            return Batch(input, class_probabilities(target, self.num_classes), index)
+            return Batch(input, class_probabilities(target, self.num_classes), visit)
         # filled on the device: a copied scalar would make the host wait for it
         kept = share if cutmix else max(share, 1 - share)
         weight = torch.full((), kept, dtype=torch.float32, device=device)
         pairs = torch.full((), stream_key(key, "pairs"), dtype=torch.int64, device=device)
         mix = cutmix_batch if cutmix else mixup_batch
-        return Batch(*mix(input, class_probabilities(target, self.num_classes), weight, pairs), index)
+        return Batch(*mix(input, class_probabilities(target, self.num_classes), weight, pairs), visit)

@@ -197,7 +197,7 @@ class Progress(ProgressBar):
 
     def _count(self, batch: Any, trainer: Trainer) -> None:
         if self._enabled:
-            self._images += len(batch.index)
+            self._images += len(batch.target)
             self._steps += 1
             if self._due():
                 self._redraw([], trainer.world_size)

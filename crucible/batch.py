@@ -9,19 +9,46 @@ from typing import Any, NamedTuple
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor
 
+from crucible.keyed import visited
 
-class Batch(NamedTuple):
-    """What a loader delivers and a model is handed.
+
+class _Batch(NamedTuple):
+    input: Tensor
+    target: Tensor
+    visit: Tensor
+
+
+class Batch(_Batch):
+    """What a loader delivers and a model is handed: a tuple of three tensors.
+
+    `Batch(input, target, index)` is one of samples that come up once in their epoch.
 
     Attributes:
         input: (N, C, *spatial), uint8 for images until `BaseDataModule.batch_transform` makes it float32.
         target: (N,) int64 class indices or float32 values; after mixing (N, K) float32 probabilities.
-        index: (N,) int64 numbers of the samples in the raw data set.
+        visit: (N,) int64, by which random numbers of a sample are drawn: the sample's number where it comes up for the
+            first time in its epoch, another one each time that it comes up again (`crucible.keyed.visits`).
     """
 
-    input: Tensor
-    target: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple's method of this name
+    __slots__ = ()
+
+    def __new__(
+        cls, input: Tensor, target: Tensor, visit: Tensor | None = None, *, index: Tensor | None = None
+    ) -> Batch:
+        which = index if visit is None else visit
+        if which is None:
+            raise TypeError("a Batch needs its samples' numbers")
+        return super().__new__(cls, input, target, which)
+
+    @property
+    def index(self) -> Tensor:  # type: ignore[override]  # a tuple's method of this name
+        """(N,) int64 numbers of the samples in the raw data set."""
+        return visited(self.visit)
+
+    def _replace(self, **changes: Tensor) -> Batch:
+        if "index" in changes:
+            changes["visit"] = changes.pop("index")
+        return super()._replace(**changes)
 
 
 def convert_no_batches(plugin: Any) -> None:

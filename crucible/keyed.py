@@ -9,11 +9,14 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 
 def stream_key(*parts: int | str) -> int:
@@ -76,14 +79,35 @@ def scrambled(index: Tensor) -> Tensor:
     return _mix(index * _INDEX_STRIDE)
 
 
+_INDEX_BITS = 32  # of a visit, the lower half
+
+
+def visits(index: Numbers, before: Numbers) -> Numbers:
+    """Numbers for the visits of samples, which may come up several times in an epoch, each time drawn for anew.
+
+    Args:
+        index: (N,) int64 numbers of the samples, of 32 bits.
+        before: (N,) int64 below 2**31, how often each came up before in the epoch.
+
+    Returns:
+        (N,) int64: the index itself at a first visit, and never the same for two.
+    """
+    return index + (before << _INDEX_BITS)
+
+
+def visited(visit: Numbers) -> Numbers:
+    """(N,) int64 numbers of the samples that `visits` were made of."""
+    return (visit << _INDEX_BITS) >> _INDEX_BITS
+
+
 def keyed_uniform(key: int | Tensor, index: Tensor, draws: int) -> Tensor:
-    """Uniform numbers that depend only on the key, the sample's index and the number of the draw.
+    """Uniform numbers that depend only on the key, the sample's index (or visit) and the number of the draw.
 
     Counter-based integer arithmetic: the same bits on every device, whatever else is in the batch.
 
     Args:
         key: from `stream_key`; a 0-dimensional int64 tensor keeps a compiled caller from recompiling.
-        index: (N,) int64, the samples' numbers.
+        index: (N,) int64, the samples' numbers, or `Batch.visit`.
         draws: numbers per sample.
 
     Returns:

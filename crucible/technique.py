@@ -30,7 +30,7 @@ class BatchStage(NamedTuple):
     Attributes:
         stream: name of its stream of random numbers.
         change: `(batch, key) -> batch`; draws from `key` by `crucible.keyed`, and never waits for the device.
-        per: what the key is one of: `batch`, or `sample`, where it is the epoch's and draws go by `batch.index`.
+        per: what the key is one of: `batch`, or `sample`, where it is the epoch's and draws go by `batch.visit`.
     """
 
     stream: str

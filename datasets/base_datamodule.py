@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
 from crucible.batch import Batch
+from crucible.corrections import Correction, option_is
 from crucible.files import missing
 from crucible.keyed import stream_key
 from crucible.listing import image_files
@@ -58,6 +59,7 @@ Split = Literal["train", "val", "test", "predict"]
 log = logging.getLogger("crucible")
 _MOST_WORKERS = 16
 _OF_DEVICE = 0.25  # of a device's free memory, which cache=auto may fill with data
+_DRAWN_ALIKE = "a sample that came up several times in an epoch was augmented alike each time"
 _IN_USE = 3  # batches that have left the queue: in the step, on their way to the device, and the next
 
 
@@ -217,6 +219,10 @@ class BaseDataModule(LightningDataModule):
         ConfigError: for options that contradict each other.
     """
 
+    corrections: ClassVar[tuple[Correction, ...]] = tuple(
+        Correction(option, 2, option_is(option), _DRAWN_ALIKE)
+        for option in ("data.module.balanced_batches", "data.module.random_batches")
+    )
     split_folders: ClassVar[Mapping[Split, SplitName]] = {"train": "train", "val": "val", "test": "test"}
     train_dataset: Any = None
     val_dataset: Any = None
@@ -841,7 +847,7 @@ class BaseDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The batch on the device; inputs that are kept there are taken from the copy by `batch.index`."""
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        if not isinstance(moved, Batch) or len(moved.input) == len(moved.index):
+        if not isinstance(moved, Batch) or len(moved.input) == len(moved.target):
             return moved
         inputs = self._stages_samples().raw.inputs
         store = self._stores.get((id(inputs), device))
@@ -908,7 +914,7 @@ class BaseDataModule(LightningDataModule):
         Args:
             batch: as the loaders deliver it.
             stage: train for the training policy, eval for the other one.
-            epoch: keys the random draws, together with the seed and each sample's index.
+            epoch: keys the random draws, together with the seed and `batch.visit`.
         """
         device = batch.input.device
         policy = self._on_device.get((stage, device))
@@ -921,4 +927,4 @@ class BaseDataModule(LightningDataModule):
             self._on_device[stage, device] = policy
         key = torch.full((), stream_key(self.seed, "batch", epoch), dtype=torch.int64, device=device)
         # what the loader put together may have a pixel's channels together
-        return batch._replace(input=policy(batch.input.contiguous(), batch.index, key))
+        return batch._replace(input=policy(batch.input.contiguous(), batch.visit, key))

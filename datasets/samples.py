@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from augmentation.policies.base import Policy
 from crucible.batch import Batch
-from crucible.keyed import keyed_rng, keyed_uniform, stream_key
+from crucible.keyed import keyed_rng, keyed_uniform, stream_key, visited
 from datasets.groups import sample_of
 from datasets.images import Arrays, SampleError, naming, rows, sample_name
 from datasets.sampling import KeyedBatch
@@ -28,7 +28,7 @@ class Samples(Dataset):
 
     A sample that cannot be read is dealt with by `on_unreadable`: an error (`raise`); a blank of the number
     -1 - index (`blank`, for predictions); another sample of the split in its place, drawn by the key of (seed, epoch,
-    index), so that batches keep their size and no other sample changes (`replace`, for training); or a batch without it
+    visit), so that batches keep their size and no other sample changes (`replace`, for training); or a batch without it
     (`drop`, for evaluation).
 
     Args:
@@ -66,15 +66,16 @@ class Samples(Dataset):
         self.unread = torch.zeros(len(self.raw), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, batch: KeyedBatch) -> Batch:
-        epoch, places = batch
-        indices = np.asarray(places, dtype=np.int64)
+        epoch, visits = batch[0], np.asarray(batch[1], dtype=np.int64)
+        indices = visited(visits)
         if self.indices is not None:
-            indices = self.indices[indices]
+            places, indices = indices, self.indices[indices]
+            visits = visits - places + indices
         if self.keeps and not self.raw.lacks(indices):
             index = torch.from_numpy(indices)
             inputs = self.raw.inputs[:0] if self.without_input else rows(self.raw.inputs, index)
-            return Batch(inputs, _targets(self.raw.targets[indices]), index)
-        return self._made(epoch, indices)
+            return Batch(inputs, _targets(self.raw.targets[indices]), torch.from_numpy(visits))
+        return self._made(epoch, visits)
 
     def example(self) -> Batch:
         """A batch of one sample: the first, or the first of some that can be read where others are passed over."""
@@ -86,13 +87,15 @@ class Samples(Dataset):
                     raise
         return self[0, [0]]
 
-    def _made(self, epoch: int, indices: np.ndarray) -> Batch:
+    def _made(self, epoch: int, visits: np.ndarray) -> Batch:
+        indices = visited(visits)
         inputs, used, targets, numbers = None, 0, [], []
         blanks: list[int] = []
-        for wanted, draws in zip(indices.tolist(), self._draws(epoch, indices), strict=True):
+        wishes = zip(indices.tolist(), visits.tolist(), self._draws(epoch, visits), strict=True)
+        for wanted, visit, draws in wishes:
             index, found = wanted, None
             try:
-                found = self._sample(epoch, wanted, draws)
+                found = self._sample(epoch, wanted, visit, draws)
             except SampleError:
                 if self.on_unreadable == "raise":
                     raise
@@ -100,7 +103,7 @@ class Samples(Dataset):
                 if self.on_unreadable == "drop":
                     continue
                 if self.on_unreadable == "replace":
-                    index, found = self._stand_in(epoch, wanted)
+                    index, visit, found = self._stand_in(epoch, wanted, visit)
             if found is None:
                 blanks.append(used)
                 targets.append(self.raw.targets[wanted])
@@ -113,7 +116,7 @@ class Samples(Dataset):
                     self._refuse_shape(input, inputs[0], index, first)
                 inputs[used] = input
                 targets.append(target)
-                numbers.append(index)
+                numbers.append(visit)
             used += 1
         if inputs is None:
             if not blanks:
@@ -123,30 +126,34 @@ class Samples(Dataset):
         inputs = inputs[:0] if self.without_input and self.keeps else inputs[:used]
         return Batch(inputs, _targets(np.asarray(targets)), torch.tensor(numbers))
 
-    def _draws(self, epoch: int, indices: np.ndarray) -> Iterator[Sequence[float] | None]:
+    def _draws(self, epoch: int, visits: np.ndarray) -> Iterator[Sequence[float] | None]:
         """The random numbers of each sample; None where the policy makes its own."""
         if not (count := self.policy.draws):
-            return iter([None if count is None else ()] * len(indices))
+            return iter([None if count is None else ()] * len(visits))
         # of the batch part's stream: it crops what lies in memory, by the same numbers
         key, first = stream_key(self.seed, "batch", epoch), self.policy.first_draw
-        return iter(keyed_uniform(key, torch.from_numpy(indices), first + count)[:, first:].tolist())
+        return iter(keyed_uniform(key, torch.from_numpy(visits), first + count)[:, first:].tolist())
 
-    def _sample(self, epoch: int, index: int, draws: Sequence[float] | None) -> tuple[Tensor, Any]:
+    def _sample(
+        self, epoch: int, index: int, visit: int, draws: Sequence[float] | None
+    ) -> tuple[Tensor, Any]:
         with naming(self.raw, index, self.split):
             if draws is not None:
                 input, target = sample_of(self.raw, index, self.policy.large_enough(draws))
                 return self.policy.from_draws(input, draws), target
             input, target = self.raw[index]
-            with keyed_rng(stream_key(self.seed, self.stream, epoch, index)):
+            with keyed_rng(stream_key(self.seed, self.stream, epoch, visit)):
                 return self.policy.sample(input), target
 
-    def _stand_in(self, epoch: int, index: int) -> tuple[int, tuple[Tensor, Any]]:
+    def _stand_in(self, epoch: int, index: int, visit: int) -> tuple[int, int, tuple[Tensor, Any]]:
+        """The number of another sample, its visit, and what is made of it."""
         key = stream_key(self.seed, "stand-in", epoch)
-        for draw in keyed_uniform(key, torch.tensor([index]), _STAND_INS)[0].tolist():
+        for draw in keyed_uniform(key, torch.tensor([visit]), _STAND_INS)[0].tolist():
             place = int(draw * len(self))
             other = place if self.indices is None else int(self.indices[place])
+            its = visit - index + other  # as often before as the sample in whose place it stands
             try:
-                return other, self._sample(epoch, other, next(self._draws(epoch, np.array([other]))))
+                return other, its, self._sample(epoch, other, its, next(self._draws(epoch, np.array([its]))))
             except SampleError:
                 self._mark(other)
         raise SampleError(
@@ -163,7 +170,7 @@ class Samples(Dataset):
     def why_unreadable(self, index: int) -> str:
         """What is wrong with the sample `index` of the raw data; empty where it can be read."""
         try:
-            self._sample(0, index, next(self._draws(0, np.array([index]))))
+            self._sample(0, index, index, next(self._draws(0, np.array([index]))))
         except SampleError as error:
             return str(error)
         return ""

@@ -176,7 +176,7 @@ def read_parts(
     for start in range(0, len(places), data.batch_size):
         batch = samples[0, list(places[start : start + data.batch_size])]
         moved = batch._replace(
-            input=batch.input.to(device), target=batch.target.to(device), index=batch.index.to(device)
+            input=batch.input.to(device), target=batch.target.to(device), visit=batch.visit.to(device)
         )
         seen = data.batch_transform(moved, "eval", 0)
         yield seen.input.float(), seen.target

@@ -173,7 +173,7 @@ class BaseModel(EvaluatedModel):
         trainer, step = self.trainer, self.step
         training = trainer.training
         if training:
-            self.batch_samples = len(batch.index)
+            self.batch_samples = len(batch.target)
             batch = self._changed(batch, step.raw)
         transform = getattr(getattr(trainer, "datamodule", None), "batch_transform", None)
         if transform is not None:

@@ -12,6 +12,7 @@ from test_report import BASE, make_arm, make_run
 import report
 from crucible import metrics
 from crucible.corrections import Correction, option_is, versions_of
+from datasets.base_datamodule import BaseDataModule
 from lab import config as checking
 from lab.experiment import corrected
 from models.techniques import TECHNIQUES
@@ -33,6 +34,16 @@ def test_a_networks_corrections_are_further_ones_than_its_familys() -> None:
     config = small("pyramidnet", "model.shakedrop=true", "trainer.precision=bf16-true")
     assert corrected(config).get("model.shakedrop") == 2
     assert "model.shakedrop" not in corrected(small("pyramidnet", "model.shakedrop=true"))
+
+
+@pytest.mark.parametrize("option", ["balanced_batches", "random_batches"])
+def test_runs_that_draw_with_replacement_are_others_than_those_that_augmented_repeats_alike(
+    option: str,
+) -> None:
+    for value in (True, False):
+        config = {"data": {"module": {"balanced_batches": False, "random_batches": False, option: value}}}
+        expected = {f"data.module.{option}": 2} if value else {}
+        assert versions_of(BaseDataModule.corrections, config) == expected
 
 
 @pytest.mark.slow
@@ -104,7 +115,7 @@ def test_runs_without_the_corrected_option_stay_comparable(tmp_path) -> None:
 def test_each_correction_names_an_option_that_there_is_and_says_what_was_wrong() -> None:
     from models.base_model import BASICS
 
-    owners = [*BASICS, *TECHNIQUES]
+    owners = [*BASICS, *TECHNIQUES, BaseDataModule]
     corrections = [c for owner in owners for c in getattr(owner, "corrections", ())]
     for correction in (*corrections, *metrics.CORRECTIONS, *checking.CORRECTIONS):
         assert correction.option.split(".")[0] in (

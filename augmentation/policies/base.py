@@ -86,7 +86,7 @@ class Policy(nn.Module):
 
         Args:
             input: (N, C, ...) uint8, 0 to 255, or float.
-            index: (N,) int64 sample numbers, for per-sample randomness.
+            index: (N,) int64, `Batch.visit`, for per-sample randomness.
             key: of the epoch; a 0-dimensional int64 tensor keeps compiled code from recompiling.
 
         Returns:

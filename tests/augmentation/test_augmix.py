@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from augmentation.augmix import VIEWS, jensen_shannon
 from crucible.batch import Batch
+from crucible.keyed import visits
 from crucible.options import ConfigError
 from crucible.technique import Setting
 
@@ -56,6 +57,9 @@ def test_a_batch_becomes_the_clean_images_and_two_views(channels: int) -> None:
         stage.change(some, 3).input, input.view(3, 12, channels, 16, 16)[:, [7, 2]].flatten(0, 1)
     )
     assert not torch.equal(stage.change(batch, 4).input, input)
+    again = stage.change(batch._replace(visit=visits(batch.index, torch.ones(12, dtype=torch.int64))), 3)
+    assert (again.input != input).flatten(1).any(1)[12:].float().mean() > 0.8
+    assert torch.equal(again.index, index)
 
 
 def test_the_loss_is_the_clean_images_criterion_and_the_weighted_divergence() -> None:

@@ -23,7 +23,7 @@ from augmentation.distortions import (
     rotate,
 )
 from crucible.batch import Batch
-from crucible.keyed import keyed_uniform, stream_key
+from crucible.keyed import keyed_uniform, stream_key, visits
 from crucible.options import ConfigError, read_options
 from crucible.technique import Setting, Step, assemble
 
@@ -389,6 +389,22 @@ def test_both_parts_compile_fullgraph_once_for_all_keys(backend, monkeypatch):
             compiled = torch.compile(part, backend=backend, fullgraph=True)
             assert torch.allclose(compiled(batch, key).input, part(batch, key).input, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("options", EACH, ids=names)
+def test_each_visit_of_a_sample_is_distorted_by_draws_of_its_own(options):
+    parts = build_distortions(options, 2, 3)
+
+    def distorted(visit: torch.Tensor) -> torch.Tensor:
+        given = [input.repeat(len(visit), 1, 1, 1) for input in (pictures(1), floats(1))]
+        made = [
+            part(input, visit, KEY) for part, input in zip((parts.before, parts.after), given, strict=True)
+        ]
+        return torch.cat([one.flatten(1).float() for one in made], dim=1)
+
+    several = distorted(visits(torch.full((12,), 5), torch.arange(12)))
+    assert torch.equal(several[:1], distorted(torch.tensor([5])))
+    assert len(several.unique(dim=0)) > 6
 
 
 def test_the_input_can_be_differentiated():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import random
 from types import SimpleNamespace
@@ -16,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from augmentation.policies import cifar
+from augmentation.policies import cifar, imagenet
 from augmentation.policies.base import Policy
 from augmentation.policies.default import IdentityTransform
+from crucible.keyed import visited, visits
 from crucible.options import ConfigError, signature_options
 from datasets.base_datamodule import BaseDataModule, Batch
 from datasets.images import Arrays, ImageFiles, SampleError
@@ -226,11 +228,14 @@ def test_a_validation_set_of_its_own_is_used_as_it_is():
     assert len(module.samples("val")) == 12
 
 
+REPEATS = [{"random_batches": True}, {"balanced_batches": True}]
+
+
 @pytest.mark.parametrize("raw", [None, arrays()])
 @pytest.mark.parametrize("policy", [Noisy, cifar.RandAugmentTransform, cifar.BaselineTransform])
 def test_training_batches_are_the_same_for_any_number_of_workers(raw, policy):
-    alone = drawn(Mine(raw=raw, train_transforms=policy()), epoch=2)
-    assert same(alone, drawn(Mine(raw=raw, train_transforms=policy(), num_workers=2), epoch=2))
+    options = {"raw": raw, "train_transforms": policy(), "random_batches": policy is Noisy}
+    assert same(drawn(Mine(**options), epoch=2), drawn(Mine(num_workers=2, **options), epoch=2))
 
 
 def test_the_workers_of_a_loader_that_an_error_has_left_in_a_circle_are_told_to_end(monkeypatch):
@@ -251,11 +256,12 @@ def test_the_workers_of_a_loader_that_an_error_has_left_in_a_circle_are_told_to_
     assert can_be_told == [True]
 
 
-def test_training_batches_are_the_same_for_any_number_of_ranks():
+@pytest.mark.parametrize("options", [{}, *REPEATS], ids=str)
+def test_training_batches_are_the_same_for_any_number_of_ranks(options):
     def ranks(world: int) -> list[Batch]:
         parts = []
         for rank in range(world):
-            module = Mine(train_transforms=Noisy(), batch_size=12 // world)
+            module = Mine(train_transforms=Noisy(), batch_size=12 // world, **options)
             module.trainer = SimpleNamespace(
                 global_rank=rank, world_size=world, current_epoch=0, overfit_batches=0,
                 strategy=SimpleNamespace(root_device=torch.device("cpu")),
@@ -264,6 +270,96 @@ def test_training_batches_are_the_same_for_any_number_of_ranks():
         return [Batch(*map(torch.cat, zip(*batches, strict=True))) for batches in zip(*parts, strict=True)]
 
     assert same(ranks(1), ranks(3))
+
+
+class Snow(torch.utils.data.Dataset):
+    """Pictures of noise, as a loader reads them; four of them are of a class of their own."""
+
+    def __init__(self, count: int = 60) -> None:
+        generator = np.random.default_rng(0)
+        self.pixels = generator.integers(0, 256, (count, 24, 24), dtype=np.uint8)
+        self.targets = np.where(np.arange(count) < 4, 2, np.arange(count) % 2)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.targets[index])
+
+    def in_memory(self) -> Arrays:
+        return Arrays(torch.from_numpy(self.pixels)[:, None], self.targets, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("options", REPEATS, ids=str)
+@pytest.mark.parametrize(
+    ("raw", "policy", "in_the_loader"),
+    [
+        (Snow(), Noisy, True),
+        (Snow(), lambda: imagenet.BaselineTransform(size=16), True),
+        (Snow().in_memory(), lambda: imagenet.BaselineTransform(size=16), False),
+        (Snow().in_memory(), lambda: cifar.BaselineCutoutTransform(size=24), False),
+    ],
+    ids=["generators", "crops", "crops of the batch", "policy of the batch"],
+)
+def test_what_comes_up_again_in_an_epoch_is_augmented_anew(raw, policy, in_the_loader, options):
+    def seen(**options: Any) -> dict[int, Tensor]:
+        module = Mine(raw=raw, train_transforms=policy(), batch_size=6, **options)
+        found: dict[int, Tensor] = {}
+        batches = drawn(module, epoch=3)
+        for batch in batches:
+            assert batch.target.tolist() == raw.targets[batch.index].tolist()
+            inputs = (batch if in_the_loader else module.batch_transform(batch, "train", 3)).input
+            found |= dict(zip(batch.visit.tolist(), inputs, strict=True))
+        assert len(found) == 6 * len(batches)
+        return found
+
+    once, often = seen(), seen(**options)
+    assert max(once) < len(raw)
+    firsts = [visit for visit in often if visit in once]
+    assert len(firsts) >= 20 and all(torch.equal(often[visit], once[visit]) for visit in firsts)
+    by_sample: dict[int, list[Tensor]] = {}
+    for visit, input in often.items():
+        by_sample.setdefault(int(visited(np.array(visit))), []).append(input)
+    assert max(map(len, by_sample.values())) >= 4
+    for inputs in by_sample.values():
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(inputs, 2))
+
+
+@pytest.mark.parametrize("options", REPEATS, ids=str)
+def test_a_resume_inside_an_epoch_numbers_repeats_as_the_whole_epoch_does(options):
+    whole = drawn(Mine(raw=Snow(), train_transforms=Noisy(), **options), epoch=3)
+    resumed = Mine(raw=Snow(), train_transforms=Noisy(), **options)
+    resumed.load_state_dict({"epoch": 3, "batch": 2, "samples": 54, "global_batch_size": 10})
+    assert same(drawn(resumed, epoch=3), whole[2:])
+
+
+def test_inputs_on_the_device_are_taken_by_sample_however_often_it_comes_up():
+    module = Mine(raw=arrays(), random_batches=True, cache="device")
+    cpu = torch.device("cpu")
+    module.trainer = SimpleNamespace(
+        global_rank=0, world_size=1, current_epoch=0, overfit_batches=0, testing=False, validating=False,
+        sanity_checking=False, evaluating=False, strategy=SimpleNamespace(root_device=cpu),
+    )  # fmt: skip
+    batches = drawn(module)
+    assert any((batch.visit != batch.index).any() for batch in batches)
+    for batch in batches:
+        assert len(batch.input) == 0
+        moved = module.transfer_batch_to_device(batch, cpu, 0)
+        assert torch.equal(moved.input, module.raw.inputs[batch.index])
+        assert torch.equal(moved.visit, batch.visit)
+
+
+def test_a_batch_of_three_is_one_of_first_visits():
+    batch = Batch(torch.zeros(3, 1), torch.arange(3), torch.tensor([4, 0, -1]))
+    input, target, index = batch
+    assert torch.equal(batch.index, index)
+    again = visits(torch.tensor([4, 4, 2**31 - 1]), torch.tensor([1, 2**31 - 1, 7]))
+    assert len({*again.tolist(), *index.tolist()}) == 6
+    assert Batch(input, target, again).index.tolist() == [4, 4, 2**31 - 1]
+    named = Batch(input=input, target=target, index=index)
+    assert type(named) is Batch and all(a is b for a, b in zip(named, batch, strict=True))
+    assert named._replace(index=again).visit is again and named._replace(input=target).visit is index
+    assert all(torch.equal(a, b) for a, b in zip(pickle.loads(pickle.dumps(batch)), batch, strict=True))
 
 
 def test_augmentation_changes_with_seed_and_epoch():
@@ -401,6 +497,7 @@ def test_training_batches_read_once_more_are_those_that_were_trained_on(
     )  # fmt: skip
     trained = drawn(module, epoch=3)[: overfit or None]
     assert same(list(module.training_batches(3, 100)), trained)
+    assert same(module.training_batch(3, 1), trained[1:2])
 
 
 def test_overfitting_repeats_the_order_of_the_first_epoch():

@@ -252,6 +252,22 @@ RUN = (
 )  # fmt: skip
 
 
+def test_a_skipped_sample_that_comes_up_again_has_another_stand_in(tmp_path: Path) -> None:
+    whole = folder(tmp_path / "images", cache="none", random_batches=True)
+    drawn = torch.cat([batch.index for batch in batches(whole, 1)])
+    numbers, times = drawn.unique(return_counts=True)
+    bad = int(numbers[times.argmax()])
+    (tmp_path / "images" / whole.sample_name(bad, "train")).write_bytes(b"nonsense")
+    found = []
+    for workers in (0, 2):
+        data = folder(
+            tmp_path / "images", cache="none", random_batches=True, on_error="skip", num_workers=workers
+        )
+        found.append([torch.cat(parts) for parts in zip(*batches(data, 1), strict=True)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(found[0][2][drawn == bad].unique()) == int(times.max()) > 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_skipped_sample_changes_no_other_one(tmp_path: Path, workers: int) -> None:
     whole = folder(tmp_path / "images", cache="none")

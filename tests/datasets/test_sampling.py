@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from crucible.keyed import visited, visits
 from datasets.sampling import EpochSampler, EvalSampler, fold_out, hold_out
 
 
@@ -74,7 +75,46 @@ def test_batches_carry_their_epoch():
 def test_with_replacement_samples_repeat_and_batches_are_as_many():
     drawn = list(chain(*global_batches(1000, 10, 1, 0, replace=True)))
     assert len(drawn) == 1000
-    assert 550 < len(set(drawn)) < 700  # 1 - 1/e of them
+    assert 550 < len(set(visited(np.array(drawn)))) < 700  # 1 - 1/e of them
+
+
+SKEWED = {"chances": np.repeat([0.01, 1.0], [200, 3])}
+
+
+@pytest.mark.parametrize("options", [{"replace": True}, SKEWED], ids=["replace", "chances"])
+def test_each_time_that_a_sample_comes_up_in_an_epoch_has_a_number_of_its_own(options):
+    drawn = list(chain(*global_batches(203, 7, 1, 3, **options)))
+    times: dict[int, int] = {}
+    expected = []
+    for sample in visited(np.array(drawn)).tolist():
+        before = times[sample] = times.get(sample, -1) + 1
+        expected.append(int(visits(np.array(sample), np.array(before))))
+    assert drawn == expected
+    assert max(times.values()) >= 3 and len(set(drawn)) == 203
+    assert max(times) < 203
+
+
+@pytest.mark.parametrize("options", [{"replace": True}, SKEWED, {"left_out": [2, 3]}], ids=str)
+def test_repeats_are_numbered_alike_for_any_number_of_ranks_and_after_a_resume(options):
+    alone = global_batches(203, 12, 1, 3, **options)
+    for world in (2, 3):
+        assert global_batches(203, 12, world, 3, **options) == alone
+    assert global_batches(203, 12, 1, 4, **options) != alone
+    whole = EpochSampler(203, 12, 7, **options)
+    whole.set_epoch(3)
+    assert list(EpochSampler(203, 12, 7, start=(3, 5), **options)) == list(whole)[5:]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_stands_in_is_a_further_visit_and_all_others_stay_as_they_were(replace):
+    whole = np.concatenate(global_batches(60, 6, 1, 2, replace=replace))
+    out = list(range(0, 60, 2))
+    others = np.concatenate(global_batches(60, 6, 1, 2, replace=replace, left_out=out))
+    stays = visited(whole) % 2 == 1
+    assert (others[stays] == whole[stays]).all()
+    assert not (visited(others) % 2 == 0).any()
+    assert len(set(others.tolist())) == 60
+    assert (others[~stays] != visited(others[~stays])).any()
 
 
 def test_a_resumed_sampler_goes_on_where_it_was_however_often_it_is_iterated():
