@@ -854,7 +854,9 @@ class BaseDataModule(LightningDataModule):
         if store is None:
             with torch.inference_mode(False):  # evaluation may come first; training reads it, too
                 store = self._stores[id(inputs), device] = inputs.to(device)
-        return moved._replace(input=store[moved.index])
+        repeats = self.random_batches or self.balanced_batches or self.left_out
+        # two kernels fewer where no sample comes up twice: then a visit is the sample's number
+        return moved._replace(input=store[moved.index if repeats else moved.visit])
 
     def _stages_samples(self) -> Samples:
         """Those that the trainer's present loop takes its batches from."""
