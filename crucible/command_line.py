@@ -72,6 +72,15 @@ def command(*arguments: str, script: str = "main.py") -> str:
     return shlex.join(["python", script, *arguments])
 
 
+def typed_here() -> list[str]:
+    """What this process was called with, but for the search path that `prepare` makes of a `user_dir`."""
+    arguments = sys.argv[1:]
+    paths = [number for number, a in enumerate(arguments) if a.startswith("hydra.searchpath=")]
+    if paths and value_of(arguments, "user_dir") not in (None, "null", ""):
+        del arguments[paths[-1]]
+    return arguments
+
+
 def value_of(arguments: Sequence[str], key: str) -> str | None:
     """The value of the last `key=value` among the arguments, without its quotes."""
     values = [a.split("=", 1)[1] for a in arguments if a.lstrip("+").startswith(f"{key}=")]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import Any, Literal
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from crucible.command_line import command
+from crucible.command_line import command, typed_here
 from crucible.console import say
 from crucible.files import write_atomically
 from crucible.masking import masked_in
@@ -315,7 +314,7 @@ class Deciding:
             ConfigError: where another machine has planned otherwise; both may be told so, and neither plan is left.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {**self.facts, "command": command(*sys.argv[1:])}
+        content = {**self.facts, "command": command(*typed_here())}
         text = json.dumps(masked_in(content), indent=2) + "\n"
         mine = self.file.with_name(f".{self.file.stem}-{socket.gethostname()}-{os.getpid()}")
         write_atomically(mine, text)

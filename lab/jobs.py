@@ -34,7 +34,7 @@ from callbacks.pruning import Pruned
 from callbacks.range_test import RangeOptions
 from callbacks.recorder import Diverged, Interrupted
 from crucible import configuration
-from crucible.command_line import as_typed, command, describe, explain, option, parse, unquoted
+from crucible.command_line import as_typed, command, describe, explain, option, parse, typed_here, unquoted
 from crucible.configuration import Config
 from crucible.console import columns, fitted, say
 from crucible.files import folders_named, missing, write_atomically
@@ -135,8 +135,7 @@ def _tune(composed: DictConfig, overrides: Sequence[str]) -> int:
     if composed["model"]["compile"] is None:  # it pays in long runs, and changes no number
         job.config["model"]["compile"] = False
     trainer = job.config["trainer"]
-    again = [a for a in sys.argv[1:] if not a.startswith("hydra.searchpath=")]  # which user_dir makes anew
-    with _beside_the_others(again, trainer, world_size(trainer) > 1):
+    with _beside_the_others(typed_here(), trainer, world_size(trainer) > 1):
         tune(job, options)
     return 0
 

@@ -25,7 +25,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from crucible.command_line import command, option
+from crucible.command_line import command, option, typed_here
 from crucible.configuration import select
 from crucible.console import lasting, print_table, say
 from crucible.files import write_atomically
@@ -316,7 +316,7 @@ class Record:
         content = {
             **carried_by_runs(self.facts),
             **self._by,
-            "command": command(*sys.argv[1:]),
+            "command": command(*typed_here()),
             "arms": list(dict.fromkeys(one.arm for one in self._planned if one.job)),
             "rivals": self.rivals,
             "runs": runs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import ROOT, TINY, nightly, runs_in, write_images
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from crucible import command_line
 from crucible.command_line import command, option, parse, quoted, readable, unquoted
 from crucible.run import RunDirectory
 
@@ -414,3 +416,16 @@ def test_odd_names_reach_every_process_of_a_sweep(how: list[str], shell, tmp_pat
     assert {RunDirectory(run).summary()["arm"] for run in runs} == {"é, [1]='x'"}
     again = shell(*command)
     assert again.status == 0 and not runs_in(tmp_path)[2:], again
+
+
+def test_what_a_record_says_was_typed_has_no_folder_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cli_configs").mkdir()
+    for name in ("CRUCIBLE", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = "hydra.searchpath=[file:///theirs]"
+    for arguments in (["model=resnet", f"user_dir={tmp_path}"], ["model=resnet"], ["model=resnet", own]):
+        monkeypatch.setattr(sys, "argv", ["main.py", *command_line.prepare(arguments, ROOT)])
+        assert command_line.typed_here() == arguments
