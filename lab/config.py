@@ -389,7 +389,7 @@ def step_of(config: Config) -> Step:
         input_channels=data["input_channels"],
         accumulate_grad_batches=config["trainer"]["accumulate_grad_batches"],
         compile=model["compile"],
-        precision=config["trainer"]["precision"],
+        precision=config["trainer"].get("precision"),
         data=data,
     )
     criterion = evaluation_criterion(data["task"], read_options(LossOptions, model).loss)
