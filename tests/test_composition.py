@@ -80,7 +80,7 @@ def test_a_technique_composes_with_every_other(first: str, precision: str, tmp_p
             if "head_rate" in techniques:
                 options += ("trainer.max_steps=100",)  # ten times the rate: up first
             elif "balanced_sampling" in techniques:
-                options += ("trainer.max_steps=100",)  # with replacement, some of the images more often than others
+                options += ("trainer.max_steps=100",)  # it draws with replacement
             config = composed(*techniques, teacher=teacher, options=options)
             if "freeze" in techniques:
                 config["model"]["freeze"] = (
