@@ -253,7 +253,7 @@ def drawn(seed: int) -> dict[str, Any]:
         "norm": NORMS[seed % len(NORMS)],
         "precision": rng.choice(["32-true", "32-true", "bf16-true"]),
         "start": rng.choice([0.0, 0.4, 0.5]),
-        "epochs": epochs,
+        "length": min(epochs, cut / steps) if cut else epochs,  # in epochs
         "options": [
             f"trainer.limit_train_batches={steps}", f"trainer.max_epochs={epochs}",
             f"trainer.max_steps={cut or -1}",
@@ -270,7 +270,7 @@ def trained(case: dict[str, Any], pattern: list[str], folder: Path) -> tuple[dic
     kwargs = {"ghost": {"ghost_size": 4}, "group": {"num_groups": 8}}.get(case["norm"])
     config["model"] |= {"norm": case["norm"], "norm_kwargs": kwargs}
     model, data, trainer = built(config, folder)
-    late = case["start"] * case["epochs"]
+    late = case["start"] * case["length"]
     by_hand = (
         ByHand(lambda epoch, last: last and epoch + 1 > late, None)
         if case["kind"] == "swa"
