@@ -151,9 +151,8 @@ def _refuse_bad_targets(raw: Any, split: str, task: str, classes: int | None) ->
         raise SampleError(f"{name}: its target is {values[index]}; {allowed}")
 
 
-Division = Callable[
-    [np.ndarray], tuple[np.ndarray, np.ndarray]
-]  # of (N,) targets; sorted numbers of two parts
+# of (N,) targets; the sorted numbers of two parts
+Division = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def _by_unit(raw: Any, divide: Division) -> Division:
